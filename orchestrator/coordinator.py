@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.checkpoint.attempts import claim_attempt, read_attempts
-from orchestrator.checkpoint.reader import newest_stable, quarantine, verify
+from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, newest_stable, quarantine, scan_checkpoints
+from orchestrator.checkpoint.reader import verify
 from orchestrator.checkpoint.store import Store
-from orchestrator.checkpoint.writer import CommitContext, commit
+from orchestrator.checkpoint.writer import CommitInfo, commit
 from orchestrator.errors import StorageError, SupersededError
 from orchestrator.failures import MAX_ATTEMPTS_WITHOUT_PROGRESS, Action, Failure, classify, decide
 from orchestrator.messages import (
@@ -53,6 +54,8 @@ class RunSpec:
     strategy: str
     every_steps: int
     num_steps: int
+    versions: Mapping[str, str]
+    """Of the libraries that decide numbers; recorded in every manifest."""
     preload: tuple[str, ...]
     """What the fork server imports before the first trainer."""
 
@@ -77,7 +80,7 @@ class Coordinator:
         self._notify = notify
         self._history: list[Failure] = []
         self._attempt = 0
-        self._restored = Progress()
+        self._checkpoint: CheckpointInfo | None = None
         self._reached = Progress()
         self._joined: set[int] = set()
         self._ready: set[int] = set()
@@ -127,24 +130,33 @@ class Coordinator:
             self._launch(cause=self._history[-1].kind.value)
 
     def _launch(self, cause: str) -> None:
-        newest = newest_stable(self._store)
-        if cause == "start" and self._gives_up_at_start(newest.name if newest else None):
+        seen = _name(newest_stable(self._store))
+        if cause == "start" and self._gives_up_at_start(seen):
             return
-        info = {
-            "session": self._spec.session,
-            "cause": cause,
-            "from": newest.name if newest else None,
-            "world_size": self._world_size,
-        }
+        info = {"session": self._spec.session, "cause": cause, "from": seen, "world_size": self._world_size}
         self._attempt = claim_attempt(self._store, info)
         # Only what is listed after the claim counts: an older attempt can commit no more once it sees ours.
-        newest = newest_stable(self._store)
-        self._restored = self._reached = newest.progress if newest else Progress()
+        self._checkpoint = self._newest_sound()
+        self._reached = self._restored
         self._ready, self._finished, self._down, self._receipts = set(), set(), {}, {}
         self._stopping = False
-        restore = newest.name if newest else None
+        restore = _name(self._checkpoint)
         self._event("attempt", attempt=self._attempt, restore=restore, cause=cause, world_size=self._world_size)
         self._to_all(Launch(attempt=self._attempt, restore=restore))
+
+    def _newest_sound(self) -> CheckpointInfo | None:
+        """The newest stable checkpoint; damaged ones that are newer are marked and reported."""
+        for info in scan_checkpoints(self._store):
+            if info.state is CheckpointState.STABLE:
+                return info
+            if info.state is CheckpointState.DAMAGED:
+                self._quarantine(info, info.detail)
+        return None
+
+    @property
+    def _restored(self) -> Progress:
+        """Where this attempt began."""
+        return self._checkpoint.manifest.progress if self._checkpoint and self._checkpoint.manifest else Progress()
 
     def _gives_up_at_start(self, newest: str | None) -> bool:
         """Groups of agents that die one after the other leave nothing in memory; count them in storage."""
@@ -179,19 +191,20 @@ class Coordinator:
         if len(self._receipts) < self._world_size:
             return
         receipts = [self._receipts[rank] for rank in range(self._world_size)]
-        context = CommitContext(
+        info = CommitInfo(
             run_id=self._spec.run_id,
             attempt=self._attempt,
             progress=receipt.progress,
             reason="final" if receipt.progress.step == self._spec.num_steps else "interval",
-            world_size=self._world_size,
             strategy=self._spec.strategy,
             config_hash=self._spec.config_hash,
+            versions=self._spec.versions,
             scalars=receipts[0].scalars,
+            health={"ok": True},  # a step that is not finite is never taken, so never saved
         )
         started = time.monotonic()
         try:
-            manifest = commit(self._store, [receipt.shard for receipt in receipts], context)
+            manifest = commit(self._store, [receipt.shard for receipt in receipts], info)
         except SupersededError as error:
             self._end(Ending.SUPERSEDED, str(error))
         except StorageError as error:
@@ -250,18 +263,15 @@ class Coordinator:
         elif decision.action is Action.GIVE_UP:
             self._end(Ending.GAVE_UP, decision.reason)
         else:
-            if decision.action is Action.QUARANTINE:
-                self._quarantine(decision.reason)
+            if decision.action is Action.QUARANTINE and self._checkpoint is not None:
+                # The file with the damage, where a full check finds it; else what the loading rank saw.
+                problems = verify(self._store, self._checkpoint.ref)
+                self._quarantine(self._checkpoint, problems[0] if problems else decision.reason)
             self._launch_at = time.monotonic() + decision.delay_s
 
-    def _quarantine(self, reason: str) -> None:
-        newest = newest_stable(self._store)
-        if newest is None or newest.progress != self._restored:
-            return
-        problems = verify(self._store, newest.name)
-        why = problems[0] if problems else reason
-        quarantine(self._store, newest.name, why, self._attempt)
-        self._event("quarantined", checkpoint=newest.name, reason=why)
+    def _quarantine(self, checkpoint: CheckpointInfo, reason: str) -> None:
+        quarantine(self._store, checkpoint.ref, reason, self._attempt)
+        self._event("quarantined", checkpoint=str(checkpoint.ref), reason=reason)
 
     def _end(self, ending: Ending, message: str) -> None:
         self.outcome = Outcome(ending=ending, message=message)
@@ -273,4 +283,8 @@ class Coordinator:
             self._send(rank, message)
 
     def _event(self, kind: str, **fields: Any) -> None:
-        self._notify(Event(kind=kind, fields=fields))
+        self._notify(Event(kind=kind, fields=fields, time_s=time.time()))
+
+
+def _name(checkpoint: CheckpointInfo | None) -> str | None:
+    return str(checkpoint.ref) if checkpoint else None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import os
+import platform
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from typing import Any
 
-from orchestrator.checkpoint.reader import newest_stable
+from orchestrator.checkpoint.catalog import newest_stable
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig, Workers, config_hash, conflicting_keys, run_url, to_dict, trainer_dict
@@ -79,8 +81,8 @@ def run(config: RunConfig, show: Callable[[Event], None]) -> None:
             " set these back, or choose another run.name"
         )
     newest = newest_stable(store)
-    if newest is not None and newest.progress.step >= config.train.num_steps:
-        show(Event(kind="already_finished", fields={"step": newest.progress.step, "checkpoint": newest.name}))
+    if newest is not None and newest.manifest and newest.manifest.progress.step >= config.train.num_steps:
+        show(_event("already_finished", step=newest.manifest.progress.step, checkpoint=str(newest.ref)))
         return
     spec = RunSpec(
         run_id=record.run_id,
@@ -91,6 +93,7 @@ def run(config: RunConfig, show: Callable[[Event], None]) -> None:
         strategy=config.parallel.strategy,
         every_steps=config.checkpoint.every_steps,
         num_steps=config.train.num_steps,
+        versions=versions(),
         preload=preload(config),
     )
     _connect_ray(config)
@@ -111,6 +114,16 @@ def preload(config: RunConfig) -> tuple[str, ...]:
     return tuple(modules)
 
 
+def versions() -> dict[str, str]:
+    """Of what decides numbers: the contract holds for equal versions."""
+    found = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "numpy")}
+    return {"python": platform.python_version(), **found, "machine": platform.machine()}
+
+
+def _event(kind: str, **fields: Any) -> Event:
+    return Event(kind=kind, fields=fields, time_s=time.time())
+
+
 def _connect_ray(config: RunConfig) -> None:
     if ray.is_initialized():
         return
@@ -120,7 +133,7 @@ def _connect_ray(config: RunConfig) -> None:
     # A cluster of our own on this machine: loopback only, nothing written to the home folder.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    needed = _max_workers(config) * config.resources.cpu
+    needed = config.max_workers * config.resources.cpu
     ray.init(
         num_cpus=int(max(needed + 0.999, os.cpu_count() or 1)),
         include_dashboard=False,
@@ -128,10 +141,6 @@ def _connect_ray(config: RunConfig) -> None:
         logging_level="WARNING",
         _node_ip_address="127.0.0.1",
     )
-
-
-def _max_workers(config: RunConfig) -> int:
-    return config.workers.max if isinstance(config.workers, Workers) else config.workers
 
 
 def _supervise(spec: RunSpec, config: RunConfig, store: Store, show: Callable[[Event], None]) -> dict[str, Any]:
@@ -149,13 +158,13 @@ def _supervise(spec: RunSpec, config: RunConfig, store: Store, show: Callable[[E
         if outcome is not None:
             return outcome
         newest = newest_stable(store)
-        step = newest.progress.step if newest else 0
+        step = newest.manifest.progress.step if newest and newest.manifest else 0
         deaths = deaths + 1 if step == stalled_at else 1
         stalled_at = step
         reason = f"Ray Train ended without an outcome: {type(error).__name__}: {str(error).splitlines()[0] if error else ''}"
         if deaths >= _MAX_CONTROLLER_DEATHS:
             raise RunFailedError(f"{reason}; {deaths} times in a row at step {step}. Ray's logs say more")
-        show(Event(kind="controller_lost", fields={"reason": reason}))
+        show(_event("controller_lost", reason=reason))
         time.sleep(min(10.0, 0.5 * 2**deaths))
 
 

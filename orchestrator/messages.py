@@ -209,3 +209,5 @@ class Event:
 
     kind: str
     fields: Mapping[str, Any]
+    time_s: float
+    """Unix time at which it happened."""

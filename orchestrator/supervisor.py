@@ -11,6 +11,7 @@ import socket
 import threading
 from multiprocessing.connection import Connection, Pipe, wait
 
+from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import write_shard
 from orchestrator.coordinator import RunSpec
@@ -57,21 +58,25 @@ class ShardWriter:
             progress = snapshot.progress
             try:
                 with mmap.mmap(self._buffer, snapshot.size_bytes, prot=mmap.PROT_READ) as data, memoryview(data) as view:
-                    shard = write_shard(
-                        self._store,
-                        attempt=attempt,
-                        progress=progress,
-                        rank=self._rank,
-                        world_size=self._world_size,
-                        chunks=snapshot.chunks,
-                        data=view,
-                    )
+                    key = CheckpointRef(progress.samples_seen, attempt).shard(self._rank, self._world_size)
+                    shard = write_shard(self._store, key, snapshot.chunks, view, self._metadata(attempt, progress))
             except StorageError as error:
                 self._results.send(SaveFailed(attempt=attempt, progress=progress, error=str(error)))
             else:
                 self._results.send(
                     Receipt(attempt=attempt, progress=progress, shard=shard, scalars=snapshot.scalars)
                 )
+
+
+    def _metadata(self, attempt: int, progress: Progress) -> dict[str, str]:
+        """For people who find the file alone."""
+        return {
+            "format": "unbroken-1",
+            "attempt": str(attempt),
+            "step": str(progress.step),
+            "samples_seen": str(progress.samples_seen),
+            "rank": f"{self._rank} of {self._world_size}",
+        }
 
 
 class Supervisor:

@@ -13,9 +13,12 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed as dist
 
-from orchestrator.checkpoint.reader import Destination, expected_fingerprints, load_manifest, read_rows
+from orchestrator.checkpoint.catalog import load_manifest
+from orchestrator.checkpoint.keys import CheckpointRef
+from orchestrator.checkpoint.manifest import Manifest
+from orchestrator.checkpoint.reader import Destination, expected_fingerprints, read_rows
 from orchestrator.checkpoint.store import Store
-from orchestrator.errors import DamagedCheckpointError, StorageError
+from orchestrator.errors import DamagedCheckpointError, RunMismatchError, StorageError
 from orchestrator.messages import (
     Begin,
     ExitKind,
@@ -32,6 +35,7 @@ from trainers.build import build
 from trainers.config import TrainerConfig
 from trainers.decode import decode
 from trainers.errors import ConfigError, NonFiniteError, StateMismatchError
+from trainers.fingerprint import format_fingerprint
 from trainers.loop import train
 from trainers.ports import Directive
 from trainers.progress import Progress
@@ -40,6 +44,7 @@ from trainers.state import LocalTensor, TrainState, fingerprints
 
 _KINDS: dict[type[BaseException], ExitKind] = {
     ConfigError: ExitKind.CONFIG,
+    RunMismatchError: ExitKind.CONFIG,
     NonFiniteError: ExitKind.NON_FINITE,
     StateMismatchError: ExitKind.DAMAGED,
     DamagedCheckpointError: ExitKind.DAMAGED,
@@ -87,7 +92,7 @@ class SharedMemoryCheckpointer:
     def restore(self, state: TrainState) -> None:
         if self._begin.restore is not None:
             store = Store.open(self._begin.run_url)
-            manifest = load_manifest(store, self._begin.restore)
+            manifest = _manifest(store, self._begin.restore)
             state.load_scalars(manifest.scalars)
             destinations = [_Destination(local) for local in state.tensors() if local.tensor.numel()]
             expected = expected_fingerprints(manifest)
@@ -103,7 +108,7 @@ class SharedMemoryCheckpointer:
         self._settle()  # a failed save was reported by the coordinator; this newer one takes its place
         state.generators.capture()
         chunks, pieces, end = [], [], 0
-        for local in state.tensors():
+        for local in sorted(state.tensors(), key=_element_bytes, reverse=True):
             start, stop = local.owned_rows()
             if stop == start or not local.tensor.numel():
                 continue
@@ -141,6 +146,11 @@ class SharedMemoryCheckpointer:
         return self._buffer
 
 
+def _element_bytes(local: LocalTensor) -> int:
+    """Larger elements go first in a shard file, so that every tensor in it is aligned."""
+    return local.tensor.element_size()
+
+
 class _Destination:
     """Where the rows of one tensor are read to: its own memory on a CPU, a staging copy for a GPU."""
 
@@ -160,11 +170,17 @@ class _Destination:
             self._target.copy_(self._host)
 
 
-def _check_fingerprints(actual: Mapping[str, int], expected: Mapping[str, int], checkpoint: str) -> None:
+def _manifest(store: Store, name: str) -> Manifest:
+    ref = CheckpointRef.parse(name)
+    assert ref is not None, name
+    return load_manifest(store, ref)
+
+
+def _check_fingerprints(actual: Mapping[str, int], expected: Mapping[str, str], checkpoint: str) -> None:
     """Collective in effect: all ranks hold the same values, so all raise or none."""
     if missing := sorted(set(expected) ^ set(actual)):
         raise StateMismatchError(f"{checkpoint}: {missing[0]} is in the checkpoint or in this run's state, not in both")
-    if wrong := sorted(name for name, value in actual.items() if expected[name] != value):
+    if wrong := sorted(name for name, value in actual.items() if expected[name] != format_fingerprint(value)):
         raise StateMismatchError(f"{checkpoint}: {wrong[0]} does not have its recorded fingerprint after loading")
 
 

@@ -9,7 +9,7 @@ from trainers.data.sources import open_source
 from trainers.ema import EMA
 from trainers.errors import ConfigError
 from trainers.generators import GeneratorStates
-from trainers.models import build_model
+from trainers.models import build_model, check_fits, null_label
 from trainers.norm import StepSums
 from trainers.objectives import Objective
 from trainers.parallel import make_topology, shard_model
@@ -34,6 +34,13 @@ def build(config: TrainerConfig, device: torch.device) -> tuple[TrainState, Task
         )
     source = open_source(config.data)
     model = build_model(config.model, config.seed).to(device)
+    check_fits(
+        model,
+        channels=source.channels,
+        image_size=config.data.image_size,
+        num_classes=source.num_classes,
+        label_drop=config.objective.label_drop,
+    )
     rounds = Rounds(config.train.num_microbatches, topology.world_size)
     parameters = shard_model(model, config.parallel, topology, mesh, rounds, config.train.precision == "bf16")
     state = TrainState(
@@ -58,5 +65,6 @@ def build(config: TrainerConfig, device: torch.device) -> tuple[TrainState, Task
         rounds=rounds,
         sums=StepSums(parameters, topology, device),
         device=device,
+        null_label=null_label(model),
     )
     return state, task

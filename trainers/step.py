@@ -32,6 +32,8 @@ class Task:
     rounds: Rounds
     sums: StepSums
     device: torch.device
+    null_label: int | None
+    """What a dropped label becomes; None: the model takes no labels."""
 
 
 def train_step(state: TrainState, task: Task) -> dict[str, float]:
@@ -72,7 +74,14 @@ def _backward(state: TrainState, task: Task, index: int, scale: float) -> torch.
     config = task.config
     size = config.train.microbatch_size
     first = state.progress.samples_seen + index * size
-    batch = load_microbatch(task.source, config, np.arange(first, first + size)).to(task.device)
+    batch = load_microbatch(
+        task.source,
+        np.arange(first, first + size),
+        seed=config.seed,
+        flip=config.data.flip,
+        null_label=task.null_label,
+        label_drop=config.objective.label_drop,
+    ).to(task.device)
     seed_global_generators(config.seed, state.progress.step, index)
     timesteps = task.objective.timesteps(batch.uniform)
     noisy = task.objective.noisy(batch.images, batch.noise, timesteps)
