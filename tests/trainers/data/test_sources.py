@@ -1,0 +1,104 @@
+import builtins
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trainers.data.sources import DataConfig, open_source
+from trainers.errors import ConfigError
+
+
+def test_digits():
+    source = open_source(DataConfig())
+    assert (len(source), source.channels, source.num_classes) == (1797, 1, 10)
+    images, labels = source.read(np.array([0, 5, 0]))
+    assert images.shape == (3, 1, 8, 8) and images.dtype == torch.float32 and labels.tolist() == [0, 5, 0]
+    assert torch.equal(images[0], images[2])
+    everything, _ = source.read(np.arange(1797))
+    assert everything.min() == -1 and everything.max() == 1
+    images.zero_()
+    assert source.read(np.array([0]))[0].abs().sum() > 0, "reading must not hand out the source's own memory"
+
+
+def test_digits_resized():
+    images, _ = open_source(DataConfig(image_size=16)).read(np.arange(50))
+    assert images.shape == (50, 1, 16, 16) and images.min() >= -1 and images.max() <= 1
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    real = builtins.__import__
+
+    def no_sklearn(name, *args, **kwargs):
+        if name.startswith("sklearn"):
+            raise ModuleNotFoundError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_sklearn)
+    with pytest.raises(ConfigError, match=r"data\.source=digits needs scikit-learn"):
+        open_source(DataConfig())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, color in (("b/1.png", (255, 0, 0)), ("a/x.jpg", (0, 255, 0)), ("a/deep/y.png", (0, 0, 255))):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 10), color).save(tmp_path / name)
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    (tmp_path / ".hidden").mkdir()
+    return tmp_path
+
+
+def test_folder_with_classes(folder):
+    source = open_source(DataConfig(source="folder", path=str(folder), image_size=4))
+    assert (len(source), source.channels, source.num_classes) == (3, 3, 2)
+    images, labels = source.read(np.array([2, 0]))
+    assert images.shape == (2, 3, 4, 4) and images.dtype == torch.float32 and labels.tolist() == [1, 0]
+    assert torch.equal(images[0].mean((1, 2)), torch.tensor([1.0, -1.0, -1.0]))
+
+
+def test_folder_without_classes(tmp_path):
+    Image.new("L", (5, 9), 128).save(tmp_path / "grey.png")
+    source = open_source(DataConfig(source="folder", path=str(tmp_path), image_size=8))
+    images, labels = source.read(np.array([0]))
+    assert images.shape == (1, 3, 8, 8) and labels is None and source.num_classes is None
+
+
+def test_turned_photos_are_set_upright(tmp_path):
+    pixels = np.zeros((4, 4, 3), dtype=np.uint8)
+    pixels[0] = 255  # a white top row
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate clockwise to see it upright
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    image = open_source(DataConfig(source="folder", path=str(tmp_path), image_size=4)).read(np.array([0]))[0][0]
+    assert (image[:, :, -1] == 1).all() and (image[:, :, :-1] == -1).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\nrubbish", None])
+def test_an_unreadable_image_is_named(folder, content):
+    file = folder / "b" / "1.png"
+    file.write_bytes(file.read_bytes()[:45] if content is None else content)
+    source = open_source(DataConfig(source="folder", path=str(folder), image_size=4))
+    with pytest.raises(ConfigError, match=r"1\.png can not be read as an image"):
+        source.read(np.array([2]))
+
+
+def test_a_missing_file_stays_an_error_of_the_file_system(folder):
+    source = open_source(DataConfig(source="folder", path=str(folder), image_size=4))
+    (folder / "b" / "1.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1\.png"):
+        source.read(np.array([2]))
+
+
+def test_refusals(tmp_path):
+    for config, word in (
+        ({"source": "folder"}, "path=null"),
+        ({"path": "x"}, "path=x has no effect"),
+        ({"image_size": 0}, "image_size=0"),
+    ):
+        with pytest.raises(ConfigError, match=word):
+            DataConfig(**config)
+    with pytest.raises(ConfigError, match="is not a folder"):
+        open_source(DataConfig(source="folder", path=str(tmp_path / "none")))
+    with pytest.raises(ConfigError, match="holds no images"):
+        open_source(DataConfig(source="folder", path=str(tmp_path)))
