@@ -199,11 +199,9 @@ def conflicting_keys(old: Mapping[str, Any], new: TrainerConfig) -> list[str]:
     Returns:
         One text for each key: the key, and both values.
     """
-    before, after = dict(_flatten(old)), dict(_flatten(to_dict(new)))
-    differing = [key for key in {**before, **after} if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
     return [
-        f"{key} ({json.dumps(before.get(key, _ABSENT))} in the run, {json.dumps(after.get(key, _ABSENT))} in the config)"
-        for key in differing
+        f"{key} ({_show(before)} in the run, {_show(after)} in the config)"
+        for key, before, after in _differences(old, to_dict(new))
         if not _is_free(key, new.schedule)
     ]
 
@@ -220,6 +218,19 @@ def _flatten(tree: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, An
             yield from _flatten(value, f"{where}{key}.")
         else:
             yield f"{where}{key}", value
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in {**old, **new}:
+        before, after = old.get(key, _ABSENT), new.get(key, _ABSENT)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(before, after, f"{where}{key}.")
+        elif before != after:
+            yield f"{where}{key}", before, after
+
+
+def _show(value: Any) -> str:
+    return _ABSENT if value == _ABSENT else json.dumps(value)
 
 
 def _read(path: Path) -> DictConfig:
