@@ -16,7 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainers.build import TrainerConfig
+from trainers.config import TrainerConfig
 from trainers.decode import decode
 from trainers.errors import ConfigError
 from trainers.schedules import ScheduleConfig, depends_on_num_steps
@@ -37,7 +37,7 @@ class RunSection:
     """What the run is called."""
 
     name: str
-    """Folder of the run inside `storage`: letters, digits, `.`, `_` and `-`, at most 100. The same name continues it."""
+    """Folder of the run inside `storage`: letters, digits, `.`, `_`, `-`, at most 100. The same name continues it."""
 
     def __post_init__(self) -> None:
         if not _SAFE_NAME.fullmatch(self.name):

@@ -16,7 +16,7 @@ from orchestrator.config import (
     to_yaml,
     trainer_dict,
 )
-from trainers.build import TrainerConfig
+from trainers.config import TrainerConfig
 from trainers.decode import decode
 from trainers.errors import ConfigError
 
@@ -47,7 +47,9 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_a_file_and_overrides_make_one_config(path: Path):
-    config = load_config(path, ["train.num_steps=7", "ema.fast.decay=0.9", "run.name=${model.class_name}-a", "workers=3"])
+    config = load_config(
+        path, ["train.num_steps=7", "ema.fast.decay=0.9", "run.name=${model.class_name}-a", "workers=3"]
+    )
     assert (config.train.num_steps, config.workers, config.run.name) == (7, 3, "UNet2DModel-a")
     assert list(config.ema) == ["slow", "fast"] and config.ema["fast"].decay == 0.9
     assert config.optimizer.lr == 1e-3  # YAML 1.1 would read 1e-3 as a text
