@@ -1,12 +1,12 @@
 """Where everything of a run lies. No other file spells a key.
 
-    run.json                                                    created once
-    config.yaml
-    attempts/0007.json                                          one a (re)start: the fencing token
-    checkpoints/0000000012800-0007/                             <samples seen>-<attempt>: a key is never used twice
-        shard-00000-of-00004.safetensors ...
-        manifest.json                                           written last: its creation is the commit
-        quarantine.json                                         if it turned out damaged: why
+run.json                                                    created once
+config.yaml
+attempts/0007.json                                          one a (re)start: the fencing token
+checkpoints/0000000012800-0007/                             <samples seen>-<attempt>: a key is never used twice
+    shard-00000-of-00004.safetensors ...
+    manifest.json                                           written last: its creation is the commit
+    quarantine.json                                         if it turned out damaged: why
 """
 
 from __future__ import annotations
