@@ -282,7 +282,7 @@ class Coordinator:
         for rank in range(self._world_size):
             self._send(rank, message)
 
-    def _event(self, kind: str, **fields: Any) -> None:
+    def _event(self, kind: str, /, **fields: Any) -> None:
         self._notify(Event(kind=kind, fields=fields, time_s=time.time()))
 
 
