@@ -2,77 +2,69 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import torch
 
-from trainers.data.sources import DataConfig
-from trainers.ema import EMAConfig
+from trainers.config import TrainerConfig
+from trainers.data.sources import open_source
+from trainers.ema import EMA
 from trainers.errors import ConfigError
-from trainers.models import ModelConfig
-from trainers.objectives import ObjectiveConfig
-from trainers.parallel import ParallelConfig
-from trainers.schedules import ScheduleConfig
+from trainers.generators import GeneratorStates
+from trainers.models import build_model, check_fits, null_label
+from trainers.norm import StepSums
+from trainers.objectives import Objective
+from trainers.parallel import make_topology, shard_model
+from trainers.progress import Progress
+from trainers.reduction import Rounds
+from trainers.state import TrainState, make_optimizer
+from trainers.step import Task
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, 2019) and gradient clipping."""
+def build(config: TrainerConfig, device: torch.device) -> tuple[TrainState, Task]:
+    """A fresh state at step 0, and the task it is trained on. Collective: all ranks of the default process group.
 
-    lr: float = 1e-4
-    """Peak learning rate, > 0."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moment, 0 <= beta < 1."""
-    eps: float = 1e-8
-    """Added to the root of the second moment, > 0."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay, >= 0."""
-    clip_norm: float | None = 1.0
-    """Gradients are scaled down to this global L2 norm, > 0; null: never."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long, in which batches, in which precision."""
-
-    num_steps: int
-    """Optimizer steps of the whole run, >= 1."""
-    global_batch_size: int
-    """Samples of one step, a multiple of microbatch_size."""
-    microbatch_size: int
-    """Samples of one forward pass, >= 1; part of the numbers, so not changed by the number of workers."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: forward and backward in bfloat16, master weights, reduction, optimizer and EMA in float32."""
-
-    def __post_init__(self) -> None:
-        for key in ("num_steps", "global_batch_size", "microbatch_size"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key}={getattr(self, key)} must be at least 1")
-        if self.global_batch_size % self.microbatch_size:
-            down = self.global_batch_size // self.microbatch_size * self.microbatch_size
-            near = down or self.microbatch_size
-            raise ConfigError(
-                f"global_batch_size={self.global_batch_size} is not a multiple of"
-                f" microbatch_size={self.microbatch_size}; use global_batch_size={near}"
-            )
-
-    @property
-    def num_microbatches(self) -> int:
-        """M, the microbatches of one step: the most workers that a step can keep busy."""
-        return self.global_batch_size // self.microbatch_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-    """Everything that `trainers` needs to know; decides the numbers of a run."""
-
-    model: ModelConfig
-    train: TrainConfig
-    seed: int = 0
-    """Everything random follows from it, 0 <= seed < 2**63."""
-    data: DataConfig = field(default_factory=DataConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    ema: dict[str, EMAConfig] = field(default_factory=dict)
-    """EMA profiles by name; the first one is the default for sampling and export."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    Raises:
+        ConfigError: the model, data or strategy cannot be built from this configuration.
+    """
+    topology, mesh = make_topology(config.parallel, device)
+    if topology.world_size > config.train.num_microbatches:
+        raise ConfigError(
+            f"{topology.world_size} workers cannot share train.global_batch_size={config.train.global_batch_size} /"
+            f" train.microbatch_size={config.train.microbatch_size} = {config.train.num_microbatches} microbatches;"
+            f" use fewer workers or a smaller microbatch_size"
+        )
+    source = open_source(config.data)
+    model = build_model(config.model, config.seed).to(device)
+    check_fits(
+        model,
+        channels=source.channels,
+        image_size=config.data.image_size,
+        num_classes=source.num_classes,
+        label_drop=config.objective.label_drop,
+    )
+    rounds = Rounds(config.train.num_microbatches, topology.world_size)
+    parameters = shard_model(model, config.parallel, topology, mesh, rounds, config.train.precision == "bf16")
+    state = TrainState(
+        model=model,
+        parameters=parameters,
+        optimizer=make_optimizer(
+            parameters,
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            weight_decay=config.optimizer.weight_decay,
+        ),
+        ema=EMA(config.ema, {p.name: p.local for p in parameters}, config.train.global_batch_size),
+        generators=GeneratorStates(),
+        topology=topology,
+        progress=Progress(),
+    )
+    task = Task(
+        config=config,
+        source=source,
+        objective=Objective(config.objective),
+        rounds=rounds,
+        sums=StepSums(parameters, topology, device),
+        device=device,
+        null_label=null_label(model),
+    )
+    return state, task

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import math
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from trainers.errors import ConfigError
-
 
 T = TypeVar("T")
 
@@ -18,23 +19,25 @@ def decode(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass `cls` from `data`, recursively.
 
     Raises:
-        ConfigError: unknown key, missing key, wrong type, or whatever a `__post_init__` refuses; the message starts
-            with the full key.
+        ConfigError: unknown key, missing key, wrong type, a number that is not finite, or whatever a `__post_init__`
+            refuses; one line that starts with the full key.
     """
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{where or 'config'}={data!r} is not a section; write it as `key: value` lines")
+        raise ConfigError(f"{where or 'config'}={_show(data)} is not a section; write it as `key: value` lines")
     hints = get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     for key in data:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {_join(where, near[0])}?" if near else f"known keys: {', '.join(sorted(fields))}"
-            raise ConfigError(f"{_join(where, key)}={data[key]!r} is not a known key; {hint}")
+            raise ConfigError(f"{_join(where, key)}={_show(data[key])} is not a known key; {hint}")
     values = {}
     for name, field in fields.items():
         if name in data:
             values[name] = _value(hints[name], data[name], _join(where, name))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            if dataclasses.is_dataclass(hints[name]):
+                decode(hints[name], {}, _join(where, name))  # names the first key that the missing section needs
             raise ConfigError(f"{_join(where, name)} is missing; add it to the config or as {_join(where, name)}=VALUE")
     try:
         return cls(**values)
@@ -46,52 +49,85 @@ def _join(where: str, key: object) -> str:
     return f"{where}.{key}" if where else str(key)
 
 
+def _show(value: object) -> str:
+    """A value as the user wrote it: YAML's words on one line, cut short."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _value(hint: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        if value in args and type(value) in {type(arg) for arg in args}:
+        if any(value == arg and type(value) is type(arg) for arg in args):
             return value
-        raise ConfigError(f"{where}={value!r} is not one of {', '.join(map(str, args))}")
+        raise ConfigError(f"{where}={_show(value)} is not one of {', '.join(map(str, args))}")
     if origin in (Union, types.UnionType):
         return _union(args, value, where)
     if dataclasses.is_dataclass(hint):
-        return decode(hint, value, where)  # type: ignore[arg-type]
+        return decode(hint, value, where)  # pyright: ignore[reportArgumentType]
     if origin is tuple and isinstance(value, list | tuple):
-        if args[-1:] != (Ellipsis,) and len(value) != len(args):
-            raise ConfigError(f"{where}={list(value)!r} has {len(value)} values; give {len(args)}")
-        kinds = [args[0]] * len(value) if args[-1:] == (Ellipsis,) else args
-        return tuple(_value(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+        return _tuple(args, value, where)
     if origin in (dict, Mapping) and isinstance(value, Mapping):
         return {str(key): _value(args[1], item, _join(where, key)) for key, item in value.items()}
-    if hint is Any or (hint is dict and isinstance(value, Mapping)):
-        return value
+    if hint is Any:
+        return _plain(value, where)
     if hint is float and type(value) in (int, float):
-        return float(value)
-    if hint in (int, str, bool, type(None)) and type(value) is hint:
+        return _finite(value, where)
+    if hint in (int, str, bool) and type(value) is hint:
         return value
-    name = getattr(origin or hint, "__name__", str(hint))
-    raise ConfigError(f"{where}={value!r} is of type {type(value).__name__}; give {_article(name)}")
+    quotes = ", in quotes" if hint is str else ""
+    raise ConfigError(f"{where}={_show(value)} is {_kind(type(value))}; give {_kind(origin or hint)}{quotes}")
 
 
 def _union(args: tuple[Any, ...], value: Any, where: str) -> Any:
+    """The first member of the union that fits; the error of a section is the section's own."""
     if value is None and type(None) in args:
         return None
     kinds = [arg for arg in args if arg is not type(None)]
     sections = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
     if isinstance(value, Mapping) and len(sections) == 1:
         return _value(sections[0], value, where)
-    plain = [kind for kind in kinds if kind not in sections]
-    if len(plain) == 1:
-        return _value(plain[0], value, where)
-    for kind in plain:
+    for kind in kinds:
         try:
             return _value(kind, value, where)
         except ConfigError:
-            continue
-    raise ConfigError(f"{where}={value!r} is of type {type(value).__name__}; give one of {', '.join(map(str, kinds))}")
+            if len(kinds) == 1:
+                raise
+    names = [_kind(get_origin(kind) or kind) for kind in kinds] + ["null"] * (len(kinds) < len(args))
+    raise ConfigError(f"{where}={_show(value)} is {_kind(type(value))}; give {' or '.join(names)}")
 
 
-def _article(name: str) -> str:
+def _tuple(kinds: tuple[Any, ...], value: list[Any] | tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    if len(value) != len(kinds):
+        raise ConfigError(f"{where}={_show(value)} has length {len(value)}; give {len(kinds)} values")
+    return tuple(_value(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _plain(value: Any, where: str) -> Any:
+    """`value` of any shape, as it is, if JSON can hold it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, _join(where, key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, float):
+        return _finite(value, where)
+    if value is None or isinstance(value, int | str):
+        return value
+    raise ConfigError(f"{where}={_show(value)} is {_kind(type(value))}; give a number, a text, a list or a section")
+
+
+def _finite(value: float, where: str) -> float:
+    try:
+        if math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number too large for a float
+        pass
+    raise ConfigError(f"{where}={_show(value)} is not finite; give a number below 1e308")
+
+
+def _kind(kind: type) -> str:
     names = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false"}
-    names |= {"dict": "a section of key: value", "tuple": "a list"}
-    return names.get(name, name)
+    names |= {"dict": "a section", "list": "a list", "tuple": "a list", "NoneType": "null"}
+    return "a section" if dataclasses.is_dataclass(kind) else names.get(kind.__name__, kind.__name__)

@@ -1,11 +1,25 @@
-"""Strategies: how parameters are spread over ranks."""
+"""Strategies: how parameters and gradients are spread over ranks.
+
+All three are FSDP2 on a mesh of R replicas x S shards, so that they share one code path and one kind of number:
+fsdp is 1 x W, hsdp is W/S x S, and ddp is W x 1 (every rank holds all parameters, plus one working copy that FSDP2
+makes of them). Parameters are DTensors on the shard dimension of the mesh; the replicas are kept alike by the
+reduction in `trainers.reduction`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from trainers.errors import ConfigError
+from trainers.models import sharding_units
+from trainers.reduction import InvariantReduction, Rounds, Topology
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,3 +39,123 @@ class ParallelConfig:
         for key in ("shard_size", "cpu_threads"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)} must be at least 1")
+
+    def shards(self, world_size: int) -> int:
+        """S, the ranks that share one copy of the parameters."""
+        if self.strategy == "ddp":
+            return 1
+        if self.strategy == "fsdp":
+            return world_size
+        if world_size % self.shard_size:
+            raise ConfigError(
+                f"parallel.shard_size={self.shard_size} does not divide the {world_size} workers;"
+                f" use a multiple of {self.shard_size} workers or another shard_size"
+            )
+        return self.shard_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalParameter:
+    """The rows of one parameter that live on this rank."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Global shape."""
+    row_offset: int
+    parameter: torch.nn.Parameter
+    """A DTensor; its `grad` too."""
+    local: torch.Tensor
+    """Its local rows: shares their memory, and is no part of the autograd graph. (rows, ...)"""
+
+    def local_grad(self) -> torch.Tensor | None:
+        """This rank's rows of the gradient, (rows, ...), or None if there is no gradient."""
+        grad = self.parameter.grad
+        return cast(DTensor, grad).to_local() if grad is not None else None
+
+
+def make_topology(config: ParallelConfig, device: torch.device) -> tuple[Topology, dist.DeviceMesh]:
+    """The mesh of the running process group. Collective: all ranks."""
+    world_size = dist.get_world_size()
+    shards = config.shards(world_size)
+    mesh = init_device_mesh(device.type, (world_size // shards, shards), mesh_dim_names=("replicate", "shard"))
+    topology = Topology(
+        num_replicas=world_size // shards,
+        shard_size=shards,
+        rank=dist.get_rank(),
+        replicate_group=mesh["replicate"].get_group(),
+        shard_group=mesh["shard"].get_group(),
+    )
+    return topology, mesh["shard"]
+
+
+def shard_model(
+    model: torch.nn.Module,
+    config: ParallelConfig,
+    topology: Topology,
+    mesh: dist.DeviceMesh,
+    rounds: Rounds,
+    bf16: bool,
+) -> list[LocalParameter]:
+    """Shard `model` in place and install its gradient reduction. Collective: all ranks.
+
+    Args:
+        rounds: moved on by the training loop; tells the reduction which microbatches are being reduced.
+        bf16: forward and backward in bfloat16, gradients reduced in float32.
+
+    Returns:
+        This rank's rows of every trainable parameter, in the order of `model.named_parameters()`.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
+    # The root must not cast its inputs: timesteps do not survive bfloat16. `step` casts the images itself.
+    root_policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        if bf16
+        else None
+    )
+    keep = False if topology.shard_size == 1 else None  # nothing to gather again, so nothing to free in between
+    for unit in sharding_units(model):
+        fully_shard(
+            cast(list[torch.nn.Module], unit),
+            mesh=mesh,
+            mp_policy=policy or MixedPrecisionPolicy(),
+            reshard_after_forward=keep,
+        )
+    fully_shard(model, mesh=mesh, mp_policy=root_policy or MixedPrecisionPolicy(), reshard_after_forward=keep)
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_gradient_divide_factor(1.0)  # the loss is already divided by the number of microbatches
+        unit.set_force_sum_reduction_for_comms(True)
+        if config.reduction == "invariant":
+            reduction = InvariantReduction(topology, rounds)
+            unit.set_custom_reduce_scatter(reduction)
+            unit.set_all_reduce_hook(reduction.finish_round)
+        elif topology.num_replicas > 1:
+            unit.set_all_reduce_hook(lambda grad: dist.all_reduce(grad, group=topology.replicate_group))
+    return _local_parameters(model, topology)
+
+
+def _local_parameters(model: torch.nn.Module, topology: Topology) -> list[LocalParameter]:
+    parameters = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        local = cast(DTensor, parameter.data).to_local()
+        rows = -(-parameter.shape[0] // topology.shard_size)  # as torch.chunk cuts
+        offset = min(rows * topology.shard, parameter.shape[0])
+        assert len(local) == min(rows, parameter.shape[0] - offset), (name, local.shape, parameter.shape)
+        parameters.append(
+            LocalParameter(
+                name=name,
+                shape=tuple(parameter.shape),
+                row_offset=offset,
+                parameter=parameter,
+                local=local,
+            )
+        )
+    return parameters
+
+
+def begin_round(model: torch.nn.Module, config: ParallelConfig, rounds: Rounds) -> None:
+    """Tell FSDP whether this round's gradients are reduced: every round in the tree, only the last one in `fast`."""
+    cast(FSDPModule, model).set_requires_gradient_sync(config.reduction == "invariant" or rounds.is_last)
+

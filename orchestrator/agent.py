@@ -1,0 +1,48 @@
+"""The Ray Train worker function: a light process that owns a rank's trainer, snapshots and uploads."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.collective
+
+from orchestrator.checkpoint.store import Store
+from orchestrator.coordinator import Coordinator, RunSpec
+from orchestrator.hub import Hub, connect
+from orchestrator.supervisor import Supervisor
+
+
+def agent(arguments: dict[str, Any]) -> None:
+    """Serve this rank until the run has an outcome. Runs on every Ray Train worker.
+
+    It returns normally however the run ends, so that Ray restarts only agents and nodes that died; the outcome goes to
+    the driver through `mailbox`.
+
+    Args:
+        arguments: `spec`, the `RunSpec`; `mailbox`, the actor handle that takes `Event`s.
+    """
+    spec: RunSpec = arguments["spec"]
+    mailbox = arguments["mailbox"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    wire = None
+    if rank == 0:
+        host = ray.util.get_node_ip_address()
+        hub = Hub(host, key := secrets.token_bytes(32), world_size)
+        wire = (hub.address, key)
+        hub.start(
+            lambda send: Coordinator(
+                spec,
+                Store.open(spec.run_url),
+                world_size,
+                host,
+                send,
+                # Not waited for: a driver that is slow to listen must not hold up a decision.
+                lambda event: mailbox.put.remote(event) and None,
+            )
+        )
+    address, key = ray.train.collective.broadcast_from_rank_zero(wire)
+    Supervisor(spec, rank, world_size, connect(address, key, rank)).run()

@@ -1,0 +1,290 @@
+"""Rank 0's decisions: when to launch, what to restore, when a checkpoint is complete, what to do after a failure.
+
+A state machine without sockets or threads: messages come in through `handle`, orders go out through `send`. One life of
+the trainers, from `Launch` to the last `Down`, is an *attempt*; its number, claimed in storage, is the fencing token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.checkpoint.attempts import claim_attempt, read_attempts
+from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, newest_stable, quarantine, scan_checkpoints
+from orchestrator.checkpoint.reader import verify
+from orchestrator.checkpoint.store import Store
+from orchestrator.checkpoint.writer import CommitInfo, commit
+from orchestrator.errors import StorageError, SupersededError
+from orchestrator.failures import MAX_ATTEMPTS_WITHOUT_PROGRESS, Action, Failure, classify, decide
+from orchestrator.messages import (
+    Down,
+    Ending,
+    Event,
+    Finished,
+    FromTrainer,
+    Joined,
+    Kill,
+    Launch,
+    Listening,
+    Outcome,
+    Receipt,
+    Rendezvous,
+    Restored,
+    SaveEnded,
+    SaveFailed,
+    Started,
+    Stepped,
+)
+from trainers.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """What coordinator and agents know of the run."""
+
+    run_id: str
+    run_url: str
+    session: str
+    """One life of the driver; crash loops are counted within it."""
+    config: Mapping[str, Any]
+    """The `TrainerConfig` as plain values."""
+    config_hash: str
+    strategy: str
+    every_steps: int
+    num_steps: int
+    versions: Mapping[str, str]
+    """Of the libraries that decide numbers; recorded in every manifest."""
+    preload: tuple[str, ...]
+    """What the fork server imports before the first trainer."""
+
+
+class Coordinator:
+    """One for each group of agents, beside rank 0."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        store: Store,
+        world_size: int,
+        host: str,
+        send: Callable[[int, object], None],
+        notify: Callable[[Event], None],
+    ) -> None:
+        self._spec = spec
+        self._store = store
+        self._world_size = world_size
+        self._host = host
+        self._send = send
+        self._notify = notify
+        self._history: list[Failure] = []
+        self._attempt = 0
+        self._checkpoint: CheckpointInfo | None = None
+        self._reached = Progress()
+        self._joined: set[int] = set()
+        self._ready: set[int] = set()
+        self._finished: set[int] = set()
+        self._down: dict[int, Down] = {}
+        self._stopping = False
+        self._receipts: dict[int, Receipt] = {}
+        self._launch_at: float | None = None
+        self.outcome: Outcome | None = None
+        """Set when there is nothing left to do; every agent has been told."""
+
+    def handle(self, rank: int, message: object) -> None:
+        """Take one message of an agent."""
+        if self.outcome is not None:
+            return
+        match message:
+            case Joined():
+                self._joined.add(rank)
+                if len(self._joined) == self._world_size:
+                    self._launch(cause="start")
+            case Started(attempt=attempt, pid=pid):
+                self._event("trainer", rank=rank, pid=pid, attempt=attempt)
+            case FromTrainer(attempt=attempt, message=inner) if attempt == self._attempt and not self._stopping:
+                self._from_trainer(rank, inner)
+            case Receipt(attempt=attempt) if attempt == self._attempt:
+                self._take_receipt(rank, message)
+            case SaveFailed(attempt=attempt, progress=progress, error=error) if attempt == self._attempt:
+                self._save_ended(progress, f"rank {rank}: {error}")
+            case Down(attempt=attempt) if attempt == self._attempt:
+                self._take_down(rank, message)
+
+    def agent_lost(self, rank: int) -> None:
+        """An agent is gone: end the trainers; whoever placed the agents replaces the group."""
+        self._event("agent_lost", rank=rank)
+        self._stopping = True
+        self._to_all(Kill(attempt=self._attempt))
+
+    @property
+    def wait_s(self) -> float | None:
+        """Seconds until `tick` has something to do; None: nothing is due."""
+        return None if self._launch_at is None else max(0.0, self._launch_at - time.monotonic())
+
+    def tick(self) -> None:
+        """Do what is due."""
+        if self._launch_at is not None and time.monotonic() >= self._launch_at:
+            self._launch_at = None
+            self._launch(cause=self._history[-1].kind.value)
+
+    def _launch(self, cause: str) -> None:
+        seen = _name(newest_stable(self._store))
+        if cause == "start" and self._gives_up_at_start(seen):
+            return
+        info = {"session": self._spec.session, "cause": cause, "from": seen, "world_size": self._world_size}
+        self._attempt = claim_attempt(self._store, info)
+        # Only what is listed after the claim counts: an older attempt can commit no more once it sees ours.
+        self._checkpoint = self._newest_sound()
+        self._reached = self._restored
+        self._ready, self._finished, self._down, self._receipts = set(), set(), {}, {}
+        self._stopping = False
+        restore = _name(self._checkpoint)
+        self._event("attempt", attempt=self._attempt, restore=restore, cause=cause, world_size=self._world_size)
+        self._to_all(Launch(attempt=self._attempt, restore=restore))
+
+    def _newest_sound(self) -> CheckpointInfo | None:
+        """The newest stable checkpoint; damaged ones that are newer are marked and reported."""
+        for info in scan_checkpoints(self._store):
+            if info.state is CheckpointState.STABLE:
+                return info
+            if info.state is CheckpointState.DAMAGED:
+                self._quarantine(info, info.detail)
+        return None
+
+    @property
+    def _restored(self) -> Progress:
+        """Where this attempt began."""
+        return self._checkpoint.manifest.progress if self._checkpoint and self._checkpoint.manifest else Progress()
+
+    def _gives_up_at_start(self, newest: str | None) -> bool:
+        """Groups of agents that die one after the other leave nothing in memory; count them in storage."""
+        stalled = 0
+        for record in reversed(read_attempts(self._store)):
+            if record.get("session") != self._spec.session or record.get("from") != newest:
+                break
+            stalled += 1
+        if stalled < MAX_ATTEMPTS_WITHOUT_PROGRESS:
+            return False
+        self._end(Ending.GAVE_UP, f"{stalled} attempts in a row made no newer checkpoint than {newest}")
+        return True
+
+    def _from_trainer(self, rank: int, message: object) -> None:
+        match message:
+            case Listening(port=port):
+                self._to_all(Rendezvous(host=self._host, port=port))
+            case Restored(progress=progress):
+                self._ready.add(rank)
+                if len(self._ready) == self._world_size:
+                    self._event("training", attempt=self._attempt, step=progress.step)
+            case Stepped(progress=progress, metrics=metrics):
+                self._reached = progress
+                self._event("step", attempt=self._attempt, step=progress.step, metrics=dict(metrics))
+            case Finished():
+                self._finished.add(rank)
+                if len(self._finished) == self._world_size:
+                    self._end(Ending.FINISHED, f"step {self._spec.num_steps} is done and committed")
+
+    def _take_receipt(self, rank: int, receipt: Receipt) -> None:
+        self._receipts[rank] = receipt
+        if len(self._receipts) < self._world_size:
+            return
+        receipts = [self._receipts[rank] for rank in range(self._world_size)]
+        info = CommitInfo(
+            run_id=self._spec.run_id,
+            attempt=self._attempt,
+            progress=receipt.progress,
+            reason="final" if receipt.progress.step == self._spec.num_steps else "interval",
+            strategy=self._spec.strategy,
+            config_hash=self._spec.config_hash,
+            versions=self._spec.versions,
+            scalars=receipts[0].scalars,
+            health={"ok": True},  # a step that is not finite is never taken, so never saved
+        )
+        started = time.monotonic()
+        try:
+            manifest = commit(self._store, [receipt.shard for receipt in receipts], info)
+        except SupersededError as error:
+            self._end(Ending.SUPERSEDED, str(error))
+        except StorageError as error:
+            self._save_ended(receipt.progress, str(error))
+        else:
+            size = sum(entry.size_bytes for entry in manifest.files)
+            seconds = round(time.monotonic() - started, 3)
+            self._event("saved", step=receipt.progress.step, attempt=self._attempt, bytes=size, commit_s=seconds)
+            self._save_ended(receipt.progress, None)
+
+    def _save_ended(self, progress: Progress, error: str | None) -> None:
+        self._receipts = {}
+        if error is not None:
+            self._event("save_failed", step=progress.step, error=error)
+        self._to_all(SaveEnded(progress=progress, error=error))
+        if self._stopping and len(self._down) == self._world_size:
+            self._decide()
+
+    def _take_down(self, rank: int, down: Down) -> None:
+        self._down[rank] = down
+        if not self._stopping:
+            self._stopping = True
+            self._event("down", rank=rank, kind=down.exit.kind.value, message=down.exit.message)
+            self._to_all(Kill(attempt=self._attempt))
+        if len(self._down) < self._world_size:
+            return
+        pending = {down.pending for down in self._down.values()}
+        if len(pending) == 1 and pending != {None}:
+            return  # every rank's snapshot of one step outlived its trainer: it is still committed
+        self._decide()
+
+    def _decide(self) -> None:
+        rank, cause = classify({rank: down.exit for rank, down in self._down.items()})
+        failure = Failure(
+            kind=cause.kind,
+            rank=rank,
+            message=cause.message,
+            details=cause.details,
+            restored_step=self._restored.step,
+            reached_step=self._reached.step,
+        )
+        self._history.append(failure)
+        decision = decide(self._history)
+        self._event(
+            "failure",
+            attempt=self._attempt,
+            rank=rank,
+            kind=cause.kind.value,
+            action=decision.action.value,
+            reason=decision.reason,
+            details=cause.details,
+            step=self._reached.step,
+        )
+        if decision.action is Action.REFUSE:
+            self._end(Ending.CONFIG, decision.reason)
+        elif decision.action is Action.GIVE_UP:
+            self._end(Ending.GAVE_UP, decision.reason)
+        else:
+            if decision.action is Action.QUARANTINE and self._checkpoint is not None:
+                # The file with the damage, where a full check finds it; else what the loading rank saw.
+                problems = verify(self._store, self._checkpoint.ref)
+                self._quarantine(self._checkpoint, problems[0] if problems else decision.reason)
+            self._launch_at = time.monotonic() + decision.delay_s
+
+    def _quarantine(self, checkpoint: CheckpointInfo, reason: str) -> None:
+        quarantine(self._store, checkpoint.ref, reason, self._attempt)
+        self._event("quarantined", checkpoint=str(checkpoint.ref), reason=reason)
+
+    def _end(self, ending: Ending, message: str) -> None:
+        self.outcome = Outcome(ending=ending, message=message)
+        self._to_all(self.outcome)
+        self._event("outcome", ending=ending.value, message=message)
+
+    def _to_all(self, message: object) -> None:
+        for rank in range(self._world_size):
+            self._send(rank, message)
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        self._notify(Event(kind=kind, fields=fields, time_s=time.time()))
+
+
+def _name(checkpoint: CheckpointInfo | None) -> str | None:
+    return str(checkpoint.ref) if checkpoint else None

@@ -1,0 +1,221 @@
+"""The driver: opens the run, has Ray Train place the agents, tells the user what happens, and interprets the end."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from orchestrator.checkpoint.catalog import newest_stable
+from orchestrator.checkpoint.run_record import open_or_create
+from orchestrator.checkpoint.store import Store
+from orchestrator.config import RunConfig, Workers, config_hash, conflicting_keys, run_url, to_dict, trainer_dict
+from orchestrator.coordinator import RunSpec
+from orchestrator.errors import GaveUpError, RunFailedError, RunMismatchError, StorageError, SupersededError
+from orchestrator.messages import Ending, Event
+from trainers.errors import ConfigError
+
+# Ray reads these when it is imported or when a worker group starts. Each moved a measured recovery time.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a dead agent is seen in 0.1 s instead of 1.5 s
+os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "60")  # a stopped agent; Ray's default is 600 s
+os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+
+import ray
+import ray.train
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from orchestrator.agent import agent
+
+_MAX_CONTROLLER_DEATHS = 5
+"""Times in a row that Ray Train's controller may die without a newer checkpoint."""
+
+_ERRORS = {
+    Ending.GAVE_UP: GaveUpError,
+    Ending.CONFIG: ConfigError,
+    Ending.SUPERSEDED: SupersededError,
+    Ending.STORAGE: StorageError,
+}
+
+
+@ray.remote(num_cpus=0)
+class _Mailbox:
+    """Carries events from the coordinator to the driver, wherever the two run."""
+
+    def __init__(self) -> None:
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    async def put(self, event: Event) -> None:
+        self._events.put_nowait(event)
+
+    async def take(self) -> list[Event]:
+        """The events since the last call; waits for the first one."""
+        events = [await self._events.get()]
+        while not self._events.empty():
+            events.append(self._events.get_nowait())
+        return events
+
+
+def run(config: RunConfig, show: Callable[[Event], None]) -> None:
+    """Train until the run of this configuration is finished; continue it if it has begun.
+
+    Args:
+        show: told every event, in order, from a thread.
+
+    Raises:
+        RunMismatchError: a run of this name exists with another configuration.
+        GaveUpError, ConfigError, SupersededError, StorageError: the run ended before its last step.
+        RunFailedError: Ray Train itself failed again and again.
+    """
+    url = run_url(config)
+    store = Store.open(url)
+    record = open_or_create(store, to_dict(config))
+    if conflicts := conflicting_keys(record.config, config):
+        raise RunMismatchError(
+            f"the run at {url} was made with another configuration: {'; '.join(conflicts)};"
+            " set these back, or choose another run.name"
+        )
+    newest = newest_stable(store)
+    if newest is not None and newest.manifest and newest.manifest.progress.step >= config.train.num_steps:
+        show(_event("already_finished", step=newest.manifest.progress.step, checkpoint=str(newest.ref)))
+        return
+    spec = RunSpec(
+        run_id=record.run_id,
+        run_url=url,
+        session=uuid.uuid4().hex,
+        config=trainer_dict(config),
+        config_hash=config_hash(config),
+        strategy=config.parallel.strategy,
+        every_steps=config.checkpoint.every_steps,
+        num_steps=config.train.num_steps,
+        versions=versions(),
+        preload=preload(config),
+    )
+    _connect_ray(config)
+    try:
+        outcome = _supervise(spec, config, store, show)
+    finally:
+        ray.shutdown()
+    ending, message = Ending(outcome["ending"]), outcome["message"]
+    if ending is not Ending.FINISHED:
+        raise _ERRORS[ending](message)
+
+
+def preload(config: RunConfig) -> tuple[str, ...]:
+    """What a trainer of this configuration imports: paid once by the fork server, not at every restart."""
+    modules = ["torch", f"diffusers:{config.model.class_name}", "trainers.build", "orchestrator.checkpoint.reader"]
+    if config.data.source == "digits":
+        modules.append("sklearn.datasets")
+    return tuple(modules)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides numbers: the contract holds for equal versions."""
+    found = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "numpy")}
+    return {"python": platform.python_version(), **found, "machine": platform.machine()}
+
+
+def _event(kind: str, **fields: Any) -> Event:
+    return Event(kind=kind, fields=fields, time_s=time.time())
+
+
+def _connect_ray(config: RunConfig) -> None:
+    if ray.is_initialized():
+        return
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=False, logging_level="WARNING")
+        return
+    # A cluster of our own on this machine: loopback only, nothing written to the home folder.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    needed = config.max_workers * config.resources.cpu
+    ray.init(
+        num_cpus=int(max(needed + 0.999, os.cpu_count() or 1)),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="WARNING",
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def _supervise(spec: RunSpec, config: RunConfig, store: Store, show: Callable[[Event], None]) -> dict[str, Any]:
+    """Call Ray Train until the coordinator reports an outcome; Ray restarts agents and nodes by itself."""
+    deaths, stalled_at = 0, None
+    while True:
+        mailbox = _Mailbox.remote()
+        listener = _Listener(mailbox, show)
+        error = None
+        try:
+            _trainer(spec, config, mailbox).fit()
+        except Exception as caught:  # whatever ended Ray's controller: the run itself can go on
+            error = caught
+        outcome = listener.finish()
+        if outcome is not None:
+            return outcome
+        newest = newest_stable(store)
+        step = newest.manifest.progress.step if newest and newest.manifest else 0
+        deaths = deaths + 1 if step == stalled_at else 1
+        stalled_at = step
+        reason = f"Ray Train ended without an outcome: {type(error).__name__}: {str(error).splitlines()[0] if error else ''}"
+        if deaths >= _MAX_CONTROLLER_DEATHS:
+            raise RunFailedError(f"{reason}; {deaths} times in a row at step {step}. Ray's logs say more")
+        show(_event("controller_lost", reason=reason))
+        time.sleep(min(10.0, 0.5 * 2**deaths))
+
+
+def _trainer(spec: RunSpec, config: RunConfig, mailbox: Any) -> DataParallelTrainer:
+    workers = (config.workers.min, config.workers.max) if isinstance(config.workers, Workers) else config.workers
+    resources = {"CPU": config.resources.cpu}
+    if config.resources.gpu:
+        resources["GPU"] = config.resources.gpu
+    return DataParallelTrainer(
+        agent,
+        train_loop_config={"spec": spec, "mailbox": mailbox},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, use_gpu=config.resources.gpu > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            # Ray gets no checkpoints to index and needs a folder only for its own marker.
+            name=f"{config.run.name}-{spec.session[:8]}",
+            storage_path=os.path.join(os.environ.get("RAY_TMPDIR", "/tmp"), "unbroken-ray-train"),
+            failure_config=ray.train.FailureConfig(
+                max_failures=-1, controller_failure_limit=-1, max_preemption_failures=-1
+            ),
+        ),
+    )
+
+
+class _Listener:
+    """Passes the mailbox's events on in a thread, and remembers the outcome."""
+
+    def __init__(self, mailbox: Any, show: Callable[[Event], None]) -> None:
+        self._mailbox = mailbox
+        self._show = show
+        self._outcome: dict[str, Any] | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="mailbox", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> dict[str, Any] | None:
+        """Stop listening; the outcome, if one arrived."""
+        self._done.set()
+        self._thread.join(timeout=5)
+        return self._outcome
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                events = ray.get(self._mailbox.take.remote(), timeout=None if not self._done.is_set() else 1)
+            except (ray.exceptions.RayError, TimeoutError):
+                return
+            for event in events:
+                if event.kind == "outcome":
+                    self._outcome = dict(event.fields)
+                self._show(event)
+            if self._outcome is not None:
+                return

@@ -1,0 +1,124 @@
+"""A warm process on each worker: it has imported what a trainer needs, and forks one in milliseconds.
+
+Run as `python -m orchestrator.forkserver FD MODULE...` by the agent. It stays single-threaded, so forking it is safe,
+and holds no state: the agent sends a file descriptor set, gets a process id back, and is told when that process ends.
+The trainers die with it (parent-death signal), and it dies with the agent (end of the control connection).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import recv_handle, send_handle
+from subprocess import Popen
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class ChildEnded:
+    """A forked trainer is gone; `status` as from `os.waitstatus_to_exitcode`: negative for a signal."""
+
+    pid: int
+    status: int
+
+
+class ForkServer:
+    """The agent's side."""
+
+    def __init__(self, preload: Sequence[str]) -> None:
+        """Start the process; it imports the modules named in `preload` before it answers.
+
+        Args:
+            preload: `module` or `module:attribute`, the latter for packages that import their parts lazily.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "orchestrator.forkserver", str(theirs.fileno()), *preload]
+            self._process = Popen(command, pass_fds=[theirs.fileno()])
+        self.connection = Connection(ours.detach())
+        """Delivers `ChildEnded`; end of file when the fork server itself has died."""
+
+    def fork(self, *handles: int) -> int:
+        """Start a trainer that owns duplicates of these file descriptors. Returns its process id.
+
+        Raises:
+            EOFError: the fork server has died.
+        """
+        self.connection.send(len(handles))
+        for handle in handles:
+            send_handle(self.connection, handle, self._process.pid)
+        while not isinstance(answer := self.connection.recv(), int):
+            continue  # the end of an earlier child, already known from its pipe
+        return answer
+
+    def close(self) -> None:
+        """End the fork server and every trainer."""
+        self.connection.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def _serve(connection: Connection, preload: Sequence[str]) -> None:
+    for name in preload:
+        module, _, attribute = name.partition(":")
+        imported = importlib.import_module(module)
+        if attribute:
+            getattr(imported, attribute)
+    from orchestrator import trainer_process  # after the modules it would otherwise pull in one by one
+
+    awake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    while True:
+        if awake in wait([connection, awake]):
+            os.read(awake, 4096)
+            _reap(connection)
+        if connection.poll():
+            try:
+                handles = [recv_handle(connection) for _ in range(connection.recv())]
+            except EOFError:
+                return
+            parent = os.getpid()
+            if pid := os.fork():
+                for handle in handles:
+                    os.close(handle)
+                connection.send(pid)
+            else:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for handle in (connection.fileno(), awake, wake):
+                    os.close(handle)
+                _die_with(parent)
+                os._exit(trainer_process.main(*handles))
+
+
+def _reap(connection: Connection) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not pid:
+            return
+        connection.send(ChildEnded(pid, os.waitstatus_to_exitcode(status)))
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent` dies, also if that happened before the call."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])), sys.argv[2:])
+    # Leave without running the exit handlers of everything that was imported for the children.
+    os._exit(0)

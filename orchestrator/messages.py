@@ -1,0 +1,213 @@
+"""What driver, agents and trainers say to each other. Plain values: everything here is pickled and sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from trainers.progress import Progress
+from trainers.shards import Chunk
+
+
+class ExitKind(Enum):
+    """How a trainer ended, one kind for each different reaction."""
+
+    KILLED = "killed"  # by a signal that was not ours: start again
+    PEER_LOST = "peer lost"  # a consequence of another rank's end
+    DAMAGED = "damaged checkpoint"  # quarantine it, take the next older
+    CONFIG = "configuration"  # the user's to mend: stop
+    NON_FINITE = "not finite"  # the same step would fail again
+    STORAGE = "storage"  # reading or writing failed: try again
+    ERROR = "error"  # an exception in model, data or our code
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerExit:
+    """Why a trainer process is gone."""
+
+    kind: ExitKind
+    message: str
+    details: str = ""
+    """A stack trace, if there is one."""
+
+
+# trainer -> agent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listening:
+    """Rank 0's trainer serves the rendezvous store of this attempt."""
+
+    port: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """The trainer stands where the checkpoint stood; from here it computes."""
+
+    progress: Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepped:
+    """One step is complete."""
+
+    progress: Progress
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """This rank's rows are in the agent's buffer; the trainer will not touch it until `SaveEnded`."""
+
+    progress: Progress
+    chunks: tuple[Chunk, ...]
+    size_bytes: int
+    scalars: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The last step is done and committed."""
+
+    progress: Progress
+
+
+# agent -> trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begin:
+    """Everything a trainer needs to start; the first message it gets."""
+
+    config: Mapping[str, Any]
+    """The `TrainerConfig` as plain values."""
+    run_url: str
+    every_steps: int
+    rank: int
+    world_size: int
+    restore: str | None
+    """Name of the checkpoint to start from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendezvous:
+    """Where rank 0's trainer listens."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveEnded:
+    """The snapshot of `progress` is committed, or its save failed for the reason in `error`."""
+
+    progress: Progress
+    error: str | None = None
+
+
+# agent -> coordinator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """An agent is ready to start a trainer."""
+
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """A trainer process runs."""
+
+    attempt: int
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """This rank's shard of a checkpoint is stored and verified."""
+
+    attempt: int
+    progress: Progress
+    shard: Any
+    """A `checkpoint.writer.ShardReceipt`."""
+    scalars: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveFailed:
+    """This rank's shard could not be stored."""
+
+    attempt: int
+    progress: Progress
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Down:
+    """This rank's trainer is gone and its last words have been read."""
+
+    attempt: int
+    exit: TrainerExit
+    pending: Progress | None
+    """The snapshot that this agent still holds and will deliver."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromTrainer:
+    """A trainer's `Listening`, `Restored`, `Stepped` or `Finished`, passed on."""
+
+    attempt: int
+    message: Listening | Restored | Stepped | Finished
+
+
+# coordinator -> agent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Start a trainer for this attempt."""
+
+    attempt: int
+    restore: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """End the trainer of this attempt, if it lives, and answer `Down`."""
+
+    attempt: int
+
+
+class Ending(Enum):
+    """How a run, or this driver's part in it, ended."""
+
+    FINISHED = "finished"
+    GAVE_UP = "gave up"
+    CONFIG = "refused"
+    SUPERSEDED = "superseded"
+    STORAGE = "storage"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The end, with the sentence that explains it."""
+
+    ending: Ending
+    message: str
+
+
+# anybody -> driver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something worth a line on the user's screen and in the run's log."""
+
+    kind: str
+    fields: Mapping[str, Any]
+    time_s: float
+    """Unix time at which it happened."""

@@ -1,0 +1,99 @@
+"""What the user of `unbroken train` reads: one line an event, line by line, so that it can be logged and grepped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from orchestrator.messages import Event
+
+_STEP_INTERVAL_S = 2.0
+"""Seconds between two lines of progress."""
+
+
+class Screen:
+    """Turns events into lines."""
+
+    def __init__(self, num_steps: int, global_batch_size: int, write: Callable[[str], None]) -> None:
+        self._num_steps = num_steps
+        self._global_batch_size = global_batch_size
+        self._write = write
+        self._stable: int | None = None
+        self._down_at: float | None = None
+        self._last_line_s = 0.0
+        self._since: tuple[int, float] | None = None
+        """Step and time from which samples/s is measured; starts anew with every attempt."""
+
+    def show(self, event: Event) -> None:
+        """Write the lines that `event` is worth, if any."""
+        line = getattr(self, f"_{event.kind}", None)
+        assert line is not None, event.kind
+        line(event.time_s, **event.fields)
+
+    def _attempt(self, at: float, *, attempt: int, restore: str | None, cause: str, world_size: int) -> None:
+        start = f"from checkpoint {restore}" if restore else "from the beginning"
+        why = "" if cause == "start" else f", after: {cause}"
+        self._write(f"attempt {attempt}: {world_size} worker{'s' * (world_size > 1)}, {start}{why}")
+
+    def _trainer(self, at: float, *, rank: int, pid: int, attempt: int) -> None:
+        self._write(f"attempt {attempt}: rank {rank} trains in process {pid}")
+
+    def _training(self, at: float, *, attempt: int, step: int) -> None:
+        self._since = (step, at)
+        self._stable = step or self._stable
+        self._write(f"attempt {attempt}: goes on from step {step}")
+
+    def _step(self, at: float, *, attempt: int, step: int, metrics: dict[str, Any]) -> None:
+        if self._down_at is not None:
+            self._write(f"attempt {attempt}: first new step {at - self._down_at:.2f} s after the failure was seen")
+            self._down_at = None
+        if at - self._last_line_s < _STEP_INTERVAL_S and step != self._num_steps:
+            return
+        self._last_line_s = at
+        first, since = self._since or (step, at)
+        rate = (step - first) / (at - since) if at > since else 0.0
+        eta = str(timedelta(seconds=round((self._num_steps - step) / rate))) if rate else "?"
+        stable = "none" if self._stable is None else f"step {self._stable}"
+        self._write(
+            f"step {step}/{self._num_steps}  loss {metrics['loss']:.4f}  {rate * self._global_batch_size:.0f} samples/s"
+            f"  ETA {eta}  attempt {attempt}  newest stable checkpoint: {stable}"
+        )
+
+    def _saved(self, at: float, *, step: int, attempt: int, bytes: int, commit_s: float) -> None:
+        self._stable = step
+
+    def _save_failed(self, at: float, *, step: int, error: str) -> None:
+        self._write(f"checkpoint of step {step} failed, training goes on without it: {error}")
+
+    def _down(self, at: float, *, rank: int, kind: str, message: str) -> None:
+        self._down_at = at
+
+    def _failure(self, at: float, *, attempt: int, rank: int, kind: str, action: str, reason: str, step: int,
+                 details: str) -> None:
+        self._write(f"attempt {attempt}: stopped after step {step}, {kind}: {reason}; {action}")
+        if kind == "error" and details:
+            self._write(details.rstrip())
+
+    def _agent_lost(self, at: float, *, rank: int) -> None:
+        self._down_at = at
+        self._write(f"rank {rank}: the agent or its node is gone; Ray Train replaces it")
+
+    def _controller_lost(self, at: float, *, reason: str) -> None:
+        self._write(f"{reason}; starting Ray Train again")
+
+    def _quarantined(self, at: float, *, checkpoint: str, reason: str) -> None:
+        self._write(f"checkpoint {checkpoint} is quarantined: {reason}; the next older one is taken")
+
+    def _already_finished(self, at: float, *, step: int, checkpoint: str) -> None:
+        self._write(f"finished: step {step} of {self._num_steps} is in checkpoint {checkpoint}; nothing to do")
+
+    def _outcome(self, at: float, *, ending: str, message: str) -> None:
+        if ending == "finished":
+            self._write(f"finished: {message}")
+
+
+def stdout_writer(line: str) -> None:
+    """One line with the time of day, at once."""
+    print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)

@@ -1,0 +1,214 @@
+"""An agent's work, without Ray: start the trainer, watch it, keep its snapshots, store its shards."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import queue
+import signal
+import socket
+import threading
+from multiprocessing.connection import Connection, Pipe, wait
+
+from orchestrator.checkpoint.keys import CheckpointRef
+from orchestrator.checkpoint.store import Store
+from orchestrator.checkpoint.writer import write_shard
+from orchestrator.coordinator import RunSpec
+from orchestrator.errors import StorageError
+from orchestrator.forkserver import ChildEnded, ForkServer
+from orchestrator.messages import (
+    Begin,
+    Down,
+    ExitKind,
+    FromTrainer,
+    Kill,
+    Launch,
+    Outcome,
+    Receipt,
+    Rendezvous,
+    SaveEnded,
+    SaveFailed,
+    Snapshot,
+    Started,
+    TrainerExit,
+)
+from trainers.progress import Progress
+
+
+class ShardWriter:
+    """Stores snapshots in a thread: the shard goes from the shared buffer to storage without a second copy."""
+
+    def __init__(self, store: Store, buffer: int, rank: int, world_size: int) -> None:
+        self._store = store
+        self._buffer = buffer
+        self._rank = rank
+        self._world_size = world_size
+        self._jobs: queue.SimpleQueue[tuple[int, Snapshot]] = queue.SimpleQueue()
+        self.connection, self._results = Pipe(duplex=False)
+        """Delivers a `Receipt` or `SaveFailed` for each snapshot."""
+        threading.Thread(target=self._work, name="shard-writer", daemon=True).start()
+
+    def submit(self, attempt: int, snapshot: Snapshot) -> None:
+        self._jobs.put((attempt, snapshot))
+
+    def _work(self) -> None:
+        while True:
+            attempt, snapshot = self._jobs.get()
+            progress = snapshot.progress
+            try:
+                with mmap.mmap(self._buffer, snapshot.size_bytes, prot=mmap.PROT_READ) as data, memoryview(data) as view:
+                    key = CheckpointRef(progress.samples_seen, attempt).shard(self._rank, self._world_size)
+                    shard = write_shard(self._store, key, snapshot.chunks, view, self._metadata(attempt, progress))
+            except StorageError as error:
+                self._results.send(SaveFailed(attempt=attempt, progress=progress, error=str(error)))
+            else:
+                self._results.send(
+                    Receipt(attempt=attempt, progress=progress, shard=shard, scalars=snapshot.scalars)
+                )
+
+
+    def _metadata(self, attempt: int, progress: Progress) -> dict[str, str]:
+        """For people who find the file alone."""
+        return {
+            "format": "unbroken-1",
+            "attempt": str(attempt),
+            "step": str(progress.step),
+            "samples_seen": str(progress.samples_seen),
+            "rank": f"{self._rank} of {self._world_size}",
+        }
+
+
+class Supervisor:
+    """One for each rank: turns the coordinator's orders into a trainer process, and its life into messages."""
+
+    def __init__(self, spec: RunSpec, rank: int, world_size: int, coordinator: Connection) -> None:
+        self._spec = spec
+        self._rank = rank
+        self._world_size = world_size
+        self._coordinator = coordinator
+        self._fork_server = ForkServer(spec.preload)
+        # Anonymous shared memory: it outlives the trainers, and cannot outlive this process.
+        self._buffer = os.memfd_create("unbroken-snapshot")
+        self._writer = ShardWriter(Store.open(spec.run_url), self._buffer, rank, world_size)
+        self._attempt = 0
+        self._trainer: Connection | None = None
+        self._pid: int | None = None
+        self._exit: TrainerExit | None = None
+        self._killed = False
+        self._pending: Progress | None = None
+
+    def run(self) -> Outcome:
+        """Serve until the coordinator has an outcome.
+
+        Raises:
+            ConnectionError: the coordinator is gone.
+        """
+        try:
+            while True:
+                sources = [self._coordinator, self._fork_server.connection, self._writer.connection]
+                if self._trainer is not None:
+                    sources.append(self._trainer)
+                for source in wait(sources):
+                    outcome = self._serve(source)
+                    if outcome is not None:
+                        return outcome
+        finally:
+            self._fork_server.close()
+            self._coordinator.close()
+            os.close(self._buffer)
+
+    def _serve(self, source: object) -> Outcome | None:
+        if source is self._coordinator:
+            try:
+                message = self._coordinator.recv()
+            except (EOFError, OSError) as error:
+                raise ConnectionError(f"rank {self._rank}: the coordinator on rank 0 is gone") from error
+            if isinstance(message, Outcome):
+                return message
+            self._obey(message)
+        elif source is self._trainer:
+            self._hear_trainer()
+        elif source is self._writer.connection:
+            self._coordinator.send(self._writer.connection.recv())
+        else:
+            self._hear_fork_server()
+        return None
+
+    def _obey(self, message: object) -> None:
+        match message:
+            case Launch(attempt=attempt, restore=restore):
+                self._launch(attempt, restore)
+            case Kill(attempt=attempt) if attempt == self._attempt and self._pid is not None:
+                self._killed = True
+                os.kill(self._pid, signal.SIGKILL)
+            case SaveEnded(progress=progress):
+                if self._pending == progress:
+                    self._pending = None
+                    self._tell_trainer(message)
+            case Rendezvous():
+                self._tell_trainer(message)
+
+    def _launch(self, attempt: int, restore: str | None) -> None:
+        self._attempt, self._exit, self._killed, self._pending = attempt, None, False, None
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._pid = self._fork_server.fork(theirs.fileno(), self._buffer)
+        self._trainer = Connection(ours.detach())
+        begin = Begin(
+            config=self._spec.config,
+            run_url=self._spec.run_url,
+            every_steps=self._spec.every_steps,
+            rank=self._rank,
+            world_size=self._world_size,
+            restore=restore,
+        )
+        self._tell_trainer(begin)
+        self._coordinator.send(Started(attempt=attempt, pid=self._pid))
+
+    def _tell_trainer(self, message: object) -> None:
+        # A trainer that is gone reads nothing; that it is gone is reported by the fork server.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            if self._trainer is not None:
+                self._trainer.send(message)
+
+    def _hear_trainer(self) -> None:
+        assert self._trainer is not None
+        try:
+            message = self._trainer.recv()
+        except (EOFError, ConnectionResetError):
+            self._trainer.close()
+            self._trainer = None
+            return
+        match message:
+            case TrainerExit():
+                self._exit = message
+            case Snapshot():
+                self._pending = message.progress
+                self._writer.submit(self._attempt, message)
+            case _:
+                self._coordinator.send(FromTrainer(attempt=self._attempt, message=message))
+
+    def _hear_fork_server(self) -> None:
+        try:
+            ended = self._fork_server.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._fork_server.close()
+            self._fork_server = ForkServer(self._spec.preload)
+            ended = ChildEnded(self._pid or 0, -signal.SIGKILL)  # the trainer went with it
+        if ended.pid != self._pid:
+            return
+        self._pid = None
+        while self._trainer is not None:  # its last words, up to the end of file
+            self._hear_trainer()
+        self._coordinator.send(Down(attempt=self._attempt, exit=self._cause(ended.status), pending=self._pending))
+
+    def _cause(self, status: int) -> TrainerExit:
+        if self._exit is not None:
+            return self._exit
+        if self._killed:
+            return TrainerExit(kind=ExitKind.PEER_LOST, message="ended together with the others")
+        if status < 0:
+            name = signal.Signals(-status).name
+            return TrainerExit(kind=ExitKind.KILLED, message=f"the trainer was ended by {name}")
+        return TrainerExit(kind=ExitKind.ERROR, message=f"the trainer left with exit code {status} and no word")

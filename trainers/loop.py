@@ -1,0 +1,27 @@
+"""The training loop: a function from a state to a later state."""
+
+from __future__ import annotations
+
+from trainers.ports import Checkpointer, Control, MetricSink
+from trainers.state import TrainState
+from trainers.step import Task, train_step
+
+
+def train(state: TrainState, task: Task, control: Control, checkpointer: Checkpointer, sink: MetricSink) -> None:
+    """Restore the newest stable checkpoint, if there is one, and train to the end. Collective: all ranks.
+
+    Returns when `train.num_steps` are done, or when `control` says stop; everything asked to be saved is committed.
+
+    Raises:
+        NonFiniteError: the step's numbers are not finite; the state is the one before that step.
+    """
+    checkpointer.restore(state)
+    while state.progress.step < task.config.train.num_steps:
+        metrics = train_step(state, task)
+        sink.log(state.progress, metrics)
+        directive = control.poll(state.progress)
+        if directive.save:
+            checkpointer.save(state)
+        if directive.stop:
+            break
+    checkpointer.wait()

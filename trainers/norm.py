@@ -1,0 +1,97 @@
+"""The gradient norm and the loss of a step, the same bits for every world size."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from trainers.parallel import LocalParameter
+from trainers.reduction import Topology, halve
+
+_BLOCK_NUMEL = 1 << 20
+"""Rows are squared and folded in blocks of about this many elements: 4 MiB of temporaries, cache-sized on CPU."""
+
+
+class StepSums:
+    """Sums one step's squared gradients and losses over all ranks, in one small all-reduce.
+
+    Each row of a gradient (dimension 0, which sharding never cuts) is summed where it lies; the row sums, and the
+    losses of the microbatches, are put into one vector in which every rank fills only its own places, so that adding
+    the ranks' vectors is exact; then everybody folds the same vector.
+    """
+
+    def __init__(self, parameters: Sequence[LocalParameter], topology: Topology, device: torch.device) -> None:
+        self._parameters = parameters
+        self._counts_rows = topology.replica == 0  # replicas hold the same gradients
+        self._device = device
+        self._num_rows = sum(parameter.shape[0] for parameter in parameters)
+        by_width: dict[int, list[tuple[LocalParameter, int]]] = defaultdict(list)
+        first = 0
+        for parameter in parameters:
+            if parameter.local.numel():
+                width = parameter.local.numel() // len(parameter.local)
+                by_width[width].append((parameter, first + parameter.row_offset))
+            first += parameter.shape[0]
+        self._blocks = [block for width, group in by_width.items() for block in _blocks(width, group)]
+
+    def __call__(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean loss and the L2 norm of the gradient. Collective: all ranks.
+
+        Args:
+            losses: (M,) float32, zero but for the microbatches of this rank.
+
+        Returns:
+            loss, norm: 0-dimensional float32 tensors on the device, the same bits on all ranks.
+        """
+        sums = torch.zeros(self._num_rows + len(losses), device=self._device)
+        sums[self._num_rows :] = losses
+        if self._counts_rows:
+            for width, members in self._blocks:
+                self._sum_rows(width, members, sums)
+        dist.all_reduce(sums)
+        loss = halve(sums[self._num_rows :]) / len(losses)
+        return loss, halve(sums[: self._num_rows]).sqrt()
+
+    def _sum_rows(self, width: int, members: list[tuple[LocalParameter, int, slice]], sums: torch.Tensor) -> None:
+        rows, places = [], []
+        for parameter, first, part in members:
+            grad = parameter.local_grad()
+            if grad is not None:
+                rows.append(grad.reshape(-1, width)[part])
+                places.append((first, len(rows[-1])))
+        if not rows:
+            return
+        squares = halve(torch.cat(rows).square_())
+        taken = 0
+        for first, count in places:
+            sums[first : first + count] = squares[taken : taken + count]
+            taken += count
+
+
+def _blocks(
+    width: int, group: list[tuple[LocalParameter, int]]
+) -> list[tuple[int, list[tuple[LocalParameter, int, slice]]]]:
+    """Cut the rows of equally wide parameters into blocks, so that few operations serve many small tensors."""
+    rows_per_block = max(1, _BLOCK_NUMEL // width)
+    blocks: list[list[tuple[LocalParameter, int, slice]]] = [[]]
+    room = rows_per_block
+    for parameter, first in group:
+        start, num_rows = 0, len(parameter.local)
+        while start < num_rows:
+            if room == 0:
+                blocks.append([])
+                room = rows_per_block
+            take = min(room, num_rows - start)
+            blocks[-1].append((parameter, first + start, slice(start, start + take)))
+            start, room = start + take, room - take
+    return [(width, block) for block in blocks]
+
+
+def clip_(parameters: Sequence[LocalParameter], norm: torch.Tensor, max_norm: float) -> None:
+    """Scale the local gradients so that the global norm is at most `max_norm`, as `torch.nn.utils` does. Local."""
+    grads = [grad for parameter in parameters if (grad := parameter.local_grad()) is not None and grad.numel()]
+    if grads:
+        torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))

@@ -1,0 +1,168 @@
+"""The state of a run: everything that may influence the next step, as named tensors and a few scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainers.ema import EMA
+from trainers.errors import StateMismatchError
+from trainers.fingerprint import partial_fingerprint
+from trainers.generators import GeneratorStates
+from trainers.parallel import LocalParameter
+from trainers.progress import Progress
+from trainers.reduction import Topology
+from trainers.shards import TensorSpec
+
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTensor:
+    """The rows of one tensor of the state that live on this rank."""
+
+    spec: TensorSpec
+    row_offset: int
+    tensor: torch.Tensor
+    """(rows, ...), the live memory: reading it is a snapshot, writing it is a restore."""
+    replica: int
+    num_replicas: int
+    """The same rows live on `num_replicas` ranks, of which this is number `replica`."""
+
+    def owned_rows(self) -> tuple[int, int]:
+        """The local rows `start, stop` that this replica writes, so that every row is written exactly once."""
+        rows = len(self.tensor) if self.tensor.ndim else 1
+        return rows * self.replica // self.num_replicas, rows * (self.replica + 1) // self.num_replicas
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """The whole state of a run, as far as this rank holds it."""
+
+    model: torch.nn.Module
+    parameters: list[LocalParameter]
+    optimizer: torch.optim.AdamW
+    """Over the local rows, in the order of `parameters`; parameters with no local rows are left out."""
+    ema: EMA
+    generators: GeneratorStates
+    topology: Topology
+    progress: Progress
+
+    def tensors(self) -> Iterator[LocalTensor]:
+        """Every tensor of the state, in an order that is the same on all ranks. Local."""
+        for parameter in self.parameters:
+            yield self._sharded("model", parameter, parameter.local)
+        for moment in _MOMENTS:
+            for parameter in self.parameters:
+                slot = self.optimizer.state.get(parameter.local)
+                # A rank without rows has no optimizer state; it still takes part, with an empty tensor.
+                yield self._sharded(f"optimizer/{moment}", parameter, slot[moment] if slot else parameter.local)
+        averages = self.ema.tensors()
+        for profile in sorted(averages):
+            for parameter in self.parameters:
+                yield self._sharded(f"ema/{profile}", parameter, averages[profile][parameter.name])
+        trainable = {parameter.name for parameter in self.parameters}
+        for name, value in self.model.state_dict().items():
+            if name not in trainable:
+                yield self._replicated(f"model/{name}", value)
+        for name, value in self.generators.tensors.items():
+            yield self._replicated(f"rng/{name}", value)
+
+    def scalars(self) -> dict[str, Any]:
+        """What is not a tensor, JSON-ready and the same on all ranks."""
+        return {"optimizer_steps": self.optimizer_steps, "ema": self.ema.scalars()}
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        """The counterpart of `scalars`; EMA profiles that had begun get their memory here. Local.
+
+        Raises:
+            StateMismatchError: a part is missing, or does not belong to this configuration.
+        """
+        try:
+            steps = int(scalars["optimizer_steps"])
+            self.ema.load_scalars(scalars["ema"])
+        except (KeyError, TypeError) as error:
+            raise StateMismatchError(f"the checkpoint's scalars are incomplete: {error!r} in {scalars!r}") from error
+        for slot in self.optimizer.state.values():
+            slot["step"].fill_(steps)
+        self.optimizer_steps = steps
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that AdamW has made; its bias correction depends on it."""
+        return self.optimizer.param_groups[0]["num_updates"]
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, value: int) -> None:
+        self.optimizer.param_groups[0]["num_updates"] = value
+
+    def _sharded(self, prefix: str, parameter: LocalParameter, tensor: torch.Tensor) -> LocalTensor:
+        dtype = SAFETENSORS_DTYPES[tensor.dtype]
+        return LocalTensor(
+            spec=TensorSpec(name=f"{prefix}/{parameter.name}", dtype=dtype, shape=parameter.shape),
+            row_offset=parameter.row_offset,
+            tensor=tensor,
+            replica=self.topology.replica,
+            num_replicas=self.topology.num_replicas,
+        )
+
+    def _replicated(self, name: str, tensor: torch.Tensor) -> LocalTensor:
+        return LocalTensor(
+            spec=TensorSpec(name=name, dtype=SAFETENSORS_DTYPES[tensor.dtype], shape=tuple(tensor.shape)),
+            row_offset=0,
+            tensor=tensor,
+            replica=self.topology.rank,
+            num_replicas=self.topology.world_size,
+        )
+
+
+def make_optimizer(parameters: list[LocalParameter], lr: float, **options: Any) -> torch.optim.AdamW:
+    """AdamW over the local rows, with its moments in place so that a checkpoint can be read into them. Local."""
+    local = [parameter.local for parameter in parameters if parameter.local.numel()]
+    # A rank can be without any row (more ranks than rows); AdamW wants at least one tensor.
+    optimizer = torch.optim.AdamW(local or [torch.zeros(0)], lr=lr, foreach=True, **options)
+    for tensor in local:
+        optimizer.state[tensor] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(tensor),
+            "exp_avg_sq": torch.zeros_like(tensor),
+        }
+    optimizer.param_groups[0]["num_updates"] = 0
+    return optimizer
+
+
+
+def fingerprints(state: TrainState) -> dict[str, int]:
+    """The fingerprint of every tensor of the state (see `trainers.fingerprint`), whatever its sharding.
+
+    Collective: all ranks; each hashes the rows that it owns, and one small all-reduce adds the hashes up.
+    """
+    names, partials = [], []
+    for local in state.tensors():
+        start, stop = local.owned_rows()
+        names.append(local.spec.name)
+        rows = local.tensor.detach().reshape(-1) if not local.tensor.ndim else local.tensor.detach()[start:stop]
+        data = rows.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        owned = stop > start and local.tensor.numel() > 0
+        partial = partial_fingerprint(local.spec, local.row_offset + start, data) if owned else 0
+        partials.append(partial - (1 << 64) if partial >= 1 << 63 else partial)  # as the bits of an int64
+    sums = torch.tensor(partials, dtype=torch.int64, device=state.parameters[0].local.device)
+    dist.all_reduce(sums)  # wraps around: addition modulo 2**64
+    return {name: value % (1 << 64) for name, value in zip(names, sums.tolist(), strict=True)}

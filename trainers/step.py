@@ -1,0 +1,106 @@
+"""One optimizer step, from sample positions to new weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from trainers.config import TrainerConfig
+from trainers.data.batch import load_microbatch
+from trainers.data.sources import Source
+from trainers.errors import NonFiniteError
+from trainers.generators import settle
+from trainers.models import call_model
+from trainers.norm import StepSums, clip_
+from trainers.objectives import Objective
+from trainers.parallel import begin_round
+from trainers.reduction import Rounds
+from trainers.rng import seed_global_generators
+from trainers.schedules import learning_rate
+from trainers.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is trained on what: fixed for the life of a training process."""
+
+    config: TrainerConfig
+    source: Source
+    objective: Objective
+    rounds: Rounds
+    sums: StepSums
+    device: torch.device
+    null_label: int | None
+    """What a dropped label becomes; None: the model takes no labels."""
+
+
+def train_step(state: TrainState, task: Task) -> dict[str, float]:
+    """Train on the next global batch and advance `state.progress`. Collective: all ranks.
+
+    Returns:
+        loss, grad_norm and lr: the same bits on all ranks and for every world size.
+
+    Raises:
+        NonFiniteError: loss or gradient norm is NaN or infinite; no update was made.
+    """
+    train, optimizer = task.config.train, task.config.optimizer
+    losses = torch.zeros(train.num_microbatches, device=task.device)
+    for round_index in task.rounds:
+        begin_round(state.model, task.config.parallel, task.rounds)
+        index = round_index * state.topology.world_size + state.topology.rank
+        if index < train.num_microbatches:
+            losses[index] = _backward(state, task, index, scale=1.0 / train.num_microbatches)
+        else:
+            # The others need this rank's part of the collectives. The tree leaves the gradient out; `fast` adds zeros.
+            _backward(state, task, train.num_microbatches - 1, scale=0.0)
+    loss, norm = task.sums(losses)
+    values = {"loss": loss.item(), "grad_norm": norm.item()}
+    if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+        raise NonFiniteError(f"step {state.progress.step + 1}: {values}; the update was not taken. Lower optimizer.lr")
+    if optimizer.clip_norm is not None:
+        clip_(state.parameters, norm, optimizer.clip_norm)
+    lr = learning_rate(task.config.schedule, optimizer.lr, train.num_steps, state.progress.step)
+    _update(state, lr)
+    state.progress = state.progress.advance(train.global_batch_size)
+    state.ema.update(state.progress.step)
+    settle(task.config.seed, state.progress.step, train.num_microbatches)
+    return {**values, "lr": lr}
+
+
+def _backward(state: TrainState, task: Task, index: int, scale: float) -> torch.Tensor:
+    """Forward and backward of one microbatch. Returns its mean loss, a 0-dimensional float32 tensor."""
+    config = task.config
+    size = config.train.microbatch_size
+    first = state.progress.samples_seen + index * size
+    batch = load_microbatch(
+        task.source,
+        np.arange(first, first + size),
+        seed=config.seed,
+        flip=config.data.flip,
+        null_label=task.null_label,
+        label_drop=config.objective.label_drop,
+    )
+    seed_global_generators(config.seed, state.progress.step, index)
+    images, noise = batch.images.to(task.device), batch.noise.to(task.device)
+    labels = batch.labels.to(task.device) if batch.labels is not None else None
+    timesteps = task.objective.timesteps(batch.uniform).to(task.device)
+    noisy = task.objective.noisy(images, noise, timesteps)
+    if config.train.precision == "bf16":
+        noisy = noisy.bfloat16()
+    prediction = call_model(state.model, noisy, timesteps, labels)
+    loss = task.objective.loss(prediction, images, noise, timesteps).mean()
+    (loss * scale).backward()
+    return loss.detach()
+
+
+def _update(state: TrainState, lr: float) -> None:
+    for parameter in state.parameters:
+        parameter.local.grad = parameter.local_grad()
+    state.optimizer.param_groups[0]["lr"] = lr
+    state.optimizer.step()
+    state.optimizer_steps += 1
+    for parameter in state.parameters:
+        parameter.local.grad = None
+        parameter.parameter.grad = None
