@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from trainers.errors import ConfigError
-from trainers.models import call_model, null_label
+from trainers.models import call_model, learns_null_label, null_label
 from trainers.objectives import Objective
 from trainers.rng import Stream, normal
 
@@ -45,8 +46,8 @@ def sample_images(
     null = null_label(model)
     if (null is None) != (labels is None):
         raise ConfigError(f"labels={labels} do not fit a model with {'no classes' if null is None else 'classes'}")
-    if labels is None and guidance != 1:
-        raise ConfigError(f"guidance={guidance} needs a model with classes; use guidance=1")
+    if guidance != 1 and not learns_null_label(model, objective.config.label_drop):
+        raise ConfigError(f"guidance={guidance} needs a model that was trained with dropped labels; use guidance=1")
     noise = normal(seed, Stream.SAMPLING, np.arange(shape[0]), tuple(shape[1:]))
     was_training = model.training
     model.eval()
@@ -71,16 +72,18 @@ def _denoise(
 ) -> torch.Tensor:
     """(B, C, H, W) noise to (B, C, H, W) images."""
     device = next(model.parameters()).device
-    scheduler = objective.scheduler()
+    scheduler: Any = objective.scheduler()
     scheduler.set_timesteps(num_steps, device=device)
     x = x.to(device)
+    without_label = None
     if labels is not None:
         labels = labels.to(device)
+        without_label = torch.full_like(labels, null_label(model) or 0)
     for timestep in scheduler.timesteps:
         timesteps = timestep.expand(len(x))
         prediction = call_model(model, x, timesteps, labels).float()
         if guidance != 1:
-            without = call_model(model, x, timesteps, torch.full_like(labels, null_label(model))).float()
+            without = call_model(model, x, timesteps, without_label).float()
             prediction = without + guidance * (prediction - without)
         x = scheduler.step(prediction, timestep, x).prev_sample
     return x.cpu()
