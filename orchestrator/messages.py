@@ -135,6 +135,7 @@ class Started:
 
     attempt: int
     pid: int
+    agent_pid: int
 
 
 @dataclass(frozen=True, kw_only=True)

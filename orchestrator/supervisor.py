@@ -166,7 +166,7 @@ class Supervisor:
             restore=restore,
         )
         self._tell_trainer(begin)
-        self._coordinator.send(Started(attempt=attempt, pid=self._pid))
+        self._coordinator.send(Started(attempt=attempt, pid=self._pid, agent_pid=os.getpid()))
 
     def _tell_trainer(self, message: object) -> None:
         # A trainer that is gone reads nothing; that it is gone is reported by the fork server.
