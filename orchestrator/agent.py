@@ -10,8 +10,9 @@ import ray.train
 import ray.train.collective
 
 from orchestrator.checkpoint.store import Store
-from orchestrator.coordinator import Coordinator, RunSpec
+from orchestrator.coordinator import Coordinator
 from orchestrator.hub import Hub, connect
+from orchestrator.run_spec import RunSpec
 from orchestrator.supervisor import Supervisor
 
 

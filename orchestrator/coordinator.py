@@ -7,16 +7,15 @@ the trainers, from `Launch` to the last `Down`, is an *attempt*; its number, cla
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 from orchestrator.checkpoint.attempts import claim_attempt, read_attempts
 from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, newest_stable, quarantine, scan_checkpoints
 from orchestrator.checkpoint.reader import verify
 from orchestrator.checkpoint.store import Store
-from orchestrator.checkpoint.writer import CommitInfo, commit
-from orchestrator.errors import StorageError, SupersededError
+from orchestrator.errors import SupersededError, UnbrokenError
 from orchestrator.failures import MAX_ATTEMPTS_WITHOUT_PROGRESS, Action, Failure, classify, decide
 from orchestrator.messages import (
     Down,
@@ -37,27 +36,12 @@ from orchestrator.messages import (
     Started,
     Stepped,
 )
+from orchestrator.run_spec import RunSpec
+from orchestrator.shard_collection import ShardCollection
 from trainers.progress import Progress
 
-
-@dataclass(frozen=True, kw_only=True)
-class RunSpec:
-    """What coordinator and agents know of the run."""
-
-    run_id: str
-    run_url: str
-    session: str
-    """One life of the driver; crash loops are counted within it."""
-    config: Mapping[str, Any]
-    """The `TrainerConfig` as plain values."""
-    config_hash: str
-    strategy: str
-    every_steps: int
-    num_steps: int
-    versions: Mapping[str, str]
-    """Of the libraries that decide numbers; recorded in every manifest."""
-    preload: tuple[str, ...]
-    """What the fork server imports before the first trainer."""
+_MAX_LAUNCH_FAILURES = 10
+"""Times in a row that storage may fail an attempt to launch: about a minute in all."""
 
 
 class Coordinator:
@@ -87,8 +71,10 @@ class Coordinator:
         self._finished: set[int] = set()
         self._down: dict[int, Down] = {}
         self._stopping = False
-        self._receipts: dict[int, Receipt] = {}
+        self._shards = ShardCollection(spec, store, world_size)
         self._launch_at: float | None = None
+        self._launch_failures = 0
+        self._cause = "start"
         self.outcome: Outcome | None = None
         """Set when there is nothing left to do; every agent has been told."""
 
@@ -100,7 +86,7 @@ class Coordinator:
             case Joined():
                 self._joined.add(rank)
                 if len(self._joined) == self._world_size:
-                    self._launch(cause="start")
+                    self._try_launch(cause="start")
             case Started():
                 self._event("trainer", rank=rank, pid=message.pid, agent_pid=message.agent_pid, attempt=message.attempt)
             case FromTrainer(attempt=attempt, message=inner) if attempt == self._attempt and not self._stopping:
@@ -127,7 +113,22 @@ class Coordinator:
         """Do what is due."""
         if self._launch_at is not None and time.monotonic() >= self._launch_at:
             self._launch_at = None
-            self._launch(cause=self._history[-1].kind.value)
+            self._try_launch(self._cause)
+
+    def _try_launch(self, cause: str) -> None:
+        """Launch, or try again in a while if storage does not answer; the trainers are down and lose nothing."""
+        try:
+            self._launch(cause)
+        except UnbrokenError as error:
+            self._launch_failures += 1
+            if self._launch_failures >= _MAX_LAUNCH_FAILURES:
+                self._end(Ending.STORAGE, str(error))
+                return
+            delay_s = min(10.0, 0.2 * 2**self._launch_failures)
+            self._event("storage_trouble", message=str(error), retry_s=delay_s)
+            self._launch_at, self._cause = time.monotonic() + delay_s, cause
+        else:
+            self._launch_failures = 0
 
     def _launch(self, cause: str) -> None:
         seen = _name(newest_stable(self._store))
@@ -138,7 +139,8 @@ class Coordinator:
         # Only what is listed after the claim counts: an older attempt can commit no more once it sees ours.
         self._checkpoint = self._newest_sound()
         self._reached = self._restored
-        self._ready, self._finished, self._down, self._receipts = set(), set(), {}, {}
+        self._ready, self._finished, self._down = set(), set(), {}
+        self._shards.clear()
         self._stopping = False
         restore = _name(self._checkpoint)
         self._event("attempt", attempt=self._attempt, restore=restore, cause=cause, world_size=self._world_size)
@@ -187,36 +189,20 @@ class Coordinator:
                     self._end(Ending.FINISHED, f"step {self._spec.num_steps} is done and committed")
 
     def _take_receipt(self, rank: int, receipt: Receipt) -> None:
-        self._receipts[rank] = receipt
-        if len(self._receipts) < self._world_size:
-            return
-        receipts = [self._receipts[rank] for rank in range(self._world_size)]
-        info = CommitInfo(
-            run_id=self._spec.run_id,
-            attempt=self._attempt,
-            progress=receipt.progress,
-            reason="final" if receipt.progress.step == self._spec.num_steps else "interval",
-            strategy=self._spec.strategy,
-            config_hash=self._spec.config_hash,
-            versions=self._spec.versions,
-            scalars=receipts[0].scalars,
-            health={"ok": True},  # a step that is not finite is never taken, so never saved
-        )
-        started = time.monotonic()
         try:
-            manifest = commit(self._store, [receipt.shard for receipt in receipts], info)
+            manifest = self._shards.add(rank, receipt)
         except SupersededError as error:
             self._end(Ending.SUPERSEDED, str(error))
-        except StorageError as error:
+        except UnbrokenError as error:
             self._save_ended(receipt.progress, str(error))
         else:
-            size = sum(entry.size_bytes for entry in manifest.files)
-            seconds = round(time.monotonic() - started, 3)
-            self._event("saved", step=receipt.progress.step, attempt=self._attempt, bytes=size, commit_s=seconds)
-            self._save_ended(receipt.progress, None)
+            if manifest is not None:
+                size = sum(file.size_bytes for file in manifest.files)
+                self._event("saved", step=receipt.progress.step, attempt=self._attempt, bytes=size)
+                self._save_ended(receipt.progress, None)
 
     def _save_ended(self, progress: Progress, error: str | None) -> None:
-        self._receipts = {}
+        self._shards.clear()
         if error is not None:
             self._event("save_failed", step=progress.step, error=error)
         self._to_all(SaveEnded(progress=progress, error=error))
@@ -265,13 +251,24 @@ class Coordinator:
         else:
             if decision.action is Action.QUARANTINE and self._checkpoint is not None:
                 # The file with the damage, where a full check finds it; else what the loading rank saw.
-                problems = verify(self._store, self._checkpoint.ref)
-                self._quarantine(self._checkpoint, problems[0] if problems else decision.reason)
-            self._launch_at = time.monotonic() + decision.delay_s
+                self._quarantine(self._checkpoint, self._damage() or decision.reason)
+            self._launch_at, self._cause = time.monotonic() + decision.delay_s, cause.kind.value
+
+    def _damage(self) -> str | None:
+        """What a full check of the checkpoint in use finds first."""
+        assert self._checkpoint is not None
+        try:
+            return next(iter(verify(self._store, self._checkpoint.ref)), None)
+        except UnbrokenError:
+            return None  # what the loading rank saw is reason enough
 
     def _quarantine(self, checkpoint: CheckpointInfo, reason: str) -> None:
         quarantine(self._store, checkpoint.ref, reason, self._attempt)
         self._event("quarantined", checkpoint=str(checkpoint.ref), reason=reason)
+
+    def broken(self, error: BaseException) -> None:
+        """The coordinator itself failed: end the run with the trace, rather than have everything restarted for ever."""
+        self._end(Ending.BROKEN, "".join(traceback.format_exception(error)))
 
     def _end(self, ending: Ending, message: str) -> None:
         self.outcome = Outcome(ending=ending, message=message)

@@ -16,7 +16,6 @@ from orchestrator.checkpoint.catalog import newest_stable
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig, Workers, config_hash, conflicting_keys, run_url, to_dict, trainer_dict
-from orchestrator.coordinator import RunSpec
 from orchestrator.errors import GaveUpError, RunMismatchError, StorageError, SupersededError, UnbrokenError
 from orchestrator.messages import Ending, Event
 from trainers.errors import ConfigError
@@ -31,6 +30,7 @@ import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from orchestrator.agent import agent
+from orchestrator.run_spec import RunSpec
 
 _MAX_CONTROLLER_DEATHS = 5
 """Times in a row that Ray Train's controller may die without a newer checkpoint."""
@@ -40,6 +40,7 @@ _ERRORS = {
     Ending.CONFIG: ConfigError,
     Ending.SUPERSEDED: SupersededError,
     Ending.STORAGE: StorageError,
+    Ending.BROKEN: RuntimeError,
 }
 
 
@@ -161,7 +162,9 @@ def _supervise(spec: RunSpec, config: RunConfig, store: Store, show: Callable[[E
         step = newest.manifest.progress.step if newest and newest.manifest else 0
         deaths = deaths + 1 if step == stalled_at else 1
         stalled_at = step
-        reason = f"Ray Train ended without an outcome: {type(error).__name__}: {str(error).splitlines()[0] if error else ''}"
+        reason = (
+            f"Ray Train ended without an outcome: {type(error).__name__}: {str(error).splitlines()[0] if error else ''}"
+        )
         if deaths >= _MAX_CONTROLLER_DEATHS:
             raise UnbrokenError(f"{reason}; {deaths} times in a row at step {step}. Ray's logs say more")
         show(_event("controller_lost", reason=reason))

@@ -46,8 +46,8 @@ class Hub:
             pass  # its end of file is about to be read, and reported from there
 
     def _serve(self, make_coordinator: Callable[[Callable[[int, object], None]], Coordinator]) -> None:
+        coordinator = make_coordinator(self._send)
         try:
-            coordinator = make_coordinator(self._send)
             while len(self._agents) < self._world_size:
                 connection = self._listener.accept()
                 _no_delay(connection)
@@ -57,8 +57,9 @@ class Hub:
                 coordinator.handle(rank, Joined(rank=rank))
             while coordinator.outcome is None:
                 self._turn(coordinator)
+        except BaseException as error:
+            coordinator.broken(error)
         finally:
-            # Also after an exception here: the agents read the end of file, fail, and are replaced.
             for connection in self._agents.values():
                 connection.close()
             self._listener.close()

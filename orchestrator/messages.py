@@ -202,6 +202,7 @@ class Ending(Enum):
     CONFIG = "refused"
     SUPERSEDED = "superseded"
     STORAGE = "storage"
+    BROKEN = "broken"
 
 
 @dataclass(frozen=True, kw_only=True)

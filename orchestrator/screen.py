@@ -61,7 +61,7 @@ class Screen:
             f"  ETA {eta}  attempt {attempt}  newest stable checkpoint: {stable}"
         )
 
-    def _saved(self, at: float, *, step: int, attempt: int, bytes: int, commit_s: float) -> None:
+    def _saved(self, at: float, *, step: int, attempt: int, bytes: int) -> None:
         self._stable = step
 
     def _save_failed(self, at: float, *, step: int, error: str) -> None:
@@ -70,8 +70,9 @@ class Screen:
     def _down(self, at: float, *, rank: int, kind: str, message: str) -> None:
         self._down_at = at
 
-    def _failure(self, at: float, *, attempt: int, rank: int, kind: str, action: str, reason: str, step: int,
-                 details: str) -> None:
+    def _failure(
+        self, at: float, *, attempt: int, rank: int, kind: str, action: str, reason: str, step: int, details: str
+    ) -> None:
         self._write(f"attempt {attempt}: stopped after step {step}, {kind}: {reason}; {action}")
         if kind == "error" and details:
             self._write(details.rstrip())
@@ -82,6 +83,9 @@ class Screen:
 
     def _controller_lost(self, at: float, *, reason: str) -> None:
         self._write(f"{reason}; starting Ray Train again")
+
+    def _storage_trouble(self, at: float, *, message: str, retry_s: float) -> None:
+        self._write(f"{message}; trying again in {retry_s:.1f} s")
 
     def _quarantined(self, at: float, *, checkpoint: str, reason: str) -> None:
         self._write(f"checkpoint {checkpoint} is quarantined: {reason}; the next older one is taken")

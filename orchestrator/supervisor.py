@@ -14,7 +14,6 @@ from multiprocessing.connection import Connection, Pipe, wait
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import write_shard
-from orchestrator.coordinator import RunSpec
 from orchestrator.errors import StorageError
 from orchestrator.forkserver import ForkServer
 from orchestrator.messages import (
@@ -35,6 +34,7 @@ from orchestrator.messages import (
     Stepped,
     TrainerExit,
 )
+from orchestrator.run_spec import RunSpec
 from trainers.progress import Progress
 
 
@@ -59,16 +59,16 @@ class ShardWriter:
             attempt, snapshot = self._jobs.get()
             progress = snapshot.progress
             try:
-                with mmap.mmap(self._buffer, snapshot.size_bytes, prot=mmap.PROT_READ) as data, memoryview(data) as view:
+                with (
+                    mmap.mmap(self._buffer, snapshot.size_bytes, prot=mmap.PROT_READ) as data,
+                    memoryview(data) as view,
+                ):
                     key = CheckpointRef(progress.samples_seen, attempt).shard(self._rank, self._world_size)
                     shard = write_shard(self._store, key, snapshot.chunks, view, self._metadata(attempt, progress))
             except StorageError as error:
                 self._results.send(SaveFailed(attempt=attempt, progress=progress, error=str(error)))
             else:
-                self._results.send(
-                    Receipt(attempt=attempt, progress=progress, shard=shard, scalars=snapshot.scalars)
-                )
-
+                self._results.send(Receipt(attempt=attempt, progress=progress, shard=shard, scalars=snapshot.scalars))
 
     def _metadata(self, attempt: int, progress: Progress) -> dict[str, str]:
         """For people who find the file alone."""

@@ -76,4 +76,3 @@ class TrainerConfig:
     ema: dict[str, EMAConfig] = field(default_factory=dict)
     """EMA profiles by name; the first one is the default for sampling and export."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-

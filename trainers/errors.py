@@ -1,9 +1,9 @@
 """Errors of `trainers`.
 
-    TrainersError
-    ├── ConfigError         the user's configuration: nothing was started, fix the named key (exit code 2)
-    ├── StateMismatchError  what was loaded is not what was saved: do not train on it, take an older checkpoint
-    └── NonFiniteError      loss or gradient is NaN or infinite: the update was not taken
+TrainersError
+├── ConfigError         the user's configuration: nothing was started, fix the named key (exit code 2)
+├── StateMismatchError  what was loaded is not what was saved: do not train on it, take an older checkpoint
+└── NonFiniteError      loss or gradient is NaN or infinite: the update was not taken
 """
 
 from __future__ import annotations

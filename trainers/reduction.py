@@ -23,7 +23,6 @@ import torch.distributed as dist
 # Private path: the base class of the public `FSDPModule.set_custom_reduce_scatter`.
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
-
 # Renamed in torch 2.13; the old name warns there, the new one is missing before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -133,8 +132,9 @@ class Rounds:
         return self.current == self.count - 1
 
     def __iter__(self) -> Iterator[int]:
-        for self.current in range(self.count):
-            yield self.current
+        for index in range(self.count):
+            self.current = index
+            yield index
 
 
 class InvariantReduction(ReduceScatter):

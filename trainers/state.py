@@ -149,7 +149,6 @@ def make_optimizer(parameters: list[LocalParameter], lr: float, **options: Any) 
     return optimizer
 
 
-
 def fingerprints(state: TrainState) -> dict[str, int]:
     """The fingerprint of every tensor of the state (see `trainers.fingerprint`), whatever its sharding.
 

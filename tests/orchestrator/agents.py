@@ -10,9 +10,10 @@ from typing import Any
 
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
-from orchestrator.coordinator import Coordinator, RunSpec
+from orchestrator.coordinator import Coordinator
 from orchestrator.hub import Hub, connect
 from orchestrator.messages import Event, Outcome
+from orchestrator.run_spec import RunSpec
 from orchestrator.supervisor import Supervisor
 
 PRELOAD = ("torch", "diffusers:UNet2DModel", "trainers.build", "orchestrator.checkpoint.reader", "sklearn.datasets")
@@ -40,9 +41,7 @@ def run_agents(
 ) -> Outcome | None:
     """Run to the end. `on_event` is called in the coordinator's thread; what it does happens before what follows."""
     hub = Hub("127.0.0.1", key := b"test", world_size)
-    hub.start(
-        lambda send: Coordinator(spec, Store.open(spec.run_url), world_size, "127.0.0.1", send, on_event)
-    )
+    hub.start(lambda send: Coordinator(spec, Store.open(spec.run_url), world_size, "127.0.0.1", send, on_event))
     outcomes: dict[int, Outcome] = {}
 
     def serve(rank: int) -> None:

@@ -12,7 +12,8 @@ from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import write_shard
-from orchestrator.coordinator import Coordinator, RunSpec
+from orchestrator.coordinator import Coordinator
+from orchestrator.errors import StorageError
 from orchestrator.failures import MAX_ATTEMPTS_WITHOUT_PROGRESS
 from orchestrator.messages import (
     Down,
@@ -33,6 +34,7 @@ from orchestrator.messages import (
     Stepped,
     TrainerExit,
 )
+from orchestrator.run_spec import RunSpec
 from trainers.progress import Progress
 from trainers.shards import Chunk, TensorSpec
 
@@ -187,9 +189,9 @@ def test_messages_of_an_earlier_attempt_count_for_nothing(store: Store) -> None:
     group.coordinator.tick()
     group.both(*stale)
     group.both(FromTrainer(attempt=1, message=Finished(progress=Progress(20, 200))))
-    group.down_count = group.count(Kill)
+    kills = group.count(Kill)
     group.coordinator.handle(0, Down(attempt=1, exit=TrainerExit(kind=ExitKind.KILLED, message="m"), pending=None))
-    assert stable_steps(store) == [] and group.coordinator.outcome is None and group.count(Kill) == group.down_count
+    assert stable_steps(store) == [] and group.coordinator.outcome is None and group.count(Kill) == kills
 
 
 def test_damage_found_by_a_trainer_is_quarantined_and_the_older_one_taken(store: Store) -> None:
@@ -272,3 +274,33 @@ def test_a_lost_agent_ends_the_trainers_and_waits_for_its_replacement(store: Sto
     group.down(0, ExitKind.PEER_LOST)
     group.coordinator.tick()
     assert group.coordinator.outcome is None and group.count(Launch) == 2
+
+
+def test_storage_that_comes_back_delays_the_launch_only(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(store)
+
+    def fail(*_: object) -> None:
+        raise StorageError("unreachable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "list", fail)
+        group.join()
+        assert group.orders == [] and group.kinds() == ["storage_trouble"]
+        assert group.coordinator.wait_s and group.coordinator.wait_s > 0
+    monkeypatch.setattr("orchestrator.coordinator.time.monotonic", lambda: float("inf"))
+    group.coordinator.tick()
+    assert group.last(Launch) == Launch(attempt=1, restore=None)
+
+
+def test_storage_that_stays_away_ends_the_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise StorageError("unreachable")
+
+    monkeypatch.setattr(Store, "list", fail)
+    group = Group(store).join()
+    now = 0.0
+    while group.coordinator.outcome is None:
+        now += 3600.0
+        monkeypatch.setattr("orchestrator.coordinator.time.monotonic", lambda now=now: now)
+        group.coordinator.tick()
+    assert group.last(Outcome) == Outcome(ending=Ending.STORAGE, message="unreachable")

@@ -1,0 +1,27 @@
+"""What coordinator and agents know of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """Made by the driver, sent to every agent."""
+
+    run_id: str
+    run_url: str
+    session: str
+    """One life of the driver; crash loops are counted within it."""
+    config: Mapping[str, Any]
+    """The `TrainerConfig` as plain values."""
+    config_hash: str
+    strategy: str
+    every_steps: int
+    num_steps: int
+    versions: Mapping[str, str]
+    """Of the libraries that decide numbers; recorded in every manifest."""
+    preload: tuple[str, ...]
+    """What the fork server imports before the first trainer."""
