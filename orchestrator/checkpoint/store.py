@@ -56,9 +56,9 @@ _CREDENTIAL_ERRORS = {
 class Store:
     """Objects under one URL. Open it in the process that uses it (clients do not survive a fork); thread-safe."""
 
-    def __init__(self, url: str, filesystem: fsspec.AbstractFileSystem, root: str) -> None:
+    def __init__(self, url: str, filesystem: Any, root: str) -> None:
         self.url = url
-        self._filesystem = filesystem
+        self._filesystem = filesystem  # an fsspec filesystem; fsspec's own annotations are too wide to be of use
         self._root = root
         self._write_lock = threading.Lock()
 
@@ -90,12 +90,6 @@ class Store:
         """
         with self._translated("read", key):
             return self._filesystem.cat_file(self._path(key), start=begin, end=end)
-
-    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """`read` of several ranges of one object, at the same time where the client can."""
-        begins, ends = [begin for begin, _ in ranges], [end for _, end in ranges]
-        with self._translated("read", key):
-            return self._filesystem.cat_ranges([self._path(key)] * len(ranges), begins, ends, on_error="raise")
 
     def write(self, key: str, parts: Sequence[Buffer]) -> None:
         """Store `parts`, one after the other, as one object; an existing one is replaced.

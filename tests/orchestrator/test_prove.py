@@ -95,6 +95,13 @@ def test_a_quarantined_checkpoint_is_no_evidence():
     assert proof.equal and proof.num_checkpoints == 2
 
 
+def test_an_unhealthy_checkpoint_is_no_evidence():
+    other = make_run(steps=(1, 2))
+    save(other, make_state(99), step=3, health={"ok": False, "reason": "loss is NaN"})
+    proof = prove(make_run(), other)
+    assert proof.equal and proof.num_checkpoints == 2
+
+
 def test_the_same_samples_in_other_steps_are_not_the_same_progress():
     other = make_run(steps=())
     save(other, make_state(1), step=1, progress=Progress(2, 10))

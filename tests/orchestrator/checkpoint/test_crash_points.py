@@ -45,7 +45,7 @@ class MortalStore:
 
     def __init__(self, inner: Store, countdown: Countdown) -> None:
         self.url = inner.url
-        for name in ("read", "read_ranges", "write", "create", "exists", "size", "list", "delete"):
+        for name in ("read", "write", "create", "exists", "size", "list", "delete"):
             setattr(self, name, countdown.around(getattr(inner, name)))
 
 

@@ -191,6 +191,14 @@ def test_other_damage_is_found_and_named(store, rank, damage, message):
     assert verify(store, manifest.ref) and verify(store, other.ref) == []
 
 
+def test_a_file_that_shrinks_while_it_is_read_is_damage(store, monkeypatch):
+    manifest = save(store, make_state(0), step=7, world_size=1)
+    read = store.read
+    monkeypatch.setattr(store, "read", lambda key, begin, end: read(key, begin, end)[: 1000 - begin])
+    with pytest.raises(DamagedCheckpointError, match="ends at byte 1000 of"):
+        load(store, manifest, 1)
+
+
 def test_two_shards_that_changed_places_are_found(store):
     manifest = save(store, make_state(0), step=7, world_size=WORLD_SIZE)
     first, second = (manifest.ref.shard(rank, WORLD_SIZE) for rank in (0, 1))

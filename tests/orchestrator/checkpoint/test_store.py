@@ -16,11 +16,11 @@ from trainers.errors import ConfigError
 class TestContract:
     """What every store promises. The `store` fixture (conftest.py) names the kinds."""
 
-    def test_an_object_comes_back_whole_and_in_ranges(self, store):
+    def test_an_object_comes_back_whole_and_in_parts(self, store):
         store.write("a/b", [b"0123", memoryview(b"456"), b"", bytearray(b"789")])
         assert store.read("a/b") == b"0123456789"
         assert store.read("a/b", 2, 5) == b"234"
-        assert store.read_ranges("a/b", [(0, 1), (8, 10), (3, 6)]) == [b"0", b"89", b"345"]
+        assert store.read("a/b", 7) == b"789"
         assert store.size("a/b") == 10 and store.exists("a/b")
 
     def test_parts_larger_than_one_piece_arrive_in_order(self, store, monkeypatch):
@@ -46,8 +46,6 @@ class TestContract:
         for look in (store.read, store.size):
             with pytest.raises(MissingObjectError, match="gone"):
                 look("folder/gone")
-        with pytest.raises(MissingObjectError):
-            store.read_ranges("gone", [(0, 1)])
         assert not store.exists("gone")
 
     def test_list_names_what_lies_directly_below(self, store):

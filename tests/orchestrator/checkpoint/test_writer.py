@@ -104,6 +104,12 @@ class TestCommit:
             commit(store, [receipts[i] for i in kept], make_info(7, 1))
         assert not store.exists(REF.manifest)
 
+    def test_a_missing_shard_is_refused_even_if_it_held_no_rows(self, store):
+        receipts = write_shards(store, make_state(0), 9, REF)
+        assert receipts[8].file.size_bytes == receipts[8].file.header_bytes
+        with pytest.raises(UnbrokenError, match="not one shard of each rank"):
+            commit(store, receipts[:8], make_info(7, 1))
+
     def test_missing_rows_are_refused(self, store):
         chunks, data = snapshot(make_state(0), 0, 2)  # half of the rows, and no other rank
         receipt = write_shard(store, REF.shard(0, 1), chunks, data, {})
