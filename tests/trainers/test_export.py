@@ -71,10 +71,9 @@ def test_loads_as_a_pipeline_with_both_variants(tmp_path, name):
     ema, raw, _ = export(tmp_path / "out", name)
     default = load(tmp_path / "out")
     variant = load(tmp_path / "out", variant="non_ema")
-    unet: Any = default.unet
-    assert type(unet) is type(ema) and unet.config["sample_size"] == 8
-    assert same(unet, ema) and same(variant.unet, raw)
-    assert isinstance(default, DDPMPipeline)
+    assert default.unet.config["sample_size"] == 8
+    assert same(default.unet, ema) and same(variant.unet, raw)
+    assert isinstance(default, DDPMPipeline) and type(default.unet) is type(ema)
     assert not list((tmp_path / "out").rglob("*.bin"))
 
 
