@@ -1,0 +1,74 @@
+"""Where everything of a run lies. No other file spells a key.
+
+run.json                                                    created once
+config.yaml
+attempts/0007.json                                          one a (re)start: the fencing token
+checkpoints/0000000012800-0007/                             <samples seen>-<attempt>: a key is never used twice
+    shard-00000-of-00004.safetensors ...
+    manifest.json                                           written last: its creation is the commit
+    quarantine.json                                         if it turned out damaged: why
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+RUN_RECORD = "run.json"
+CONFIG = "config.yaml"
+ATTEMPTS = "attempts"
+CHECKPOINTS = "checkpoints"
+MANIFEST_NAME = "manifest.json"
+QUARANTINE_NAME = "quarantine.json"
+
+_ATTEMPT = re.compile(r"(\d{4,})\.json")
+_CHECKPOINT = re.compile(r"(\d{13,})-(\d{4,})")
+
+
+def attempt_key(attempt: int) -> str:
+    return f"{ATTEMPTS}/{attempt:04d}.json"
+
+
+def parse_attempt(name: str) -> int | None:
+    """The number in `0007.json`; None for a file that is no attempt."""
+    match = _ATTEMPT.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+@dataclass(frozen=True, order=True)
+class CheckpointRef:
+    """Names one checkpoint. The greatest is the newest: the most samples, then the latest attempt."""
+
+    samples_seen: int
+    attempt: int
+
+    @classmethod
+    def parse(cls, name: str) -> CheckpointRef | None:
+        """The reference written as `0000000012800-0007`; None for anything else."""
+        match = _CHECKPOINT.fullmatch(name)
+        return cls(int(match[1]), int(match[2])) if match else None
+
+    def __str__(self) -> str:
+        return f"{self.samples_seen:013d}-{self.attempt:04d}"
+
+    @property
+    def folder(self) -> str:
+        return f"{CHECKPOINTS}/{self}"
+
+    @property
+    def manifest(self) -> str:
+        return self.file(MANIFEST_NAME)
+
+    @property
+    def quarantine(self) -> str:
+        return self.file(QUARANTINE_NAME)
+
+    def shard(self, rank: int, world_size: int) -> str:
+        return self.file(shard_name(rank, world_size))
+
+    def file(self, name: str) -> str:
+        return f"{self.folder}/{name}"
+
+
+def shard_name(rank: int, world_size: int) -> str:
+    return f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
