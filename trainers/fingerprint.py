@@ -59,7 +59,7 @@ def partial_fingerprint(spec: TensorSpec, row_offset: int, data: memoryview | np
     num_rows, rest = divmod(len(raw), spec.row_bytes)
     assert rest == 0 and 0 <= row_offset <= row_offset + num_rows <= spec.num_rows, (spec, row_offset, len(raw))
     if spec.row_bytes >= _WIDE_ROW_BYTES:
-        return _sum_of_rows(memoryview(raw), spec.row_bytes, row_offset)
+        return _sum_of_rows(raw.data, spec.row_bytes, row_offset)
     element_bytes = DTYPE_BYTES[spec.dtype]
     first_position = row_offset * (spec.row_bytes // element_bytes)
     return _sum_of_elements(raw.view(_ELEMENT_DTYPES[element_bytes]), first_position)

@@ -81,14 +81,16 @@ def _backward(state: TrainState, task: Task, index: int, scale: float) -> torch.
         flip=config.data.flip,
         null_label=task.null_label,
         label_drop=config.objective.label_drop,
-    ).to(task.device)
+    )
     seed_global_generators(config.seed, state.progress.step, index)
-    timesteps = task.objective.timesteps(batch.uniform)
-    noisy = task.objective.noisy(batch.images, batch.noise, timesteps)
+    images, noise = batch.images.to(task.device), batch.noise.to(task.device)
+    labels = batch.labels.to(task.device) if batch.labels is not None else None
+    timesteps = task.objective.timesteps(batch.uniform).to(task.device)
+    noisy = task.objective.noisy(images, noise, timesteps)
     if config.train.precision == "bf16":
         noisy = noisy.bfloat16()
-    prediction = call_model(state.model, noisy, timesteps, batch.labels)
-    loss = task.objective.loss(prediction, batch.images, batch.noise, timesteps).mean()
+    prediction = call_model(state.model, noisy, timesteps, labels)
+    loss = task.objective.loss(prediction, images, noise, timesteps).mean()
     (loss * scale).backward()
     return loss.detach()
 

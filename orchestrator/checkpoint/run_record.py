@@ -1,0 +1,56 @@
+"""`run.json`: what a run is, written once by its first start and never changed."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from orchestrator.checkpoint import keys, records
+from orchestrator.checkpoint.store import Store
+from orchestrator.errors import AlreadyExistsError, MissingObjectError, RunNotFoundError, UnbrokenError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """The identity of a run."""
+
+    run_id: str
+    """12 hex digits, unlike those of any other run."""
+    created_at: str
+    """UTC, ISO 8601."""
+    config: Mapping[str, Any]
+    """The configuration it was first started with."""
+
+
+def open_or_create(store: Store, config: Mapping[str, Any]) -> RunRecord:
+    """The record of the run at `store`; the first caller creates it with its `config`, all others get that one."""
+    try:
+        return load(store)
+    except RunNotFoundError:
+        record = RunRecord(run_id=uuid.uuid4().hex[:12], created_at=records.now(), config=config)
+    try:
+        store.create(keys.RUN_RECORD, records.encode(asdict(record)))
+    except AlreadyExistsError:
+        return load(store)
+    return record
+
+
+def load(store: Store) -> RunRecord:
+    """The record of the run at `store`.
+
+    Raises:
+        RunNotFoundError: there is none.
+        UnbrokenError: it is damaged.
+    """
+    try:
+        document = records.load(store, keys.RUN_RECORD)
+    except MissingObjectError as error:
+        raise RunNotFoundError(
+            f"no run at {store.url}: it has no {keys.RUN_RECORD}; a RUN is `<storage>/<run.name>`"
+        ) from error
+    try:
+        return RunRecord(**document)
+    except TypeError as error:
+        raise UnbrokenError(f"{store.url}/{keys.RUN_RECORD} is damaged ({error}); restore this file by hand") from error

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.checkpoint.attempts import check_not_superseded, claim_attempt, newest_attempt, read_attempts
+from orchestrator.errors import SupersededError, UnbrokenError
+from tests.orchestrator.checkpoint.test_store import run_threads
+
+
+def test_attempts_count_from_one_and_keep_what_was_said(store):
+    assert newest_attempt(store) == 0 and read_attempts(store) == []
+    assert [claim_attempt(store, {"host": host}) for host in "ab"] == [1, 2]
+    assert newest_attempt(store) == 2
+    assert [(claim["attempt"], claim["host"]) for claim in read_attempts(store)] == [(1, "a"), (2, "b")]
+
+
+def test_racing_claimers_with_equal_info_get_different_numbers(store):
+    for round_ in range(5):
+        numbers = run_threads(8, lambda _: claim_attempt(store, {"host": "same"}))
+        assert sorted(numbers) == list(range(8 * round_ + 1, 8 * round_ + 9))
+
+
+def test_only_the_newest_goes_on(store):
+    old, new = claim_attempt(store, {}), claim_attempt(store, {})
+    check_not_superseded(store, new)
+    with pytest.raises(SupersededError):
+        check_not_superseded(store, old)
+
+
+def test_foreign_files_are_no_attempts(store):
+    store.write("attempts/notes.txt", [b"x"])
+    store.write("attempts/0041.json", [b"{}"])
+    assert claim_attempt(store, {}) == 42
+
+
+def test_a_damaged_claim_keeps_its_number_and_is_named(store):
+    claim_attempt(store, {})
+    store.write("attempts/0001.json", [b"{"])
+    assert newest_attempt(store) == 1
+    with pytest.raises(UnbrokenError, match="is damaged"):
+        read_attempts(store)
