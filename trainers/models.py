@@ -122,6 +122,11 @@ def null_label(model: nn.Module) -> int | None:
     return None
 
 
+def learns_null_label(model: nn.Module, label_drop: float) -> bool:
+    """Whether training shows the model its null label, so that it can be guided (and no class may have that number)."""
+    return null_label(model) is not None and (label_drop > 0 or model.config.get("num_embeds_ada_norm") is not None)
+
+
 def check_fits(model: nn.Module, *, channels: int, image_size: int, num_classes: int | None, label_drop: float) -> None:
     """Check that `model` can be trained on images of this kind and with dropped labels.
 
@@ -149,7 +154,7 @@ def check_fits(model: nn.Module, *, channels: int, image_size: int, num_classes:
     if num_classes is None:
         raise ConfigError("data has no labels, but the model wants classes; sort the images into one folder a class")
     key = "num_class_embeds" if model.config.get("num_embeds_ada_norm") is None else "num_embeds_ada_norm"
-    needs_null = label_drop > 0 or key == "num_embeds_ada_norm"  # DiT drops labels by itself
+    needs_null = learns_null_label(model, label_drop)
     missing = num_classes + needs_null - (null + 1)
     if missing > 0:
         raise ConfigError(

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from trainers.errors import ConfigError
-from trainers.models import call_model, null_label
+from trainers.models import call_model, learns_null_label, null_label
 from trainers.objectives import Objective
 from trainers.rng import Stream, normal
 
@@ -45,8 +45,8 @@ def sample_images(
     null = null_label(model)
     if (null is None) != (labels is None):
         raise ConfigError(f"labels={labels} do not fit a model with {'no classes' if null is None else 'classes'}")
-    if labels is None and guidance != 1:
-        raise ConfigError(f"guidance={guidance} needs a model with classes; use guidance=1")
+    if guidance != 1 and not learns_null_label(model, objective.config.label_drop):
+        raise ConfigError(f"guidance={guidance} needs a model that was trained with dropped labels; use guidance=1")
     noise = normal(seed, Stream.SAMPLING, np.arange(shape[0]), tuple(shape[1:]))
     was_training = model.training
     model.eval()

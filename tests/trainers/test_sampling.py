@@ -39,7 +39,7 @@ def test_a_perfect_model_yields_its_images(kind):
 
 
 def test_guidance_moves_away_from_the_unconditional_prediction():
-    objective = Objective(ObjectiveConfig(prediction_type="flow"))
+    objective = Objective(ObjectiveConfig(prediction_type="flow", label_drop=0.1))
     images = sample_images(Oracle(objective), objective, (1, 1, 4, 4), torch.tensor([1]), guidance=1.2, num_steps=10)
     torch.testing.assert_close(images, IMAGES[2:] + 1.2 * (IMAGES[1:2] - IMAGES[2:]), rtol=0, atol=1e-4)
 
@@ -64,6 +64,8 @@ def test_refusals():
     objective = Objective(ObjectiveConfig())
     with pytest.raises(ConfigError, match="labels=None"):
         sample_images(Oracle(objective), objective, (1, 1, 4, 4))
+    with pytest.raises(ConfigError, match="guidance=3"):
+        sample_images(Oracle(objective), objective, (1, 1, 4, 4), torch.tensor([0]), guidance=3.0)
     with pytest.raises(ConfigError, match="guidance=2"):
         sample_images(Oracle(objective, conditional=False), objective, (1, 1, 4, 4), guidance=2.0)
     with pytest.raises(ConfigError, match="2 channels"):
