@@ -101,8 +101,8 @@ class Coordinator:
                 self._joined.add(rank)
                 if len(self._joined) == self._world_size:
                     self._launch(cause="start")
-            case Started(attempt=attempt, pid=pid):
-                self._event("trainer", rank=rank, pid=pid, attempt=attempt)
+            case Started():
+                self._event("trainer", rank=rank, pid=message.pid, agent_pid=message.agent_pid, attempt=message.attempt)
             case FromTrainer(attempt=attempt, message=inner) if attempt == self._attempt and not self._stopping:
                 self._from_trainer(rank, inner)
             case Receipt(attempt=attempt) if attempt == self._attempt:
@@ -282,7 +282,7 @@ class Coordinator:
         for rank in range(self._world_size):
             self._send(rank, message)
 
-    def _event(self, kind: str, **fields: Any) -> None:
+    def _event(self, kind: str, /, **fields: Any) -> None:
         self._notify(Event(kind=kind, fields=fields, time_s=time.time()))
 
 

@@ -17,7 +17,7 @@ from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig, Workers, config_hash, conflicting_keys, run_url, to_dict, trainer_dict
 from orchestrator.coordinator import RunSpec
-from orchestrator.errors import GaveUpError, RunFailedError, RunMismatchError, StorageError, SupersededError
+from orchestrator.errors import GaveUpError, RunMismatchError, StorageError, SupersededError, UnbrokenError
 from orchestrator.messages import Ending, Event
 from trainers.errors import ConfigError
 
@@ -70,7 +70,7 @@ def run(config: RunConfig, show: Callable[[Event], None]) -> None:
     Raises:
         RunMismatchError: a run of this name exists with another configuration.
         GaveUpError, ConfigError, SupersededError, StorageError: the run ended before its last step.
-        RunFailedError: Ray Train itself failed again and again.
+        UnbrokenError: Ray Train itself failed again and again.
     """
     url = run_url(config)
     store = Store.open(url)
@@ -120,7 +120,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "machine": platform.machine()}
 
 
-def _event(kind: str, **fields: Any) -> Event:
+def _event(kind: str, /, **fields: Any) -> Event:
     return Event(kind=kind, fields=fields, time_s=time.time())
 
 
@@ -163,7 +163,7 @@ def _supervise(spec: RunSpec, config: RunConfig, store: Store, show: Callable[[E
         stalled_at = step
         reason = f"Ray Train ended without an outcome: {type(error).__name__}: {str(error).splitlines()[0] if error else ''}"
         if deaths >= _MAX_CONTROLLER_DEATHS:
-            raise RunFailedError(f"{reason}; {deaths} times in a row at step {step}. Ray's logs say more")
+            raise UnbrokenError(f"{reason}; {deaths} times in a row at step {step}. Ray's logs say more")
         show(_event("controller_lost", reason=reason))
         time.sleep(min(10.0, 0.5 * 2**deaths))
 

@@ -14,20 +14,13 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle, send_handle
 from subprocess import Popen
 
+from orchestrator.messages import ChildEnded
+
 _PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True)
-class ChildEnded:
-    """A forked trainer is gone; `status` as from `os.waitstatus_to_exitcode`: negative for a signal."""
-
-    pid: int
-    status: int
 
 
 class ForkServer:

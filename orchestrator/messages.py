@@ -33,6 +33,17 @@ class TrainerExit:
     """A stack trace, if there is one."""
 
 
+# fork server -> agent
+
+
+@dataclass(frozen=True)
+class ChildEnded:
+    """A forked trainer is gone; `status` as from `os.waitstatus_to_exitcode`: negative for a signal."""
+
+    pid: int
+    status: int
+
+
 # trainer -> agent
 
 
@@ -124,6 +135,7 @@ class Started:
 
     attempt: int
     pid: int
+    agent_pid: int
 
 
 @dataclass(frozen=True, kw_only=True)

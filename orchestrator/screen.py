@@ -37,8 +37,8 @@ class Screen:
         why = "" if cause == "start" else f", after: {cause}"
         self._write(f"attempt {attempt}: {world_size} worker{'s' * (world_size > 1)}, {start}{why}")
 
-    def _trainer(self, at: float, *, rank: int, pid: int, attempt: int) -> None:
-        self._write(f"attempt {attempt}: rank {rank} trains in process {pid}")
+    def _trainer(self, at: float, *, rank: int, pid: int, agent_pid: int, attempt: int) -> None:
+        self._write(f"attempt {attempt}: rank {rank} trains in process {pid} (agent {agent_pid})")
 
     def _training(self, at: float, *, attempt: int, step: int) -> None:
         self._since = (step, at)

@@ -16,9 +16,10 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import write_shard
 from orchestrator.coordinator import RunSpec
 from orchestrator.errors import StorageError
-from orchestrator.forkserver import ChildEnded, ForkServer
+from orchestrator.forkserver import ForkServer
 from orchestrator.messages import (
     Begin,
+    ChildEnded,
     Down,
     ExitKind,
     FromTrainer,
@@ -31,6 +32,7 @@ from orchestrator.messages import (
     SaveFailed,
     Snapshot,
     Started,
+    Stepped,
     TrainerExit,
 )
 from trainers.progress import Progress
@@ -164,7 +166,7 @@ class Supervisor:
             restore=restore,
         )
         self._tell_trainer(begin)
-        self._coordinator.send(Started(attempt=attempt, pid=self._pid))
+        self._coordinator.send(Started(attempt=attempt, pid=self._pid, agent_pid=os.getpid()))
 
     def _tell_trainer(self, message: object) -> None:
         # A trainer that is gone reads nothing; that it is gone is reported by the fork server.
@@ -186,6 +188,8 @@ class Supervisor:
             case Snapshot():
                 self._pending = message.progress
                 self._writer.submit(self._attempt, message)
+            case Stepped() if self._rank != 0:
+                pass  # the numbers are the same on all ranks
             case _:
                 self._coordinator.send(FromTrainer(attempt=self._attempt, message=message))
 

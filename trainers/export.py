@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -56,13 +57,13 @@ def export_pipeline(
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ConfigError(f"OUT_DIR={out_dir} is not an empty folder; remove it, or name another")
-    model = build_model(model_config, seed=0)
+    model: Any = build_model(model_config, seed=0)
     if model.config.get("sample_size") is None:
         model.register_to_config(sample_size=image_size)
     for entry in weights:
         model.load_state_dict(dict(entry.tensors))
         model.save_pretrained(out_dir / "unet", variant=entry.variant)
-    scheduler = Objective(objective_config).scheduler()
+    scheduler: Any = Objective(objective_config).scheduler()
     scheduler.save_pretrained(out_dir / "scheduler")
     index = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
     index.save_config(out_dir)  # model_index.json

@@ -6,8 +6,9 @@ import difflib
 import functools
 import inspect
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -114,7 +115,7 @@ def null_label(model: nn.Module) -> int | None:
     there are classes), and the extra row that DiT appends to its `num_embeds_ada_norm` classes. DiT moreover drops
     labels by itself in training mode, at its own fixed rate of 0.1.
     """
-    config = model.config
+    config = _settings(model)
     if config.get("num_embeds_ada_norm") is not None:
         return config["num_embeds_ada_norm"]
     if config.get("num_class_embeds") is not None:
@@ -124,7 +125,7 @@ def null_label(model: nn.Module) -> int | None:
 
 def learns_null_label(model: nn.Module, label_drop: float) -> bool:
     """Whether training shows the model its null label, so that it can be guided (and no class may have that number)."""
-    return null_label(model) is not None and (label_drop > 0 or model.config.get("num_embeds_ada_norm") is not None)
+    return null_label(model) is not None and (label_drop > 0 or _settings(model).get("num_embeds_ada_norm") is not None)
 
 
 def check_fits(model: nn.Module, *, channels: int, image_size: int, num_classes: int | None, label_drop: float) -> None:
@@ -133,13 +134,14 @@ def check_fits(model: nn.Module, *, channels: int, image_size: int, num_classes:
     Raises:
         ConfigError: it can't; the message names the argument to change.
     """
-    in_channels = model.config.get("in_channels")
+    settings = _settings(model)
+    in_channels = settings.get("in_channels")
     if in_channels is not None and in_channels != channels:
         raise ConfigError(
             f"model.args.in_channels={in_channels} does not fit the data's {channels} channels;"
             f" set model.args.in_channels={channels} (and out_channels)"
         )
-    sample_size = model.config.get("sample_size")
+    sample_size = settings.get("sample_size")
     if sample_size is not None and sample_size not in (image_size, [image_size] * 2, (image_size,) * 2):
         raise ConfigError(
             f"model.args.sample_size={sample_size} differs from data.image_size={image_size}; set both to one value"
@@ -153,13 +155,13 @@ def check_fits(model: nn.Module, *, channels: int, image_size: int, num_classes:
         return
     if num_classes is None:
         raise ConfigError("data has no labels, but the model wants classes; sort the images into one folder a class")
-    key = "num_class_embeds" if model.config.get("num_embeds_ada_norm") is None else "num_embeds_ada_norm"
+    key = "num_class_embeds" if settings.get("num_embeds_ada_norm") is None else "num_embeds_ada_norm"
     needs_null = learns_null_label(model, label_drop)
     missing = num_classes + needs_null - (null + 1)
     if missing > 0:
         raise ConfigError(
-            f"model.args.{key}={model.config[key]} is too small for {num_classes} classes"
-            f"{' and the null label' if needs_null else ''}; set it to {model.config[key] + missing}"
+            f"model.args.{key}={settings[key]} is too small for {num_classes} classes"
+            f"{' and the null label' if needs_null else ''}; set it to {settings[key] + missing}"
         )
 
 
@@ -200,6 +202,11 @@ def _called_from_outside(model: nn.Module) -> list[nn.Module]:
     blocks = getattr(model, "transformer_blocks", None)
     emb = getattr(getattr(blocks[0], "norm1", None), "emb", None) if blocks else None
     return [emb] if isinstance(emb, nn.Module) else []
+
+
+def _settings(model: nn.Module) -> Mapping[str, Any]:
+    """The arguments of `model`, with its class's defaults filled in."""
+    return cast("Any", model).config
 
 
 def _is_model(name: str) -> bool:

@@ -117,12 +117,13 @@ class Objective:
 
     def scheduler(self) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
         """A new sampler that fits this objective: DDIM (Song et al., 2021), or Euler steps along the flow."""
-        if self._is_flow:
+        kind = self.config.prediction_type
+        if kind == "flow":
             return FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.config.num_train_timesteps)
         return DDIMScheduler(
             num_train_timesteps=self.config.num_train_timesteps,
             beta_schedule=self.config.beta_schedule,
-            prediction_type=self.config.prediction_type,
+            prediction_type=kind,
             # Start at the last, purest noise level, as training noise does (Lin et al., 2024, section 3.3).
             timestep_spacing="trailing",
         )

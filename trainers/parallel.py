@@ -159,3 +159,15 @@ def begin_round(model: torch.nn.Module, config: ParallelConfig, rounds: Rounds) 
     """Tell FSDP whether this round's gradients are reduced: every round in the tree, only the last one in `fast`."""
     cast(FSDPModule, model).set_requires_gradient_sync(config.reduction == "invariant" or rounds.is_last)
 
+
+def gather_rows(local: torch.Tensor, parameter: LocalParameter, topology: Topology) -> torch.Tensor:
+    """The whole of a tensor that is sharded like `parameter`. Collective: all ranks.
+
+    Shapes: (rows, ...) on each rank -> parameter.shape on all.
+    """
+    rows = -(-parameter.shape[0] // topology.shard_size)
+    padded = local.new_zeros(rows, *parameter.shape[1:])
+    padded[: len(local)] = local
+    parts = [torch.empty_like(padded) for _ in range(topology.shard_size)]
+    dist.all_gather(parts, padded, group=topology.shard_group)
+    return torch.cat(parts)[: parameter.shape[0]]

@@ -3,6 +3,10 @@
 It stands alone (torch and diffusers only), because whoever loads the export does not have this package.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
@@ -14,6 +18,8 @@ class UnbrokenPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
+    unet: Any
+    scheduler: Any
 
     def __init__(self, unet, scheduler):
         super().__init__()
@@ -45,18 +51,19 @@ class UnbrokenPipeline(DiffusionPipeline):
         if noise is None:
             shape = (num_images, config["in_channels"], config["sample_size"], config["sample_size"])
             noise = torch.randn(shape, generator=generator, device=generator.device if generator else device)
-        labels = self._labels(labels, len(noise))
-        if labels is None and guidance != 1:
+        given = self._labels(labels, len(noise))
+        dropped = None if given is None else torch.full_like(given, self._null_label() or 0)
+        if dropped is None and guidance != 1:
             raise ValueError(f"guidance={guidance} needs a class-conditional model; use guidance=1")
         x = noise.to(device, self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        for t in self.progress_bar(self.scheduler.timesteps):
-            prediction = self._predict(x, t, labels)
+        for t in self.progress_bar(self.scheduler.timesteps):  # pyright: ignore  (its decorator hides its type)
+            prediction = self._predict(x, t, given)
             if guidance != 1:
-                without = self._predict(x, t, torch.full_like(labels, self._null_label()))
+                without = self._predict(x, t, dropped)
                 prediction = without + guidance * (prediction - without)
             x = self.scheduler.step(prediction, t, x).prev_sample
-        images = (x / 2 + 0.5).clamp(0, 1).float().cpu()
+        images: Any = (x / 2 + 0.5).clamp(0, 1).float().cpu()
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
             images = self.numpy_to_pil(images) if output_type == "pil" else images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,16 +72,18 @@ def _denoise(
 ) -> torch.Tensor:
     """(B, C, H, W) noise to (B, C, H, W) images."""
     device = next(model.parameters()).device
-    scheduler = objective.scheduler()
+    scheduler: Any = objective.scheduler()
     scheduler.set_timesteps(num_steps, device=device)
     x = x.to(device)
+    without_label = None
     if labels is not None:
         labels = labels.to(device)
+        without_label = torch.full_like(labels, null_label(model) or 0)
     for timestep in scheduler.timesteps:
         timesteps = timestep.expand(len(x))
         prediction = call_model(model, x, timesteps, labels).float()
         if guidance != 1:
-            without = call_model(model, x, timesteps, torch.full_like(labels, null_label(model))).float()
+            without = call_model(model, x, timesteps, without_label).float()
             prediction = without + guidance * (prediction - without)
         x = scheduler.step(prediction, timestep, x).prev_sample
     return x.cpu()

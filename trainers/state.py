@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 
 from trainers.ema import EMA
 from trainers.errors import StateMismatchError
-from trainers.fingerprint import partial_fingerprint
+from trainers.fingerprint import format_fingerprint, partial_fingerprint
 from trainers.generators import GeneratorStates
 from trainers.parallel import LocalParameter
 from trainers.progress import Progress
@@ -166,3 +167,9 @@ def fingerprints(state: TrainState) -> dict[str, int]:
     sums = torch.tensor(partials, dtype=torch.int64, device=state.parameters[0].local.device)
     dist.all_reduce(sums)  # wraps around: addition modulo 2**64
     return {name: value % (1 << 64) for name, value in zip(names, sums.tolist(), strict=True)}
+
+
+def combined_fingerprint(tensors: Mapping[str, int]) -> str:
+    """One word for a whole state: XXH3-128 of the lines `name fingerprint`, sorted by name."""
+    lines = (f"{name} {format_fingerprint(value)}\n" for name, value in sorted(tensors.items()))
+    return xxhash.xxh3_128_hexdigest("".join(lines).encode())

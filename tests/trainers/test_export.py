@@ -1,3 +1,7 @@
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline
@@ -40,7 +44,7 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
-def export(folder, name, kind="epsilon"):
+def export(folder, name, kind: Any = "epsilon"):
     ema, raw = (build_model(MODELS[name], seed) for seed in (1, 2))
     objective = ObjectiveConfig(prediction_type=kind, label_drop=0.1 if name == "classes" else 0.0)
     weights = [
@@ -51,6 +55,12 @@ def export(folder, name, kind="epsilon"):
     return ema, raw, Objective(objective)
 
 
+def load(folder, **options) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(folder, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def same(module, model):
     loaded = module.state_dict()
     return all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
@@ -59,19 +69,19 @@ def same(module, model):
 @pytest.mark.parametrize("name", MODELS)
 def test_loads_as_a_pipeline_with_both_variants(tmp_path, name):
     ema, raw, _ = export(tmp_path / "out", name)
-    default = DiffusionPipeline.from_pretrained(tmp_path / "out")
-    variant = DiffusionPipeline.from_pretrained(tmp_path / "out", variant="non_ema")
-    assert isinstance(default, DDPMPipeline) and type(default.unet) is type(ema)
-    assert same(default.unet, ema) and same(variant.unet, raw)
-    assert default.unet.config["sample_size"] == 8
+    default = load(tmp_path / "out")
+    variant = load(tmp_path / "out", variant="non_ema")
+    unet: Any = default.unet
+    assert type(unet) is type(ema) and unet.config["sample_size"] == 8
+    assert same(unet, ema) and same(variant.unet, raw)
+    assert isinstance(default, DDPMPipeline)
     assert not list((tmp_path / "out").rglob("*.bin"))
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
 def test_an_unconditional_export_samples_as_it_is(tmp_path, kind):
     export(tmp_path / "out", "unet", kind)
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load(tmp_path / "out")
     images = pipeline(batch_size=2, num_inference_steps=3, output_type="np").images
     assert images.shape == (2, 8, 8, 1)
 
@@ -80,8 +90,7 @@ def test_an_unconditional_export_samples_as_it_is(tmp_path, kind):
 def test_the_folder_s_own_pipeline_samples_as_we_do(tmp_path, name, guidance):
     ema, _, objective = export(tmp_path / "out", name)
     folder = str(tmp_path / "out")
-    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load(folder, custom_pipeline=folder, trust_remote_code=True)
     labels = None if name == "unet" else [0, 3, 9]
     noise = normal(0, Stream.SAMPLING, torch.arange(3).numpy(), (1, 8, 8))
     settings = {"guidance": guidance}
@@ -106,7 +115,7 @@ def test_the_model_card_says_which_weights_are_which(tmp_path):
     ):
         assert words in card
     snippet = card.split("```python\n")[1].split("```")[0].replace('folder = "."', f'folder = "{tmp_path / "out"}"')
-    scope = {}
+    scope: dict[str, Any] = {}
     exec(snippet, scope)
     assert len(scope["images"]) == 2
 

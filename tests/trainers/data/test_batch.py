@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch
@@ -28,12 +30,14 @@ def test_shapes_and_types(source):
     batch = load(source, np.arange(6))
     assert batch.images.shape == batch.noise.shape == (6, 1, 8, 8)
     assert batch.images.dtype == batch.noise.dtype == torch.float32
+    assert batch.labels is not None
     assert batch.labels.dtype == torch.int64 and batch.uniform.dtype == torch.float64
 
 
 def test_shares_of_dropped_labels_and_flips(source):
     positions = np.arange(1797)
     batch, plain = load(source, positions), load(source, positions, flip=False, label_drop=0.0)
+    assert batch.labels is not None and plain.labels is not None
     dropped = batch.labels == 10
     assert 0.25 < dropped.float().mean() < 0.35
     assert torch.equal(batch.labels[~dropped], plain.labels[~dropped]) and plain.labels.max() == 9

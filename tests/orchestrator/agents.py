@@ -1,0 +1,58 @@
+"""A group of agents without Ray, as threads of the test's process: the real supervisors, fork servers and trainers."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.checkpoint.run_record import open_or_create
+from orchestrator.checkpoint.store import Store
+from orchestrator.coordinator import Coordinator, RunSpec
+from orchestrator.hub import Hub, connect
+from orchestrator.messages import Event, Outcome
+from orchestrator.supervisor import Supervisor
+
+PRELOAD = ("torch", "diffusers:UNet2DModel", "trainers.build", "orchestrator.checkpoint.reader", "sklearn.datasets")
+
+
+def make_spec(run: Path, config: Mapping[str, Any], every_steps: int) -> RunSpec:
+    """The spec of a run in the folder `run`."""
+    record = open_or_create(Store.open(str(run)), config)
+    return RunSpec(
+        run_id=record.run_id,
+        run_url=str(run),
+        session=uuid.uuid4().hex,
+        config=config,
+        config_hash="test",
+        strategy=config["parallel"]["strategy"],
+        every_steps=every_steps,
+        num_steps=config["train"]["num_steps"],
+        versions={},
+        preload=PRELOAD,
+    )
+
+
+def run_agents(
+    spec: RunSpec, world_size: int, on_event: Callable[[Event], None], timeout_s: float = 240
+) -> Outcome | None:
+    """Run to the end. `on_event` is called in the coordinator's thread; what it does happens before what follows."""
+    hub = Hub("127.0.0.1", key := b"test", world_size)
+    hub.start(
+        lambda send: Coordinator(spec, Store.open(spec.run_url), world_size, "127.0.0.1", send, on_event)
+    )
+    outcomes: dict[int, Outcome] = {}
+
+    def serve(rank: int) -> None:
+        outcomes[rank] = Supervisor(spec, rank, world_size, connect(hub.address, key, rank)).run()
+
+    threads = [threading.Thread(target=serve, args=(rank,), daemon=True) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout_s)
+        assert not thread.is_alive(), f"no outcome after {timeout_s} s"
+    assert len({outcome.ending for outcome in outcomes.values()}) == 1, outcomes
+    return outcomes[0]

@@ -1,0 +1,118 @@
+"""Training without Ray, storage or tracking: `torchrun --nproc-per-node 2 -m trainers CONFIG.json [--out FOLDER]`.
+
+The same numbers as under `unbroken train`: the last line is the fingerprint of the final state. Nothing is saved on the
+way; a run that is to survive failures is started with `unbroken train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from trainers.build import build
+from trainers.config import TrainerConfig
+from trainers.decode import decode
+from trainers.errors import ConfigError
+from trainers.export import ExportWeights, export_pipeline
+from trainers.loop import train
+from trainers.parallel import gather_rows
+from trainers.ports import Directive
+from trainers.progress import Progress
+from trainers.state import TrainState, combined_fingerprint, fingerprints
+
+
+class _Unsaved:
+    """Control and checkpointer of a run that is not kept."""
+
+    def poll(self, progress: Progress) -> Directive:
+        return Directive()
+
+    def restore(self, state: TrainState) -> None:
+        pass
+
+    def save(self, state: TrainState) -> None:
+        raise AssertionError("never asked to save")
+
+    def wait(self) -> None:
+        pass
+
+
+class _Print:
+    """Rank 0 prints a line a step, at most one in two seconds."""
+
+    def __init__(self, config: TrainerConfig) -> None:
+        self._config = config
+        self._last_s = 0.0
+        self._start_s = time.monotonic()
+
+    def log(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if dist.get_rank() or (now - self._last_s < 2 and progress.step != self._config.train.num_steps):
+            return
+        self._last_s = now
+        rate = progress.samples_seen / (now - self._start_s)
+        total = self._config.train.num_steps
+        print(f"step {progress.step}/{total}  loss {metrics['loss']:.4f}  {rate:.0f} samples/s", flush=True)
+
+
+def _write_weights(state: TrainState, config: TrainerConfig, out: Path) -> None:
+    """Export the first EMA profile, or the raw weights, as a diffusers folder. Collective: all ranks."""
+    profile, averages = next(iter(state.ema.tensors().items()), (None, None))
+    whole = {
+        parameter.name: gather_rows(
+            averages[parameter.name] if averages else parameter.local, parameter, state.topology
+        ).cpu()
+        for parameter in state.parameters
+    }
+    if dist.get_rank() == 0:
+        description = f"EMA profile {profile}" if profile else "raw weights"
+        buffers = {name: value for name, value in state.model.state_dict().items() if name not in whole}
+        export_pipeline(
+            out,
+            config.model,
+            config.objective,
+            [ExportWeights(tensors={**buffers, **whole}, description=description)],
+            image_size=config.data.image_size,
+            origin=f"python -m trainers, step {state.progress.step}",
+        )
+        print(f"{description} written to {out}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m trainers", description=__doc__)
+    parser.add_argument("config", help="JSON file, as `unbroken config show CONFIG --trainers-only --json` prints it")
+    parser.add_argument("--out", type=Path, help="write the trained weights here, as a diffusers folder")
+    arguments = parser.parse_args()
+    try:
+        config = decode(TrainerConfig, json.loads(Path(arguments.config).read_text()))
+    except (ConfigError, OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+    torch.set_num_threads(config.parallel.cpu_threads)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        state, task = build(config, device)
+        unsaved = _Unsaved()
+        train(state, task, unsaved, unsaved, _Print(config))
+        state.generators.capture()
+        combined = combined_fingerprint(fingerprints(state))
+        if dist.get_rank() == 0:
+            print(f"fingerprint of the state after step {state.progress.step}: {combined}", flush=True)
+        if arguments.out:
+            _write_weights(state, config, arguments.out)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
