@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from orchestrator.checkpoint.run_record import open_or_create
+from orchestrator.checkpoint.store import Store
+from orchestrator.cli import main
+from tests.orchestrator.checkpoint.states import SPECS, make_state, save
+
+
+def unbroken(*args: str) -> Result:
+    return CliRunner().invoke(main, args)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> str:
+    """A run with stable checkpoints of steps 1 and 2 and a save that was never committed."""
+    url = str(tmp_path / "run")
+    store = Store.open(url)
+    open_or_create(store, {})
+    for step in (1, 2):
+        save(store, make_state(step), step=step, world_size=2)
+    (tmp_path / "run/checkpoints/0000000000030-0001").mkdir()
+    return url
+
+
+def damage(run: str, checkpoint: str) -> None:
+    (shard, *_) = sorted((Path(run) / "checkpoints" / checkpoint).glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+
+
+def test_list_shows_every_checkpoint_newest_first(run: str):
+    header, *lines = unbroken("checkpoints", "list", run).stdout.splitlines()
+    assert header.split() == ["CHECKPOINT", "STATE", "STEP", "WORKERS", "STRATEGY", "SIZE_MB", "CREATED_AT"]
+    assert [line.split()[:3] for line in lines] == [
+        ["0000000000030-0001", "writing", "-"],
+        ["0000000000020-0001", "stable", "2"],
+        ["0000000000010-0001", "stable", "1"],
+    ]
+    rows = json.loads(unbroken("checkpoints", "list", run, "--json").stdout)
+    assert [(row["state"], row["step"], row["workers"]) for row in rows] == [
+        ("writing", None, None),
+        ("stable", 2, 2),
+        ("stable", 1, 2),
+    ]
+
+
+def test_inspect_shows_the_newest_stable_one_or_the_one_asked_for(run: str):
+    newest = unbroken("checkpoints", "inspect", run).stdout
+    assert "step           2 (20 samples)" in newest
+    assert all(spec.name in newest for spec in SPECS)
+    manifest = json.loads(unbroken("checkpoints", "inspect", run, "--step", "1", "--json").stdout)
+    assert manifest["progress"]["step"] == 1
+
+
+def test_inspect_names_the_steps_there_are(run: str):
+    result = unbroken("checkpoints", "inspect", run, "--step", "9")
+    assert result.exit_code == 2 and "step=9 has no checkpoint in" in result.stderr
+    assert result.stderr.endswith("there are steps 1, 2\n")
+
+
+def test_verify_reads_everything(run: str):
+    result = unbroken("checkpoints", "verify", run)
+    assert result.exit_code == 0
+    assert [line.split("  ")[1] for line in result.stdout.splitlines()] == ["not committed", "intact", "intact"]
+
+
+def test_verify_finds_one_bit_and_changes_nothing(run: str):
+    damage(run, "0000000000020-0001")
+    result = unbroken("checkpoints", "verify", run)
+    assert result.exit_code == 3
+    assert "0000000000020-0001  damaged" in result.stdout and "0000000000010-0001  intact" in result.stdout
+    (only,) = json.loads(unbroken("checkpoints", "verify", run, "--step", "2", "--json").stdout)
+    assert only["verdict"] == "damaged" and only["problems"]
+    assert unbroken("checkpoints", "verify", run, "--step", "1").exit_code == 0
+    assert not list(Path(run).rglob("quarantine.json"))
+
+
+def test_prove_says_the_same_or_names_the_first_difference(run: str, tmp_path: Path):
+    other = str(tmp_path / "other")
+    store = Store.open(other)
+    open_or_create(store, {})
+    save(store, make_state(1), step=1, world_size=3)
+    same = unbroken("prove", run, other)
+    assert same.exit_code == 0
+    assert same.stdout.startswith(f"bitwise the same: {len(SPECS)} tensors in 1 checkpoints up to step 1")
+    save(store, make_state(99), step=2)
+    different = unbroken("prove", run, other)
+    assert different.exit_code == 3 and different.stdout.startswith("different: step 2, ema/main/proj.weight: ")
+    assert json.loads(unbroken("prove", run, other, "--json").stdout)["equal"] is False
