@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener, wait
+from typing import cast
 
 from orchestrator.coordinator import Coordinator
 from orchestrator.messages import Joined
@@ -13,7 +14,7 @@ from orchestrator.messages import Joined
 
 def connect(address: tuple[str, int], key: bytes, rank: int) -> Connection:
     """An agent's end of the wire."""
-    connection = Client(address, authkey=key)
+    connection = cast(Connection, Client(address, authkey=key))
     _no_delay(connection)
     connection.send(Joined(rank=rank))
     return connection
@@ -24,7 +25,7 @@ class Hub:
 
     def __init__(self, host: str, key: bytes, world_size: int) -> None:
         self._listener = Listener((host, 0), backlog=world_size, authkey=key)
-        self.address: tuple[str, int] = (host, self._listener.address[1])
+        self.address = (host, int(self._listener.address[1]))
         self._world_size = world_size
         self._agents: dict[int, Connection] = {}
 
@@ -49,7 +50,7 @@ class Hub:
         coordinator = make_coordinator(self._send)
         try:
             while len(self._agents) < self._world_size:
-                connection = self._listener.accept()
+                connection = cast(Connection, self._listener.accept())
                 _no_delay(connection)
                 joined = connection.recv()
                 self._agents[joined.rank] = connection

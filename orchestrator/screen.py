@@ -70,10 +70,8 @@ class Screen:
     def _down(self, at: float, *, rank: int, kind: str, message: str) -> None:
         self._down_at = at
 
-    def _failure(
-        self, at: float, *, attempt: int, rank: int, kind: str, action: str, reason: str, step: int, details: str
-    ) -> None:
-        self._write(f"attempt {attempt}: stopped after step {step}, {kind}: {reason}; {action}")
+    def _failure(self, at: float, *, kind: str, reason: str, action: str, details: str, **where: Any) -> None:
+        self._write(f"attempt {where['attempt']}: stopped after step {where['step']}, {kind}: {reason}; {action}")
         if kind == "error" and details:
             self._write(details.rstrip())
 

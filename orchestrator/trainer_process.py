@@ -162,7 +162,7 @@ class _Destination:
             spec=local.spec,
             row_offset=local.row_offset,
             num_rows=len(self._target) if self._target.ndim else 1,
-            out=memoryview(self._host.reshape(-1).view(torch.uint8).numpy()),
+            out=self._host.reshape(-1).view(torch.uint8).numpy().data,
         )
 
     def finish(self) -> None:
@@ -187,13 +187,13 @@ def _check_fingerprints(actual: Mapping[str, int], expected: Mapping[str, str], 
 def _join(agent: Connection, begin: Begin) -> None:
     """Form the process group; rank 0's trainer serves the store, so that every attempt has a fresh one."""
     timeout = timedelta(minutes=30)
+    served = None
     if begin.rank == 0:
-        store = dist.TCPStore("0.0.0.0", 0, begin.world_size, is_master=True, wait_for_workers=False, timeout=timeout)
-        agent.send(Listening(port=store.port))
+        served = dist.TCPStore("0.0.0.0", 0, begin.world_size, is_master=True, wait_for_workers=False, timeout=timeout)
+        agent.send(Listening(port=served.port))
     meeting = agent.recv()
     assert isinstance(meeting, Rendezvous), meeting
-    if begin.rank != 0:
-        store = dist.TCPStore(meeting.host, meeting.port, begin.world_size, is_master=False, timeout=timeout)
+    store = served or dist.TCPStore(meeting.host, meeting.port, begin.world_size, is_master=False, timeout=timeout)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=begin.rank, world_size=begin.world_size)
 

@@ -49,8 +49,8 @@ def _read() -> dict[str, np.ndarray]:
     assert kind == "MT19937"
     states = {
         "torch": torch.get_rng_state().numpy(),
-        "python": _join(words, [np.nan if gauss is None else gauss]),
-        "numpy": _join(keys, [position, has_gauss, cached]),
+        "python": _join(words, [np.nan if gauss is None else float(gauss)]),
+        "numpy": _join(keys, [float(position), float(has_gauss), float(cached)]),
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state().numpy()

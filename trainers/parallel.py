@@ -8,6 +8,7 @@ reduction in `trainers.reduction`.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -130,8 +131,12 @@ def shard_model(
             unit.set_custom_reduce_scatter(reduction)
             unit.set_all_reduce_hook(reduction.finish_round)
         elif topology.num_replicas > 1:
-            unit.set_all_reduce_hook(lambda grad: dist.all_reduce(grad, group=topology.replicate_group))
+            unit.set_all_reduce_hook(functools.partial(_all_reduce, topology))
     return _local_parameters(model, topology)
+
+
+def _all_reduce(topology: Topology, grad: torch.Tensor) -> None:
+    dist.all_reduce(grad, group=topology.replicate_group)
 
 
 def _local_parameters(model: torch.nn.Module, topology: Topology) -> list[LocalParameter]:

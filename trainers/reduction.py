@@ -146,7 +146,7 @@ class InvariantReduction(ReduceScatter):
         self._tree = TreeSum()
         self._leaves: Sequence[torch.Tensor] = ()
 
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(

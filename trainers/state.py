@@ -90,7 +90,7 @@ class TrainState:
         """What is not a tensor, JSON-ready and the same on all ranks."""
         return {"optimizer_steps": self.optimizer_steps, "ema": self.ema.scalars()}
 
-    def load_scalars(self, scalars: dict[str, Any]) -> None:
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
         """The counterpart of `scalars`; EMA profiles that had begun get their memory here. Local.
 
         Raises:

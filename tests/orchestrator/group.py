@@ -1,0 +1,86 @@
+"""Two agents that do nothing, around a real coordinator and a real store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.checkpoint.keys import CheckpointRef
+from orchestrator.checkpoint.store import Store
+from orchestrator.checkpoint.writer import write_shard
+from orchestrator.coordinator import Coordinator
+from orchestrator.messages import (
+    Down,
+    Event,
+    ExitKind,
+    Joined,
+    Launch,
+    Receipt,
+    TrainerExit,
+)
+from orchestrator.run_spec import RunSpec
+from trainers.progress import Progress
+from trainers.shards import Chunk, TensorSpec
+
+ROWS = 4
+
+
+class Group:
+    """Two agents that do nothing but remember their orders."""
+
+    def __init__(self, store: Store, session: str = "s") -> None:
+        self.store = store
+        self.orders: list[tuple[int, object]] = []
+        self.events: list[Event] = []
+        spec = RunSpec(
+            run_id="r",
+            run_url=store.url,
+            session=session,
+            config={},
+            config_hash="h",
+            strategy="fsdp",
+            every_steps=5,
+            num_steps=20,
+            versions={},
+            preload=(),
+        )
+        self.coordinator = Coordinator(
+            spec, store, 2, "host", lambda rank, order: self.orders.append((rank, order)), self.events.append
+        )
+
+    def join(self) -> Group:
+        self.both(Joined(rank=0), Joined(rank=1))
+        return self
+
+    def both(self, first: object, second: object | None = None) -> None:
+        self.coordinator.handle(0, first)
+        self.coordinator.handle(1, second or first)
+
+    def last(self, kind: type) -> Any:
+        return next(order for _, order in reversed(self.orders) if isinstance(order, kind))
+
+    def count(self, kind: type) -> int:
+        return sum(isinstance(order, kind) for _, order in self.orders)
+
+    @property
+    def attempt(self) -> int:
+        return self.last(Launch).attempt
+
+    def receipt(self, rank: int, step: int) -> Receipt:
+        """What rank's agent sends when its shard of a one-tensor state is stored."""
+        spec = TensorSpec(name="model/w", dtype="F32", shape=(ROWS, 2))
+        data = memoryview(bytes([step % 256]) * (ROWS // 2 * 8))
+        chunk = Chunk(spec=spec, row_offset=rank * 2, num_rows=2, begin=0, end=len(data))
+        progress = Progress(step, step * 10)
+        key = CheckpointRef(progress.samples_seen, self.attempt).shard(rank, 2)
+        shard = write_shard(self.store, key, [chunk], data, {})
+        return Receipt(attempt=self.attempt, progress=progress, shard=shard, scalars={"n": step})
+
+    def save(self, step: int) -> None:
+        self.both(self.receipt(0, step), self.receipt(1, step))
+
+    def down(self, rank: int, kind: ExitKind, pending: Progress | None = None, message: str = "m") -> None:
+        end = TrainerExit(kind=kind, message=message)
+        self.coordinator.handle(rank, Down(attempt=self.attempt, exit=end, pending=pending))
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.events]
