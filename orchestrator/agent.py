@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.train
@@ -45,5 +45,5 @@ def agent(arguments: dict[str, Any]) -> None:
                 lambda event: mailbox.put.remote(event) and None,
             )
         )
-    address, key = ray.train.collective.broadcast_from_rank_zero(wire)
+    address, key = cast(tuple[tuple[str, int], bytes], ray.train.collective.broadcast_from_rank_zero(wire))
     Supervisor(spec, rank, world_size, connect(address, key, rank)).run()

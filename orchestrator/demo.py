@@ -45,9 +45,8 @@ def main() -> int:
 
 def _run(command: list[str], kill: bool) -> int:
     """Run one command, passing its lines on; with `kill`, end a worker when half of the steps are done."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator.cli", *command], stdout=subprocess.PIPE, text=True, bufsize=1
-    )
+    unbroken = Path(sys.executable).with_name("unbroken")
+    process = subprocess.Popen([unbroken, *command], stdout=subprocess.PIPE, text=True, bufsize=1)
     assert process.stdout is not None
     victims: dict[str, int] = {}
     for line in process.stdout:

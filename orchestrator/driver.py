@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import logging
 import os
 import platform
 import threading
@@ -27,6 +28,7 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
 
 import ray
 import ray.train
+from ray.exceptions import RayError
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from orchestrator.agent import agent
@@ -129,7 +131,7 @@ def _connect_ray(config: RunConfig) -> None:
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level="WARNING")
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
         return
     # A cluster of our own on this machine: loopback only, nothing written to the home folder.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -139,7 +141,7 @@ def _connect_ray(config: RunConfig) -> None:
         num_cpus=int(max(needed + 0.999, os.cpu_count() or 1)),
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="WARNING",
+        logging_level=logging.WARNING,
         _node_ip_address="127.0.0.1",
     )
 
@@ -214,7 +216,7 @@ class _Listener:
         while True:
             try:
                 events = ray.get(self._mailbox.take.remote(), timeout=None if not self._done.is_set() else 1)
-            except (ray.exceptions.RayError, TimeoutError):
+            except (RayError, TimeoutError):
                 return
             for event in events:
                 if event.kind == "outcome":
