@@ -29,11 +29,11 @@ def test_the_weights_asked_for_are_read_bitwise(run: str, weights: str, step: in
 
 
 def test_weights_that_are_not_there_are_named(run: str):
-    with pytest.raises(ConfigError, match="weights=fast are not in .*; give raw or slow or late"):
+    with pytest.raises(ConfigError, match=r"weights=fast are not in .*; give raw or slow or late"):
         open_model(run).tensors("fast")
     with pytest.raises(ConfigError, match="weights=late begin after step 9, this checkpoint is of step 5"):
         open_model(run, 5).tensors("late")
-    with pytest.raises(ConfigError, match="step=7 has no checkpoint in .*; there are steps 5, 10"):
+    with pytest.raises(ConfigError, match=r"step=7 has no checkpoint in .*; there are steps 5, 10"):
         open_model(run, 7)
     with pytest.raises(RunNotFoundError, match="no run at"):
         open_model(run + "-none")
