@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 @click.group()
 def checkpoints() -> None:
-    """Look at the checkpoints of a run, wherever they are stored."""
+    """Look at the checkpoints of a run."""
 
 
 @checkpoints.command("list")
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="One JSON list.")
 def list_(run: str, as_json: bool) -> None:
-    """List the checkpoints of RUN, newest first.
+    """List all checkpoints, newest first.
 
     \b
     stable       committed and healthy: the newest of these is where the run goes on
@@ -49,7 +49,10 @@ _COLUMNS = {"checkpoint": 18, "state": 11, "step": 9, "workers": 7, "strategy": 
 @click.option("--step", type=click.IntRange(min=0), help="The checkpoint of this step. Default: the newest stable one.")
 @click.option("--json", "as_json", is_flag=True, help="The manifest itself.")
 def inspect(run: str, step: int | None, as_json: bool) -> None:
-    """Show what a checkpoint of RUN consists of: progress, files, every tensor with its fingerprint."""
+    """Show what a checkpoint consists of.
+
+    Progress, versions, files with their hashes, and every tensor with its fingerprint.
+    """
     from orchestrator.checkpoint.selection import select_checkpoint
 
     manifest = select_checkpoint(_open_run(run), step).manifest
@@ -72,7 +75,9 @@ def inspect(run: str, step: int | None, as_json: bool) -> None:
 @click.option("--step", type=click.IntRange(min=0), help="Only the checkpoint of this step.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON list.")
 def verify(run: str, step: int | None, as_json: bool) -> int:
-    """Read every byte of the checkpoints of RUN and compare hashes. Exit code 3 if one is not what was written.
+    """Read every byte and compare hashes.
+
+    Exit code 3 if a checkpoint of RUN is not what was written.
 
     Nothing is changed: a damaged checkpoint is quarantined by the next start of the run, which then takes an older one.
     """

@@ -18,7 +18,10 @@ def config() -> None:
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of YAML.")
 @click.option("--trainers-only", is_flag=True, help="Only what `python -m trainers` reads, as JSON.")
 def show(config: str, overrides: tuple[str, ...], as_json: bool, trainers_only: bool) -> None:
-    """Print CONFIG with overrides applied, defaults filled in and ${...} resolved."""
+    """Print a config in full.
+
+    Overrides are applied, defaults filled in and ${...} resolved.
+    """
     from orchestrator.config import load_config, to_dict, to_yaml, trainer_dict
 
     loaded = load_config(config, overrides)
@@ -33,7 +36,10 @@ def show(config: str, overrides: tuple[str, ...], as_json: bool, trainers_only: 
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--json", "as_json", is_flag=True, help="Facts as JSON.")
 def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Check CONFIG without starting anything: keys, values, model, data. Exit code 2 and one line if it cannot run."""
+    """Check a config without starting anything.
+
+    Keys, values, the model's arguments, and whether the model fits the data. Exit code 2 and one line if it cannot run.
+    """
     from orchestrator.config import config_hash, load_config, run_url
     from orchestrator.preflight import check_trainable
 

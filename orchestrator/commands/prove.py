@@ -13,7 +13,9 @@ import click
 @click.argument("run_b")
 @click.option("--json", "as_json", is_flag=True, help="The whole comparison as JSON.")
 def prove(run_a: str, run_b: str, as_json: bool) -> int:
-    """Compare two runs bit by bit: exit code 0 if they are the same, else 3 and the first difference.
+    """Compare two runs bit by bit.
+
+    Exit code 0 if they are the same, else 3 and the first difference.
 
     Compared are the fingerprints of every tensor (weights, every EMA profile, optimizer moments) and every scalar, in
     every checkpoint that both runs have. A fingerprint depends on every bit of a tensor and not on how it was spread

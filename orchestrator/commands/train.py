@@ -9,11 +9,11 @@ import click
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def train(config: str, overrides: tuple[str, ...]) -> None:
-    """Train the run that CONFIG (a YAML file) describes, or go on with it.
+    """Train a run, or go on with it.
 
-    The run lives in <storage>/<run.name>. If that run exists, it continues from its newest stable checkpoint; if it is
-    finished, nothing happens; if it was made with a config that decides other numbers, it is refused, and the keys are
-    named. So the same command is right after every interruption.
+    CONFIG is a YAML file. The run lives in <storage>/<run.name>. If it exists, it continues from its newest stable
+    checkpoint; if it is finished, nothing happens; if it was made with a config that decides other numbers, it is
+    refused, and the keys are named. So the same command is right after every interruption.
 
     KEY=VALUE replaces one value of the file, in YAML's syntax:
 

@@ -26,7 +26,10 @@ _STEP = click.option(
 )
 @click.option("--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Same seed, same images.")
 def sample(run: str, out: Path, weights: str, step: int | None, num: int, guidance: float | None, seed: int) -> None:
-    """Draw images from the weights of RUN into one PNG grid, a column for each class."""
+    """Draw images into one PNG grid.
+
+    Each class has a column. Image i starts from the same noise whatever the weights, so that grids can be compared.
+    """
     if out.suffix != ".png":
         raise click.UsageError(f"{out} does not end in .png")
     import torch
@@ -62,7 +65,7 @@ def _describe(saved: SavedModel, weights: str) -> str:
 @click.option("--weights", default="both", type=click.Choice(["ema", "raw", "both"]), show_default=True)
 @_STEP
 def export(run: str, out_dir: Path, weights: str, step: int | None) -> None:
-    """Write the model of RUN in diffusers form into OUT_DIR.
+    """Write the model in diffusers form.
 
     `DiffusionPipeline.from_pretrained(OUT_DIR)` loads the EMA weights (the first profile): take these to draw images.
     With `both`, the raw weights lie beside them as variant="non_ema": take these to train on. The README.md in OUT_DIR
