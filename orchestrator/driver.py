@@ -7,17 +7,36 @@ import importlib.metadata
 import logging
 import os
 import platform
+import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from orchestrator.checkpoint.catalog import newest_stable
+from orchestrator.checkpoint.keys import CONFIG
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
-from orchestrator.config import RunConfig, Workers, config_hash, conflicting_keys, run_url, to_dict, trainer_dict
-from orchestrator.errors import GaveUpError, RunMismatchError, StorageError, SupersededError, UnbrokenError
+from orchestrator.config import (
+    RunConfig,
+    Workers,
+    config_hash,
+    conflicting_keys,
+    run_url,
+    to_dict,
+    to_yaml,
+    trainer_dict,
+)
+from orchestrator.errors import (
+    AlreadyExistsError,
+    GaveUpError,
+    RunMismatchError,
+    StorageError,
+    SupersededError,
+    UnbrokenError,
+)
 from orchestrator.messages import Ending, Event
 from trainers.errors import ConfigError
 
@@ -83,6 +102,8 @@ def run(config: RunConfig, show: Callable[[Event], None]) -> None:
             f"the run at {url} was made with another configuration: {'; '.join(conflicts)};"
             " set these back, or choose another run.name"
         )
+    with suppress(AlreadyExistsError):  # for people; what counts is in the run record
+        store.create(CONFIG, to_yaml(config).encode())
     newest = newest_stable(store)
     if newest is not None and newest.manifest and newest.manifest.progress.step >= config.train.num_steps:
         show(_event("already_finished", step=newest.manifest.progress.step, checkpoint=str(newest.ref)))
@@ -100,8 +121,13 @@ def run(config: RunConfig, show: Callable[[Event], None]) -> None:
         preload=preload(config),
     )
     _connect_ray(config)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)  # Ray's own handler, set by now, would abort with a stack dump
     try:
         outcome = _supervise(spec, config, store, show)
+    except (KeyboardInterrupt, SystemExit):
+        show(_event("interrupted"))
+        raise
     finally:
         ray.shutdown()
     ending, message = Ending(outcome["ending"]), outcome["message"]
@@ -152,11 +178,7 @@ def _supervise(spec: RunSpec, config: RunConfig, store: Store, show: Callable[[E
     while True:
         mailbox = _Mailbox.remote()
         listener = _Listener(mailbox, show)
-        error = None
-        try:
-            _trainer(spec, config, mailbox).fit()
-        except Exception as caught:  # whatever ended Ray's controller: the run itself can go on
-            error = caught
+        error = _fit(_trainer(spec, config, mailbox))
         outcome = listener.finish()
         if outcome is not None:
             return outcome
@@ -171,6 +193,30 @@ def _supervise(spec: RunSpec, config: RunConfig, store: Store, show: Callable[[E
             raise UnbrokenError(f"{reason}; {deaths} times in a row at step {step}. Ray's logs say more")
         show(_event("controller_lost", reason=reason))
         time.sleep(min(10.0, 0.5 * 2**deaths))
+
+
+def _fit(trainer: DataParallelTrainer) -> Exception | None:
+    """Run Ray Train to its end; what ended it before the train function returned, if anything did.
+
+    In a thread: there Ray leaves signals alone, and this one is free to be interrupted.
+    """
+    errors: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # whatever ended Ray's controller: the run itself can go on
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    return errors[0] if errors else None
+
+
+def _terminate(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _trainer(spec: RunSpec, config: RunConfig, mailbox: Any) -> DataParallelTrainer:

@@ -88,6 +88,9 @@ class Screen:
     def _quarantined(self, at: float, *, checkpoint: str, reason: str) -> None:
         self._write(f"checkpoint {checkpoint} is quarantined: {reason}; the next older one is taken")
 
+    def _interrupted(self, at: float) -> None:
+        self._write("interrupted; the same command goes on from the newest stable checkpoint")
+
     def _already_finished(self, at: float, *, step: int, checkpoint: str) -> None:
         self._write(f"finished: step {step} of {self._num_steps} is in checkpoint {checkpoint}; nothing to do")
 
