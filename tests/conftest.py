@@ -12,6 +12,7 @@ import uuid
 
 import pytest
 
+from tests.s3.fault_proxy import FaultProxy
 from tests.s3.server import BUCKET, S3Server
 
 
@@ -30,3 +31,20 @@ def s3_url(s3_server, monkeypatch):
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def one_s3_proxy(s3_server):
+    proxy = FaultProxy(s3_server.port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def s3_proxy(s3_server, one_s3_proxy, monkeypatch):
+    """A proxy with faults before the server; the environment leads to it."""
+    for name, value in s3_server.environment(one_s3_proxy.endpoint).items():
+        monkeypatch.setenv(name, value)
+    one_s3_proxy.calm_down()
+    yield one_s3_proxy
+    one_s3_proxy.calm_down()

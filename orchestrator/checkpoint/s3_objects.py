@@ -22,7 +22,7 @@ _MISSING = {"NoSuchKey", "NotFound", "404"}
 
 
 class S3Objects:
-    """A backend of `Store`. Its calls may come from any thread, and from a forked process."""
+    """A backend of `Store`. Its calls may come from any thread of the process that made it."""
 
     kind = "s3"
 
@@ -179,7 +179,8 @@ class S3Objects:
             with suppress(Exception):  # what is left over costs money until `abort_unfinished` finds it
                 await self._requests.once(lambda client, _: client.abort_multipart_upload(**upload), 5.0)
             if isinstance(error, BaseExceptionGroup):
-                raise error.exceptions[0] from None
+                first = error.exceptions[0]
+                raise first from first.__cause__
             raise
 
     async def _complete(self, path: str, upload: dict[str, str], parts: dict[str, Any], size: int) -> None:

@@ -44,7 +44,7 @@ _SEND_BYTES = 256 << 10
 
 
 class S3Requests:
-    """A connection. Its calls may come from any thread, and from a forked process."""
+    """A connection. Its calls may come from any thread of the process that made it."""
 
     def __init__(self, connect: Callable[[], Any], deadline_s: float) -> None:
         """Args: connect: makes an s3fs filesystem with `OPTIONS`."""
@@ -53,7 +53,7 @@ class S3Requests:
         self._lock = threading.Lock()
         self._filesystem: Any = None
         self._client: Any = None
-        self._pid = 0
+        self._pid = os.getpid()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """The result of `coroutine`, which uses `once` and `repeat`, in the connection's own thread."""
@@ -64,10 +64,12 @@ class S3Requests:
             future.cancel()  # when interrupted; else it is done
 
     def _connected(self) -> Any:
-        """The filesystem. A fork leaves its thread and its sockets behind, so a new process makes its own."""
+        # A fork has no thread to serve the connection, and shares the poll set of its sockets with the parent: closing
+        # one there makes the parent wait for ever.
+        assert self._pid == os.getpid(), f"this store belongs to process {self._pid}; open one in {os.getpid()}"
         with self._lock:
-            if self._pid != os.getpid():
-                self._filesystem, self._client, self._pid = self._connect(), None, os.getpid()
+            if self._filesystem is None:
+                self._filesystem = self._connect()
             return self._filesystem
 
     async def repeat(self, request: Request[T], *, num_bytes: int = 0, timeout_s: float | None = None) -> T:
@@ -84,16 +86,17 @@ class S3Requests:
                     raise
                 pause_s = min(5.0, 0.1 * 2**tries) * random.uniform(0.5, 1.0)
                 if clock() + pause_s >= end:
-                    raise DeadlineError(f"{tries} tries in {time_s:.0f} s") from error
+                    raise DeadlineError(f"{tries} {'try' if tries == 1 else 'tries'} in {time_s:.0f} s") from error
             await asyncio.sleep(pause_s)
 
     async def once(self, request: Request[T], time_s: float, num_bytes: int = 0) -> T:
+        """The answer to one request."""
+        client = await self._filesystem.set_session()  # the same one again, as long as it is open
+        if client is not self._client:
+            client.meta.events.register_last("before-call.s3", _do_not_ask_first)
+            self._client = client
         async with asyncio.timeout(time_s) as limit:
             allow_for(limit, num_bytes)
-            client = await self._filesystem.set_session()  # the same one again, as long as it is open
-            if client is not self._client:
-                client.meta.events.register_last("before-call.s3", _do_not_ask_first)
-                self._client = client
             return await request(client, limit)
 
 

@@ -110,12 +110,11 @@ _UNCERTAIN_STATUS = {408, 409}
 
 def diagnose(error: BaseException) -> Failure:
     """What `error`, raised by a storage library or the operating system, means."""
+    if isinstance(error, DeadlineError) and error.__cause__ is not None:
+        return Failure(line=f"{diagnose(error.__cause__).line}; {error}", certain=False)
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     if isinstance(response, dict) and "Error" in response:
         return _of_answer(response, error)
-    if isinstance(error, DeadlineError) and error.__cause__ is not None:
-        last = diagnose(error.__cause__)
-        return Failure(line=f"{last.line}; {error}", certain=False)
     classes = {cls.__name__ for cls in type(error).__mro__}
     text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
     for name in classes & _BY_CLASS.keys():

@@ -58,7 +58,7 @@ class Backend(Protocol):
 
 
 class Store:
-    """Objects under one URL; thread-safe."""
+    """Objects under one URL. Open it in the process that uses it (connections do not survive a fork); thread-safe."""
 
     def __init__(self, url: str, root: str, backend: Backend, deadline_s: float = DEADLINE_S) -> None:
         self.url = url

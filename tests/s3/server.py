@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 
 import fsspec
@@ -97,6 +98,7 @@ class S3Server:
             "AWS_DEFAULT_REGION": "us-east-1",
         }
 
+    @cached_property
     def client(self):
         """An s3fs of its own, past every proxy."""
         return fsspec.filesystem(
@@ -113,7 +115,7 @@ class S3Server:
     def _wait_until_ready(self, log: Path) -> None:
         """Listing works long before writing does, so write."""
         assert self._process is not None
-        client, deadline = self.client(), time.monotonic() + _READY_S
+        client, deadline = self.client, time.monotonic() + _READY_S
         while True:
             try:
                 if not client.exists(BUCKET):
