@@ -4,6 +4,7 @@ import uuid
 
 import pytest
 
+from orchestrator.checkpoint import s3_objects
 from orchestrator.checkpoint.store import Store
 
 
@@ -19,3 +20,8 @@ def any_store(request, tmp_path):
     if request.param == "s3":
         return Store.open(request.getfixturevalue("s3_url"))
     return Store.open({"local": str(tmp_path / "store"), "memory": f"memory://{uuid.uuid4().hex}"}[request.param])
+
+
+@pytest.fixture
+def parts_of_5_mb(monkeypatch):
+    monkeypatch.setattr(s3_objects, "PART_BYTES", 5 << 20)  # the smallest that S3 takes

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import threading
 import time
-import uuid
 
-import fsspec
 import pytest
 
-from orchestrator.checkpoint import s3_objects
-from orchestrator.checkpoint.catalog import newest_stable
-from orchestrator.checkpoint.s3_objects import S3Objects
-from orchestrator.checkpoint.s3_requests import OPTIONS
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import AlreadyExistsError, MissingObjectError, StorageError, UnknownOutcomeError
-from tests.orchestrator.checkpoint.states import equal, load, make_state, save
 from tests.s3.fault_proxy import Fault, Kind
-from tests.s3.server import BUCKET
+from tests.s3.stores import BIG, MB, opened, unfinished
 
 pytestmark = pytest.mark.s3
 
-MB = 1 << 20
-BIG = os.urandom(11 * MB)
 FOR_EVER = 10**6
 OPERATIONS = {
     "write": (lambda store: store.write("new", [b"data"]), "PUT"),
@@ -36,24 +23,6 @@ OPERATIONS = {
     "create": (lambda store: store.create("new", b"mine"), "PUT"),
 }
 each_operation = pytest.mark.parametrize("operation", OPERATIONS)
-
-
-@pytest.fixture
-def parts_of_5_mb(monkeypatch):
-    monkeypatch.setattr(s3_objects, "PART_BYTES", 5 * MB)  # the smallest that S3 takes
-
-
-def opened(deadline_s: float = 10.0) -> Store:
-    """A new prefix with the object `old`, through the proxy; all stores share one connection, which saves time."""
-    options = OPTIONS | {"skip_instance_cache": False, "endpoint_url": os.environ["AWS_ENDPOINT_URL_S3"]}
-    root = f"{BUCKET}/{uuid.uuid4().hex}"
-    store = Store(f"s3://{root}", root, S3Objects(lambda: fsspec.filesystem("s3", **options), deadline_s), deadline_s)
-    store.write("old", [b"old"])
-    return store
-
-
-def unfinished(server) -> list:
-    return server.client.list_multipart_uploads(BUCKET)
 
 
 class TestRepeated:
@@ -220,74 +189,6 @@ class TestCreate:
         assert s3_proxy.fired(Kind.ANSWER) == 1
 
 
-class TestServerKilled:
-    def test_in_the_middle_of_an_upload_and_started_again(self, s3_server, s3_proxy, parts_of_5_mb):
-        store = opened(deadline_s=30)
-        first = save(store, make_state(0), step=1)
-        s3_proxy.bytes_per_s = 8 * MB
-        sent = s3_proxy.num_sent
-        upload = threading.Thread(target=lambda: store.write("new", [BIG]))
-        upload.start()
-        while s3_proxy.num_sent < sent + 4 * MB:
-            time.sleep(0.01)
-        s3_server.kill()
-        assert s3_proxy.num_sent < sent + len(BIG) and upload.is_alive()
-        s3_server.start()
-        upload.join(30)
-        assert store.read("new") == BIG
-        assert equal(load(store, newest_stable(store).manifest, 2), make_state(0))
-        assert newest_stable(store).manifest == first
-
-
-class TestUnfinishedUploads:
-    def test_only_old_ones_below_our_prefix_are_aborted(self, s3_server, s3_url):
-        client, store = s3_server.client, Store.open(f"{s3_url}/run")
-        prefix = store.url.removeprefix(f"s3://{BUCKET}/")
-        keys = [f"{prefix}/checkpoints/1/shard", f"{prefix}-2/checkpoints/1/shard"]
-        for key in keys:
-            client.call_s3("create_multipart_upload", Bucket=BUCKET, Key=key)
-        assert store.abort_dangling_uploads(3600) == 0
-        assert {upload["Key"] for upload in unfinished(s3_server)} == set(keys)
-        assert store.abort_dangling_uploads(0) == 1
-        assert [upload["Key"] for upload in unfinished(s3_server)] == keys[1:]
-        Store.open(f"{s3_url}/run-2").abort_dangling_uploads(0)
-
-    def test_of_a_process_that_was_killed(self, s3_server, s3_proxy):
-        url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
-        s3_proxy.bytes_per_s = MB
-        program = f"""
-from orchestrator.checkpoint import s3_objects
-from orchestrator.checkpoint.store import Store
-s3_objects.PART_BYTES = 5 << 20
-Store.open({url!r}).write("big", [bytes(20 << 20)])
-"""
-        process = subprocess.Popen([sys.executable, "-c", program])
-        while s3_proxy.num_sent < MB:
-            time.sleep(0.01)
-            assert process.poll() is None
-        process.kill()
-        process.wait()
-        store = Store.open(url)
-        assert not store.exists("big") and len(unfinished(s3_server)) == 1
-        assert store.abort_dangling_uploads(0) == 1
-        assert unfinished(s3_server) == []
-
-
-def test_a_forked_process_must_open_its_own(s3_url):
-    store = Store.open(s3_url)
-    store.write("a", [b"x"])
-    pid = os.fork()
-    if pid == 0:
-        try:
-            store.read("a")
-        except AssertionError as error:
-            os._exit(0 if "open one in" in str(error) else 1)
-        finally:
-            os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert store.read("a") == b"x"
-
-
 def test_a_custom_endpoint_with_a_name_is_addressed_by_path(s3_server, s3_url, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://localhost:{s3_server.port}")
     store = Store.open(s3_url)
@@ -302,9 +203,3 @@ def test_ranges(s3_proxy):
     assert [store.read("digits", *span) for span in ((0, 0), (3, 3), (10, 20), (12, None))] == [b""] * 4
     with pytest.raises(MissingObjectError):
         store.read("nothing", 3, 3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nothing_is_left_over(s3_server):
-    yield
-    assert unfinished(s3_server) == []
