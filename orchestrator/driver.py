@@ -164,6 +164,7 @@ def _connect_ray(config: RunConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     needed = config.max_workers * config.resources.cpu
     ray.init(
+        address="local",  # not whatever cluster happens to run here: for that one, RAY_ADDRESS=auto
         num_cpus=int(max(needed + 0.999, os.cpu_count() or 1)),
         include_dashboard=False,
         log_to_driver=False,
