@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from orchestrator.checkpoint.store import Store
+from orchestrator.checkpoint.writer import ShardReceipt, write_shard
 from orchestrator.errors import StorageError
 from orchestrator.messages import Ending, Event
 from orchestrator.prove import prove
@@ -169,16 +170,15 @@ def test_an_exception_at_one_step_ends_the_run_with_its_trace(tmp_path: Path) ->
 def test_a_store_that_fails_for_a_while_costs_a_checkpoint_and_nothing_else(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Store.write
     failing = {"0000000000144-0001/shard-00001": StorageError("disk full"), "0000000000216-0001": OSError("odd")}
 
-    def flaky(store: Store, key: str, parts: Any) -> None:
+    def flaky(store: Store, key: str, *rest: Any) -> ShardReceipt:
         for part, error in failing.items():
             if part in key:
                 raise error
-        write(store, key, parts)
+        return write_shard(store, key, *rest)
 
-    monkeypatch.setattr(Store, "write", flaky)
+    monkeypatch.setattr("orchestrator.supervisor.write_shard", flaky)
     script = Script()
     outcome = run_agents(make_spec(tmp_path / "run", config(), EVERY), 2, script)
     assert outcome.ending is Ending.FINISHED
