@@ -72,6 +72,7 @@ class Coordinator:
         self._down: dict[int, Down] = {}
         self._stopping = False
         self._shards = ShardCollection(spec, store, world_size)
+        self._ended_save: Progress | None = None
         self._launch_at: float | None = None
         self._launch_failures = 0
         self._cause = "start"
@@ -91,9 +92,11 @@ class Coordinator:
                 self._event("trainer", rank=rank, pid=message.pid, agent_pid=message.agent_pid, attempt=message.attempt)
             case FromTrainer(attempt=attempt, message=inner) if attempt == self._attempt and not self._stopping:
                 self._from_trainer(rank, inner)
-            case Receipt(attempt=attempt) if attempt == self._attempt:
+            case Receipt() | SaveFailed() if message.attempt != self._attempt or message.progress == self._ended_save:
+                pass  # of an earlier attempt, or of a save that another rank's failure has ended
+            case Receipt():
                 self._take_receipt(rank, message)
-            case SaveFailed(attempt=attempt, progress=progress, error=error) if attempt == self._attempt:
+            case SaveFailed(progress=progress, error=error):
                 self._save_ended(progress, f"rank {rank}: {error}")
             case Down(attempt=attempt) if attempt == self._attempt:
                 self._take_down(rank, message)
@@ -141,7 +144,7 @@ class Coordinator:
         self._reached = self._restored
         self._ready, self._finished, self._down = set(), set(), {}
         self._shards.clear()
-        self._stopping = False
+        self._stopping, self._ended_save = False, None
         restore = _name(self._checkpoint)
         self._event("attempt", attempt=self._attempt, restore=restore, cause=cause, world_size=self._world_size)
         self._to_all(Launch(attempt=self._attempt, restore=restore))
@@ -203,6 +206,7 @@ class Coordinator:
 
     def _save_ended(self, progress: Progress, error: str | None) -> None:
         self._shards.clear()
+        self._ended_save = progress
         if error is not None:
             self._event("save_failed", step=progress.step, error=error)
         self._to_all(SaveEnded(progress=progress, error=error))
