@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import signal
+import tempfile
 import threading
 import time
 import uuid
@@ -234,7 +235,7 @@ def _trainer(spec: RunSpec, config: RunConfig, mailbox: Any) -> DataParallelTrai
         run_config=ray.train.RunConfig(
             # Ray gets no checkpoints to index and needs a folder only for its own marker.
             name=f"{config.run.name}-{spec.session[:8]}",
-            storage_path=os.path.join(os.environ.get("RAY_TMPDIR", "/tmp"), "unbroken-ray-train"),
+            storage_path=os.path.join(tempfile.gettempdir(), f"unbroken-ray-train-{os.getuid()}"),
             failure_config=ray.train.FailureConfig(
                 max_failures=-1, controller_failure_limit=-1, max_preemption_failures=-1
             ),
