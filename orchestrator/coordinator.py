@@ -12,8 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.checkpoint.attempts import claim_attempt, read_attempts
-from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, newest_stable, quarantine, scan_checkpoints
-from orchestrator.checkpoint.reader import verify
+from orchestrator.checkpoint.catalog import CheckpointInfo, newest_stable
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import SupersededError, UnbrokenError
 from orchestrator.failures import MAX_ATTEMPTS_WITHOUT_PROGRESS, Action, Failure, classify, decide
@@ -36,6 +35,7 @@ from orchestrator.messages import (
     Started,
     Stepped,
 )
+from orchestrator.restore_point import newest_sound, set_aside
 from orchestrator.run_spec import RunSpec
 from orchestrator.shard_collection import ShardCollection
 from trainers.progress import Progress
@@ -140,7 +140,7 @@ class Coordinator:
         info = {"session": self._spec.session, "cause": cause, "from": seen, "world_size": self._world_size}
         self._attempt = claim_attempt(self._store, info)
         # Only what is listed after the claim counts: an older attempt can commit no more once it sees ours.
-        self._checkpoint = self._newest_sound()
+        self._checkpoint = newest_sound(self._store, self._attempt, self._quarantined)
         self._reached = self._restored
         self._ready, self._finished, self._down = set(), set(), {}
         self._shards.clear()
@@ -148,15 +148,6 @@ class Coordinator:
         restore = _name(self._checkpoint)
         self._event("attempt", attempt=self._attempt, restore=restore, cause=cause, world_size=self._world_size)
         self._to_all(Launch(attempt=self._attempt, restore=restore))
-
-    def _newest_sound(self) -> CheckpointInfo | None:
-        """The newest stable checkpoint; damaged ones that are newer are marked and reported."""
-        for info in scan_checkpoints(self._store):
-            if info.state is CheckpointState.STABLE:
-                return info
-            if info.state is CheckpointState.DAMAGED:
-                self._quarantine(info, info.detail)
-        return None
 
     @property
     def _restored(self) -> Progress:
@@ -255,19 +246,10 @@ class Coordinator:
         else:
             if decision.action is Action.QUARANTINE and self._checkpoint is not None:
                 # The file with the damage, where a full check finds it; else what the loading rank saw.
-                self._quarantine(self._checkpoint, self._damage() or decision.reason)
+                set_aside(self._store, self._checkpoint, decision.reason, self._attempt, self._quarantined)
             self._launch_at, self._cause = time.monotonic() + decision.delay_s, cause.kind.value
 
-    def _damage(self) -> str | None:
-        """What a full check of the checkpoint in use finds first."""
-        assert self._checkpoint is not None
-        try:
-            return next(iter(verify(self._store, self._checkpoint.ref)), None)
-        except UnbrokenError:
-            return None  # what the loading rank saw is reason enough
-
-    def _quarantine(self, checkpoint: CheckpointInfo, reason: str) -> None:
-        quarantine(self._store, checkpoint.ref, reason, self._attempt)
+    def _quarantined(self, checkpoint: CheckpointInfo, reason: str) -> None:
         self._event("quarantined", checkpoint=str(checkpoint.ref), reason=reason)
 
     def broken(self, error: BaseException) -> None:
