@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import signal
+import tempfile
 import threading
 import time
 import uuid
@@ -164,6 +165,7 @@ def _connect_ray(config: RunConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     needed = config.max_workers * config.resources.cpu
     ray.init(
+        address="local",  # not whatever cluster happens to run here: for that one, RAY_ADDRESS=auto
         num_cpus=int(max(needed + 0.999, os.cpu_count() or 1)),
         include_dashboard=False,
         log_to_driver=False,
@@ -233,7 +235,7 @@ def _trainer(spec: RunSpec, config: RunConfig, mailbox: Any) -> DataParallelTrai
         run_config=ray.train.RunConfig(
             # Ray gets no checkpoints to index and needs a folder only for its own marker.
             name=f"{config.run.name}-{spec.session[:8]}",
-            storage_path=os.path.join(os.environ.get("RAY_TMPDIR", "/tmp"), "unbroken-ray-train"),
+            storage_path=os.path.join(tempfile.gettempdir(), f"unbroken-ray-train-{os.getuid()}"),
             failure_config=ray.train.FailureConfig(
                 max_failures=-1, controller_failure_limit=-1, max_preemption_failures=-1
             ),

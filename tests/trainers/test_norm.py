@@ -10,7 +10,7 @@ from trainers.parallel import gather_rows
 
 
 def norm_and_reference(max_norm: float) -> tuple[float, float, float, float]:
-    """Give every parameter a gradient; our norm, torch's of the whole gradients, the loss, and the norm once clipped."""
+    """With a gradient everywhere: our norm, torch's of the whole gradients, the loss, the norm once clipped."""
     state, task = build_tiny(tiny_config(parallel={"strategy": "fsdp"}))
     generator = torch.Generator().manual_seed(3)
     whole = []
