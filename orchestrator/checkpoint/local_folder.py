@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -35,7 +36,7 @@ class LocalFolder:
 
     def list(self, path: str) -> list[str]:
         try:
-            return [name for name in os.listdir(path) if not name.startswith(".")]
+            return os.listdir(path)
         except FileNotFoundError:
             return []
 
@@ -68,7 +69,10 @@ class LocalFolder:
 def _complete_file(path: str, parts: Sequence[bytes | memoryview]) -> Iterator[str]:
     """A temporary file beside `path` with all of `parts` on disk; removed at the end if it still has that name."""
     folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError as error:  # which here would mean that the key is taken
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder) from error
     temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:

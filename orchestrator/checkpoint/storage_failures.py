@@ -147,5 +147,5 @@ def _of_answer(response: dict[str, Any], error: BaseException) -> Failure:
         meaning = _BY_CODE.get(name) or _BY_CODE[str(status)]
         return Failure(line=f"{meaning} ({name}: {message})")
     retry = name in _REPEATABLE_CODES or status in _REPEATABLE_STATUS
-    certain = 400 <= status < 500 and status not in _UNCERTAIN_STATUS
+    certain = (400 <= status < 500 and status not in _UNCERTAIN_STATUS) or status == 501  # not implemented
     return Failure(line=f"the store answered {status} {name}: {message}", certain=certain, retry=retry)

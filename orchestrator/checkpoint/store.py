@@ -169,7 +169,7 @@ class Store:
     def list(self, folder: str) -> list[str]:
         """The names directly below `folder`, objects and folders, sorted; none if there is no such folder."""
         with self._translated("list", folder):
-            return sorted(self.backend.list(self._path(folder)))
+            return sorted(name for name in self.backend.list(self._path(folder)) if not name.startswith("."))
 
     def delete(self, key: str) -> None:
         """Remove an object; nothing happens if there is none."""
@@ -229,7 +229,7 @@ class Store:
             raise self._unknown(key, Failure(line="it was written, and is not there"))
 
     def _path(self, key: str) -> str:
-        return f"{self._root}/{key}"
+        return f"{self._root}/{key}" if key else self._root
 
     def _name(self, key: str) -> str:
         return f"{self.url}/{key}" if key else self.url

@@ -42,7 +42,7 @@ CASES = [
     (Answer(409, "ConditionalRequestConflict"), "409 Conditional", False, True),
     (Answer(400, "RequestTimeout"), "400 RequestTimeout", True, True),
     (Answer(400, "EntityTooSmall"), "400 EntityTooSmall: said so", True, False),
-    (Answer(501, "NotImplemented"), "501 NotImplemented: said so", False, False),
+    (Answer(501, "NotImplemented"), "501 NotImplemented: said so", True, False),
     (named("NoCredentialsError"), "no valid credentials found; set AWS_ACCESS_KEY_ID", True, False),
     (named("EndpointConnectionError", ConnectionError), "unreachable; check AWS_ENDPOINT_URL_S3", True, True),
     (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), "unreachable; check AWS_ENDPOINT_URL_S3", True, True),
