@@ -1,0 +1,153 @@
+"""Uploads and ranged downloads of the store beside bare clients, on the same bytes, in turn.
+
+On a sink that drains what is sent and serves zeros: what the client costs. On a real server, which shares the cores
+with it: what comes out here. boto3 and obstore are measured where they are installed (`pip install boto3 obstore`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from bench.comparison import Comparison
+from orchestrator.checkpoint.s3_requests import OPTIONS
+from orchestrator.checkpoint.store import Store
+from tests.s3.server import BUCKET, KEY, SECRET, S3Server
+
+_UPLOAD_GOAL, _DOWNLOAD_GOAL = 1.25, 1.3
+_RANGE_BYTES = 16 << 20
+_AT_ONCE = 8
+_WARM_UP = 1
+
+Arms = dict[str, Callable[[], object]]
+
+
+def measure(quick: bool) -> list[Comparison]:
+    """Ours beside each bare client; the fastest of them is the one that the goal is about."""
+    num_pairs = 2 if quick else 10
+    comparisons = []
+    for target, endpoint, size in (("sink", _sink, 256 << 20), ("server", _server, 128 << 20)):
+        size = (32 << 20) if quick else size
+        with endpoint() as url, tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+            data = os.urandom(1 << 20) * (size >> 20)
+            file.write(data)
+            file.flush()
+            for what, goal, arms in zip(
+                ("upload", "download"), (_UPLOAD_GOAL, _DOWNLOAD_GOAL), _arms(url, data, file.name), strict=True
+            ):
+                comparisons += _compare(f"{what} of {size >> 20} MiB, {target}", arms, num_pairs, goal, size)
+    return comparisons
+
+
+def _compare(name: str, arms: Arms, num_pairs: int, goal: float, size: int) -> Iterator[Comparison]:
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    cpu: dict[str, float] = dict.fromkeys(arms, 0.0)
+    for pair in range(_WARM_UP + num_pairs):
+        for arm in (arms, reversed(arms))[pair % 2]:
+            began, used = time.perf_counter(), time.process_time()
+            arms[arm]()
+            times[arm].append(time.perf_counter() - began)
+            cpu[arm] += (time.process_time() - used) if pair >= _WARM_UP else 0.0
+    fastest = min((arm for arm in arms if arm != "ours"), key=lambda arm: sorted(times[arm][_WARM_UP:])[num_pairs // 2])
+    for arm in arms:
+        if arm != "ours":
+            yield Comparison(
+                name=f"{name}: Store",
+                reference_name=arm,
+                ours_s=times["ours"][_WARM_UP:],
+                reference_s=times[arm][_WARM_UP:],
+                goal=goal if arm == fastest else None,
+                notes={"CPU s/GB of Store, of the other": [cpu[one] / num_pairs / size * 1e9 for one in ("ours", arm)]},
+            )
+
+
+def _arms(endpoint: str, data: bytes, path: str) -> tuple[Arms, Arms]:
+    """Uploads and downloads. Downloads read what the upload of the same arm stored."""
+    spans = [(begin, min(begin + _RANGE_BYTES, len(data))) for begin in range(0, len(data), _RANGE_BYTES)]
+
+    def in_threads(read: Callable[[int, int], Any]) -> list[int]:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(lambda span: len(read(*span)), spans))
+
+    store, view = Store.open(f"s3://{BUCKET}/ours"), memoryview(data)
+    fs = fsspec.filesystem("s3", **OPTIONS)
+    files, begins, ends = [f"{BUCKET}/s3fs"] * len(spans), [a for a, _ in spans], [b for _, b in spans]
+    up: Arms = {
+        "ours": lambda: store.write("object", [view[:1000], view[1000:]]),
+        "s3fs put_file": lambda: fs.put_file(path, f"{BUCKET}/s3fs"),
+    }
+    down: Arms = {
+        "ours": lambda: in_threads(lambda begin, end: store.read("object", begin, end)),
+        "s3fs cat_ranges": lambda: fs.cat_ranges(files, begins, ends),
+    }
+    if importlib.util.find_spec("boto3"):
+        import boto3
+        from boto3.s3.transfer import TransferConfig
+        from botocore.config import Config
+
+        signing = {"s3": {"payload_signing_enabled": False}, "request_checksum_calculation": "when_required"}
+        client = boto3.client("s3", config=Config(**signing, response_checksum_validation="when_required"))
+        transfer = TransferConfig(multipart_chunksize=_RANGE_BYTES, max_concurrency=_AT_ONCE)
+        up["boto3 upload_file"] = lambda: client.upload_file(path, BUCKET, "boto3", Config=transfer)
+        down["boto3 get_object"] = lambda: in_threads(
+            lambda begin, end: client.get_object(Bucket=BUCKET, Key="boto3", Range=f"bytes={begin}-{end - 1}")[
+                "Body"
+            ].read()
+        )
+    if importlib.util.find_spec("obstore"):
+        import obstore
+
+        bare = obstore.store.S3Store(
+            BUCKET,
+            endpoint=endpoint,
+            access_key_id=KEY,
+            secret_access_key=SECRET,
+            region="us-east-1",
+            virtual_hosted_style_request=False,
+            unsigned_payload=True,
+            client_options={"allow_http": True, "timeout": "120s"},
+        )
+        put = {"chunk_size": _RANGE_BYTES, "max_concurrency": _AT_ONCE}
+        up["obstore put file"] = lambda: obstore.put(bare, "obstore", Path(path), **put)
+        up["obstore put bytes"] = lambda: obstore.put(bare, "obstore", data, **put)
+        down["obstore get_range"] = lambda: in_threads(
+            lambda begin, end: obstore.get_range(bare, "obstore", start=begin, end=end)
+        )
+    return up, down
+
+
+@contextmanager
+def _sink() -> Iterator[str]:
+    process = subprocess.Popen([sys.executable, "-m", "bench.s3_sink"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        endpoint = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        environment = {"AWS_ENDPOINT_URL_S3": endpoint, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+        os.environ.update(environment, AWS_DEFAULT_REGION="us-east-1")
+        yield endpoint
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def _server() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        server = S3Server(Path(folder))
+        try:
+            server.start()
+            os.environ.update(server.environment())
+            yield server.endpoint
+        finally:
+            server.kill()
