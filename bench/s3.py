@@ -6,6 +6,7 @@ with it: what comes out here. boto3 and obstore are measured where they are inst
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from botocore.config import Config
 
 from bench.comparison import Comparison
 from orchestrator.checkpoint.s3_requests import OPTIONS
@@ -92,13 +94,11 @@ def _arms(endpoint: str, data: bytes, path: str) -> tuple[Arms, Arms]:
         "s3fs cat_ranges": lambda: fs.cat_ranges(files, begins, ends),
     }
     if importlib.util.find_spec("boto3"):
-        import boto3
-        from boto3.s3.transfer import TransferConfig
-        from botocore.config import Config
-
-        signing = {"s3": {"payload_signing_enabled": False}, "request_checksum_calculation": "when_required"}
-        client = boto3.client("s3", config=Config(**signing, response_checksum_validation="when_required"))
-        transfer = TransferConfig(multipart_chunksize=_RANGE_BYTES, max_concurrency=_AT_ONCE)
+        options = {name: value for name, value in OPTIONS["config_kwargs"].items() if name != "retries"}
+        client = importlib.import_module("boto3").client("s3", config=Config(**options))
+        transfer = importlib.import_module("boto3.s3.transfer").TransferConfig(
+            multipart_chunksize=_RANGE_BYTES, max_concurrency=_AT_ONCE
+        )
         up["boto3 upload_file"] = lambda: client.upload_file(path, BUCKET, "boto3", Config=transfer)
         down["boto3 get_object"] = lambda: in_threads(
             lambda begin, end: client.get_object(Bucket=BUCKET, Key="boto3", Range=f"bytes={begin}-{end - 1}")[
@@ -106,8 +106,7 @@ def _arms(endpoint: str, data: bytes, path: str) -> tuple[Arms, Arms]:
             ].read()
         )
     if importlib.util.find_spec("obstore"):
-        import obstore
-
+        obstore = importlib.import_module("obstore")
         bare = obstore.store.S3Store(
             BUCKET,
             endpoint=endpoint,
