@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.checkpoint.attempts import claim_attempt, read_attempts
-from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, newest_stable, quarantine, scan_checkpoints
+from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, newest_stable, quarantine, take_over
 from orchestrator.checkpoint.reader import verify
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import SupersededError, UnbrokenError
@@ -136,7 +136,7 @@ class Coordinator:
             return
         info = {"session": self._spec.session, "cause": cause, "from": seen, "world_size": self._world_size}
         self._attempt = claim_attempt(self._store, info)
-        # Only what is listed after the claim counts: an older attempt can commit no more once it sees ours.
+        # Only what is listed after the claim counts: from then on an older attempt can commit nothing newer.
         self._checkpoint = self._newest_sound()
         self._reached = self._restored
         self._ready, self._finished, self._down = set(), set(), {}
@@ -148,7 +148,7 @@ class Coordinator:
 
     def _newest_sound(self) -> CheckpointInfo | None:
         """The newest stable checkpoint; damaged ones that are newer are marked and reported."""
-        for info in scan_checkpoints(self._store):
+        for info in take_over(self._store, self._attempt):
             if info.state is CheckpointState.STABLE:
                 return info
             if info.state is CheckpointState.DAMAGED:

@@ -26,9 +26,11 @@ def list_(run: str, as_json: bool) -> None:
     \b
     stable       committed and healthy: the newest of these is where the run goes on
     writing      no manifest: a save in progress, or what a killed one left; never loaded
+    abandoned    was being written when a newer attempt took over; can never be committed
     quarantined  found damaged by a reader, and marked; never loaded
-    damaged      its manifest is not what was written; never loaded
+    damaged      its manifest is not what was written, or a file is missing; never loaded
     unhealthy    intact, but its state is not one to go on from
+    expired      its removal has begun
     """
     from orchestrator.checkpoint.catalog import list_checkpoints
 
@@ -88,7 +90,7 @@ def verify(run: str, step: int | None, as_json: bool) -> int:
     store = _open_run(run)
     results, damaged = [], False
     for info in [select_checkpoint(store, step)] if step is not None else list_checkpoints(store):
-        committed = info.state is not CheckpointState.WRITING
+        committed = info.state not in (CheckpointState.WRITING, CheckpointState.ABANDONED, CheckpointState.EXPIRED)
         problems = problems_of(store, info.ref) if committed else []
         damaged = damaged or bool(problems)
         verdict = "damaged" if problems else "intact" if committed else "not committed"

@@ -24,7 +24,7 @@ def run(tmp_path: Path) -> str:
     open_or_create(store, {})
     for step in (1, 2):
         save(store, make_state(step), step=step, world_size=2)
-    (tmp_path / "run/checkpoints/0000000000030-0001").mkdir()
+    store.write("checkpoints/0000000000030-0001/shard-00000-of-00002.safetensors", [b"half of a save"])
     return url
 
 
