@@ -95,6 +95,7 @@ def run(config: RunConfig, show: Callable[[Event], None]) -> None:
         config_hash=config_hash(config),
         strategy=config.parallel.strategy,
         every_steps=config.checkpoint.every_steps,
+        keep=config.checkpoint.keep,
         num_steps=config.train.num_steps,
         versions=versions(),
         preload=preload(config),

@@ -51,6 +51,12 @@ class CheckpointInfo:
     """Why somebody wants it kept, if so."""
 
     @property
+    def step(self) -> int:
+        """Of a stable or unhealthy one."""
+        assert self.manifest is not None, self.ref
+        return self.manifest.progress.step
+
+    @property
     def expired(self) -> bool:
         """Whether it is about to be removed. Who reads it already may finish, nobody may begin."""
         return keys.EXPIRED_NAME in self.names
