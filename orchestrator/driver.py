@@ -11,13 +11,31 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from orchestrator.checkpoint.catalog import newest_stable
+from orchestrator.checkpoint.keys import CONFIG
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
-from orchestrator.config import RunConfig, Workers, config_hash, conflicting_keys, run_url, to_dict, trainer_dict
-from orchestrator.errors import GaveUpError, RunMismatchError, StorageError, SupersededError, UnbrokenError
+from orchestrator.config import (
+    RunConfig,
+    Workers,
+    config_hash,
+    conflicting_keys,
+    run_url,
+    to_dict,
+    to_yaml,
+    trainer_dict,
+)
+from orchestrator.errors import (
+    AlreadyExistsError,
+    GaveUpError,
+    RunMismatchError,
+    StorageError,
+    SupersededError,
+    UnbrokenError,
+)
 from orchestrator.messages import Ending, Event
 from trainers.errors import ConfigError
 
@@ -83,6 +101,8 @@ def run(config: RunConfig, show: Callable[[Event], None]) -> None:
             f"the run at {url} was made with another configuration: {'; '.join(conflicts)};"
             " set these back, or choose another run.name"
         )
+    with suppress(AlreadyExistsError):  # for people; what counts is in the run record
+        store.create(CONFIG, to_yaml(config).encode())
     newest = newest_stable(store)
     if newest is not None and newest.manifest and newest.manifest.progress.step >= config.train.num_steps:
         show(_event("already_finished", step=newest.manifest.progress.step, checkpoint=str(newest.ref)))

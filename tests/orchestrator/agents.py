@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.coordinator import Coordinator
+from orchestrator.forkserver import ForkServer
 from orchestrator.hub import Hub, connect
 from orchestrator.messages import Event, Outcome
 from orchestrator.pruning import BackgroundPruner
@@ -19,6 +20,20 @@ from orchestrator.run_spec import RunSpec
 from orchestrator.supervisor import Supervisor
 
 PRELOAD = ("torch", "diffusers:UNet2DModel", "trainers.build", "orchestrator.checkpoint.reader", "sklearn.datasets")
+
+
+class _KeptForkServer(ForkServer):
+    """Goes back to the shelf instead of ending, so that a test does not import torch anew."""
+
+    def close(self) -> None:
+        _SHELF.append(self)
+
+
+_SHELF: list[_KeptForkServer] = []
+
+
+def _fork_server(preload: Sequence[str]) -> ForkServer:
+    return _SHELF.pop() if _SHELF else _KeptForkServer(preload)
 
 
 def make_spec(run: Path, config: Mapping[str, Any], every_steps: int) -> RunSpec:
@@ -49,7 +64,7 @@ def run_agents(
     outcomes: dict[int, Outcome] = {}
 
     def serve(rank: int) -> None:
-        outcomes[rank] = Supervisor(spec, rank, world_size, connect(hub.address, key, rank)).run()
+        outcomes[rank] = Supervisor(spec, rank, world_size, connect(hub.address, key, rank), _fork_server).run()
 
     threads = [threading.Thread(target=serve, args=(rank,), daemon=True) for rank in range(world_size)]
     for thread in threads:
