@@ -61,6 +61,7 @@ class Pruner:
             SupersededError: a newer attempt owns the run; it prunes.
             UnbrokenError: the store failed. The next pass goes on where this one ended.
         """
+        began = self._clock()
         verdicts = judge(list_checkpoints(self._store), self._config, attempt)
         gone = [verdict for verdict in verdicts if not verdict.keep]
         for verdict in verdicts:
@@ -68,19 +69,24 @@ class Pruner:
                 check_not_superseded(self._store, attempt)
                 self._store.delete(verdict.info.ref.expired)
         self._expired_at = {v.info.ref: at for v in gone if (at := self._expired_at.get(v.info.ref)) is not None}
-        waits = [self._remove(verdict, attempt, report) for verdict in gone]
+        waits = [self._remove(verdict, attempt, began, report) for verdict in gone]
         return min((wait for wait in waits if wait), default=None)
 
-    def _remove(self, verdict: Verdict, attempt: int, report: Callable[[Removal], None]) -> float:
-        """Seconds until it may be removed; 0 if that has been done."""
+    def _remove(self, verdict: Verdict, attempt: int, began: float, report: Callable[[Removal], None]) -> float:
+        """Seconds until it may be removed; 0 if that has been done.
+
+        The grace period has to be over when the pass begins, not now: the verdict is as old as that, and who pins a
+        checkpoint may have looked at it until the mark was there.
+        """
         info = verdict.info
         check_not_superseded(self._store, attempt)
         if info.state not in _UNREADABLE:
             if not info.expired:
+                self._expired_at.pop(info.ref, None)  # whatever took an earlier mark away, readers may have begun
                 expire(self._store, info.ref, verdict.reason)
-            now = self._clock()
-            wait = self._expired_at.setdefault(info.ref, now) + self._config.grace_s - now
-            if wait > 0:
+            expired_at = self._expired_at.setdefault(info.ref, self._clock())
+            wait = expired_at + self._config.grace_s - began
+            if self._config.grace_s and wait > 0:
                 return wait
         if remove(self._store, info, attempt):
             report(Removal(ref=info.ref, reason=verdict.reason))

@@ -163,3 +163,20 @@ def test_commands_keep_to_what_the_newest_attempt_was_given(store):
     assert claimed_config(store) == newest
     claim_attempt(store, {"host": "of a version that said nothing"})
     assert claimed_config(store) == RetentionConfig()
+
+
+def test_a_pin_set_during_a_pass_that_takes_long_is_respected(store, monkeypatch):
+    run = Run(store, 2, last=1)
+    run.prune()
+    listed = store.list
+
+    def list_slowly(folder):
+        names = listed(folder)
+        if folder == run.refs[0].folder and run.now_s < GRACE_S:
+            pin(store, run.refs[0], "by somebody who looked before it was marked")
+            run.now_s += 2 * GRACE_S
+        return names
+
+    monkeypatch.setattr(store, "list", list_slowly)
+    run.prune(1.0)
+    assert run.steps == [1, 2]

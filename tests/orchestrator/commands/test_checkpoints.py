@@ -118,9 +118,8 @@ def test_prune_lets_readers_finish(run: str, monkeypatch: pytest.MonkeyPatch):
         assert stable_steps(run) == [2, 1]
         assert unbroken("checkpoints", "inspect", run, "--step", "1").exit_code == 2, "nobody begins"
 
-    clock = iter([0.0, 100.0])
     monkeypatch.setattr("orchestrator.commands.checkpoints.time.sleep", sleep)
-    monkeypatch.setattr("orchestrator.checkpoint.retention.Pruner.__init__.__defaults__", (lambda: next(clock),))
+    monkeypatch.setattr("orchestrator.checkpoint.retention.Pruner.__init__.__defaults__", (lambda: sum(naps),))
     rows = json.loads(unbroken("checkpoints", "prune", run, "--last", "1", "--grace-s", "2.5", "--json").stdout)
     assert naps == [1.0, 1.0, 0.5] and stable_steps(run) == [2]
     assert [row["checkpoint"] for row in rows["removed"]] == ["0000000000030-0001", "0000000000010-0001"]
