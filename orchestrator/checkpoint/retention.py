@@ -8,6 +8,8 @@ A checkpoint is removed in two strokes, so that nobody who reads it loses it:
 
 What an older attempt never committed was never readable and goes at once; but the mark that it was abandoned stays in
 the place of its manifest for good (some 150 bytes), or that attempt could wake up and commit what has lost its files.
+Should it wake up in the middle of repeating the creation of a manifest that had succeeded, and was removed since, then
+its checkpoint is damaged, as files are missing, and the next pass removes it again.
 """
 
 from __future__ import annotations

@@ -14,20 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
-from unittest import mock
+from collections.abc import Iterable
 
 import numpy as np
 
 from orchestrator.checkpoint import keys, reader, retention, writer
 from orchestrator.checkpoint.attempts import claim_attempt
-from orchestrator.checkpoint.catalog import (
-    CheckpointInfo,
-    CheckpointState,
-    list_checkpoints,
-    quarantine,
-    take_over,
-)
+from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, list_checkpoints, quarantine, take_over
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.checkpoint.policy import RetentionConfig, judge
@@ -40,12 +33,13 @@ from orchestrator.errors import (
     UnbrokenError,
     UnknownOutcomeError,
 )
+from tests.orchestrator.checkpoint.serial_reads import serial_reads
 from tests.orchestrator.checkpoint.states import make_info
 from tests.orchestrator.checkpoint.virtual_store import NO_FAULTS, Faults, Process, VirtualStore, World
 from trainers.errors import ConfigError
 from trainers.shards import Chunk, TensorSpec
 
-GRACE_S = 60.0
+GRACE_S = 300.0
 WORLD_SIZE = 2
 SPEC = TensorSpec(name="model/w", dtype="U8", shape=(4, 2))
 QUIET_AT_S = 6000.0
@@ -56,19 +50,6 @@ class Violation(BaseException):
     """An invariant does not hold. No `except Exception` of the code under test may catch it."""
 
 
-class Serial:
-    """In the place of the reader's thread pool: the order of its reads is the seed's to decide."""
-
-    def __init__(self, *_: object, **__: object) -> None: ...
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    map = staticmethod(map)
-
-
 class Simulation:
     """One seed's world, its actors and what they may not do."""
 
@@ -77,6 +58,7 @@ class Simulation:
         self.rng = random.Random(~seed)
         self.saved: dict[CheckpointRef, bytes] = {}
         self.committed: dict[CheckpointRef, Manifest] = {}
+        self.removed: set[CheckpointRef] = set()
         self.quarantined: set[CheckpointRef] = set()
         self.pinned: set[CheckpointRef] = set()
         self.rotten: CheckpointRef | None = None
@@ -95,14 +77,14 @@ class Simulation:
             **self.rng.choice([{"sleep": 0.01, "sleep_s": 5000.0}, {"sleep": 0.1, "sleep_s": 200.0}, {}]),
             fail=rare,
             lost=rare,
-            late=self.rng.choice([rare, 0.3]),
+            late=self.rng.choice([rare, 0.1]),
             garble=self.rng.choice([0.0, 0.05]),
         )
         at = 0.0
         for number in range(self.rng.randrange(2, 5)):
             process = Process(f"p{number}", faults)
             self.world.spawn(process, lambda process=process: self.live(process, self.rng.randrange(2, 6)), at)
-            at += self.rng.choice([5.0, 60.0, 300.0]) * self.rng.random() * 2
+            at += self.rng.choice([5.0, 60.0, 600.0]) * self.rng.random() * 2
         for number in range(self.rng.randrange(6)):
             reading = self.rng.choice([self.read, self.pin])
             at_s = self.rng.uniform(0, at + 200)
@@ -273,6 +255,8 @@ class Simulation:
                 raise Violation(f"attempt {process.attempt} prunes beside attempt {self.claims}")
 
     def check_commit(self, ref: CheckpointRef, manifest: Manifest) -> None:
+        if ref in self.removed:
+            return  # a repeated request of a sleeper: no reader may take it for more than damage, see `choose`
         for file in manifest.files:
             data = self.world.objects.get(ref.file(file.name))
             if data is None or reader.xxhash.xxh3_128_hexdigest(data) != file.hash:
@@ -284,18 +268,13 @@ class Simulation:
 
     def check_removal(self, ref: CheckpointRef) -> None:
         del self.committed[ref]
+        self.removed.add(ref)
         newer = {other for other in self.committed.keys() - self.quarantined if other > ref}
         promised = (self.config.last or 0) - (self.rotten is not None)
         if len(newer) < promised or not newer - {self.rotten}:
             raise Violation(f"{ref} is removed; newer are only {sorted(map(str, newer))}")
         if ref in self.pinned:
             raise Violation(f"{ref} is pinned, and removed")
-
-
-@contextlib.contextmanager
-def serial_reads() -> Iterator[None]:
-    with mock.patch.object(reader, "ThreadPoolExecutor", Serial):
-        yield
 
 
 def simulate(seed: int) -> Simulation:
@@ -305,10 +284,10 @@ def simulate(seed: int) -> Simulation:
     return simulation
 
 
-def first_violation(seeds: Callable[[], Iterator[int]] | range) -> tuple[int, str] | None:
+def first_violation(seeds: Iterable[int]) -> tuple[int, str] | None:
     """The first seed that violates an invariant, and how."""
     with serial_reads():
-        for seed in seeds if isinstance(seeds, range) else seeds():
+        for seed in seeds:
             try:
                 simulate(seed)
             except Violation as violation:

@@ -142,6 +142,18 @@ def test_what_a_dead_attempt_never_committed_goes_but_its_place_stays_taken(stor
     assert [removal.reason for removal in run.removed] == ["never committed by attempt 1"] * 2 and receipts_of
 
 
+def test_a_manifest_that_comes_back_after_its_removal_is_damage_and_goes_again(store):
+    run = Run(store, 2, last=1, grace_s=0.0)
+    data = store.read(run.refs[0].manifest)
+    run.prune()
+    store.create(run.refs[0].manifest, data)  # by an attempt that never learnt that its first request had succeeded
+    assert [info.state for info in list_checkpoints(store)] == ["stable", "damaged"]
+    with pytest.raises(ConfigError, match="there are steps 2"):
+        select_checkpoint(store, 1)
+    run.prune()
+    assert [info.ref for info in list_checkpoints(store)] == [run.refs[1]]
+
+
 def test_a_superseded_attempt_removes_nothing(store):
     run = Run(store, 3, last=1, grace_s=0.0)
     claim_attempt(store, {})

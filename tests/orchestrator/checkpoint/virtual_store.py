@@ -36,13 +36,13 @@ class Faults:
     lost: float = 0.0
     """It happens, and the answer is lost."""
     late: float = 0.0
-    """A write fails for its caller and happens later."""
+    """A write fails for its caller and happens later, and so do its repetitions."""
     garble: float = 0.0
     """A write stores other bytes, and says nothing."""
 
 
 NO_FAULTS = Faults()
-LATE_S = 50.0
+LATE_S = 250.0
 
 
 @dataclass(eq=False)
@@ -164,6 +164,7 @@ class VirtualStore(Store):
     def __init__(self, world: World, process: Process) -> None:
         super().__init__("virtual://run", None, "")
         self._world, self._process = world, process
+        self._stuck_key = ""
 
     def read(self, key: str, begin: int | None = None, end: int | None = None) -> bytes:
         self._before(StorageError)
@@ -206,14 +207,14 @@ class VirtualStore(Store):
             return False
 
         self._before(error)
-        if self._chance(self._process.faults.late):
+        if key == self._stuck_key or self._chance(self._process.faults.late):
+            self._stuck_key = key
             self._world.after(self._world.rng.uniform(0, LATE_S), lambda: take_effect() and None)
             raise error("no answer")
         done = take_effect()
-        self._after(None)
         if self._chance(self._process.faults.lost):
             raise error("no answer")
-        return done
+        return self._after(done)
 
     def _before(self, error: type[Exception]) -> None:
         faults = self._process.faults
