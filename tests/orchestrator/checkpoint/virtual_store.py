@@ -57,6 +57,10 @@ class Process:
     touched_when_superseded: set[str] = field(default_factory=set)
 
 
+NETWORK = Process("network")
+"""Delivers what was sent before; nobody's doing any more."""
+
+
 class _Actor:
     def __init__(self, world: World, process: Process, function: Callable[[], None]) -> None:
         self.process, self._world, self._function = process, world, function
@@ -200,16 +204,16 @@ class VirtualStore(Store):
     ) -> bool:
         """Whether it had an effect. `possible` is asked at that moment."""
 
-        def take_effect() -> bool:
+        def take_effect(sender: Process = self._process) -> bool:
             if possible():
-                self._world.change(self._process, verb, key, data)
+                self._world.change(sender, verb, key, data)
                 return True
             return False
 
         self._before(error)
         if key == self._stuck_key or self._chance(self._process.faults.late):
             self._stuck_key = key
-            self._world.after(self._world.rng.uniform(0, LATE_S), lambda: take_effect() and None)
+            self._world.after(self._world.rng.uniform(0, LATE_S), lambda: take_effect(NETWORK) and None)
             raise error("no answer")
         done = take_effect()
         if self._chance(self._process.faults.lost):
