@@ -13,6 +13,7 @@ from typing import Any
 
 from orchestrator.checkpoint.attempts import claim_attempt, read_attempts
 from orchestrator.checkpoint.catalog import CheckpointInfo, newest_stable
+from orchestrator.checkpoint.probe import probe
 from orchestrator.checkpoint.retention import claim_fields
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import SupersededError, UnbrokenError
@@ -79,6 +80,7 @@ class Coordinator:
         self._ended_save: Progress | None = None
         self._launch_at: float | None = None
         self._launch_failures = 0
+        self._probed = False
         self._cause = "start"
         self.outcome: Outcome | None = None
         """Set when there is nothing left to do; every agent has been told."""
@@ -138,6 +140,9 @@ class Coordinator:
             self._launch_failures = 0
 
     def _launch(self, cause: str) -> None:
+        if not self._probed:
+            facts, self._probed = probe(self._store), True
+            self._event("store", kind=facts.kind, conditional_create=facts.conditional_create, warning=facts.warning)
         seen = _name(newest_stable(self._store))
         if cause == "start" and self._gives_up_at_start(seen):
             return

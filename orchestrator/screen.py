@@ -82,6 +82,10 @@ class Screen:
     def _controller_lost(self, at: float, *, reason: str) -> None:
         self._write(f"{reason}; starting Ray Train again")
 
+    def _store(self, at: float, *, kind: str, conditional_create: bool, warning: str | None) -> None:
+        if warning is not None:
+            self._write(f"warning: {warning}")
+
     def _storage_trouble(self, at: float, *, message: str, retry_s: float) -> None:
         self._write(f"{message}; trying again in {retry_s:.1f} s")
 

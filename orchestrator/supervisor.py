@@ -60,12 +60,10 @@ class ShardWriter:
             attempt, snapshot = self._jobs.get()
             progress = snapshot.progress
             try:
-                with (
-                    mmap.mmap(self._buffer, snapshot.size_bytes, prot=mmap.PROT_READ) as data,
-                    memoryview(data) as view,
-                ):
-                    key = CheckpointRef(progress.samples_seen, attempt).shard(self._rank, self._world_size)
-                    shard = write_shard(self._store, key, snapshot.chunks, view, self._metadata(attempt, progress))
+                # Unmapped when nothing refers to it; to close it here fails while an error's trace holds views.
+                data = memoryview(mmap.mmap(self._buffer, snapshot.size_bytes, prot=mmap.PROT_READ))
+                key = CheckpointRef(progress.samples_seen, attempt).shard(self._rank, self._world_size)
+                shard = write_shard(self._store, key, snapshot.chunks, data, self._metadata(attempt, progress))
             except Exception as error:  # whatever it is, the save has failed and the trainer waits to hear so
                 why = str(error) if isinstance(error, UnbrokenError) else repr(error)
                 self._results.send(SaveFailed(attempt=attempt, progress=progress, error=why))

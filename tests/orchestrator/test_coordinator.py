@@ -238,7 +238,7 @@ def test_storage_that_comes_back_delays_the_launch_only(store: Store, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Store, "list", fail)
         group.join()
-        assert group.orders == [] and group.kinds() == ["storage_trouble"]
+        assert group.orders == [] and group.kinds() == ["store", "storage_trouble"]
         assert group.coordinator.wait_s and group.coordinator.wait_s > 0
     monkeypatch.setattr("orchestrator.coordinator.time.monotonic", lambda: float("inf"))
     group.coordinator.tick()
