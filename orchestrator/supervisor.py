@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import write_shard
-from orchestrator.errors import StorageError
+from orchestrator.errors import UnbrokenError
 from orchestrator.forkserver import ForkServer
 from orchestrator.messages import (
     Begin,
@@ -60,14 +60,13 @@ class ShardWriter:
             attempt, snapshot = self._jobs.get()
             progress = snapshot.progress
             try:
-                with (
-                    mmap.mmap(self._buffer, snapshot.size_bytes, prot=mmap.PROT_READ) as data,
-                    memoryview(data) as view,
-                ):
-                    key = CheckpointRef(progress.samples_seen, attempt).shard(self._rank, self._world_size)
-                    shard = write_shard(self._store, key, snapshot.chunks, view, self._metadata(attempt, progress))
-            except StorageError as error:
-                self._results.send(SaveFailed(attempt=attempt, progress=progress, error=str(error)))
+                # Unmapped when nothing refers to it; to close it here fails while an error's trace holds views.
+                data = memoryview(mmap.mmap(self._buffer, snapshot.size_bytes, prot=mmap.PROT_READ))
+                key = CheckpointRef(progress.samples_seen, attempt).shard(self._rank, self._world_size)
+                shard = write_shard(self._store, key, snapshot.chunks, data, self._metadata(attempt, progress))
+            except Exception as error:  # whatever it is, the save has failed and the trainer waits to hear so
+                why = str(error) if isinstance(error, UnbrokenError) else repr(error)
+                self._results.send(SaveFailed(attempt=attempt, progress=progress, error=why))
             else:
                 self._results.send(Receipt(attempt=attempt, progress=progress, shard=shard, scalars=snapshot.scalars))
 

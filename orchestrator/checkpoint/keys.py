@@ -29,6 +29,11 @@ _ATTEMPT = re.compile(r"(\d{4,})\.json")
 _CHECKPOINT = re.compile(r"(\d{13,})-(\d{4,})")
 
 
+def probe_key(token: str) -> str:
+    """A key for trying the store; hidden, should it be left behind."""
+    return f".probe-{token}"
+
+
 def attempt_key(attempt: int) -> str:
     return f"{ATTEMPTS}/{attempt:04d}.json"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import xxhash
@@ -57,6 +57,7 @@ class CommitInfo:
     versions: Mapping[str, str]
     scalars: Mapping[str, Any]
     health: Mapping[str, Any]
+    store: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_shard(
@@ -194,6 +195,7 @@ def _manifest(receipts: Sequence[ShardReceipt], info: CommitInfo) -> Manifest:
         versions=info.versions,
         scalars=info.scalars,
         health=info.health,
+        store=info.store,
         created_at=records.now(),
         files=tuple(receipt.file for receipt in receipts),
         tensors=tensors,

@@ -88,6 +88,18 @@ def test_a_failed_shard_fails_the_save_and_nothing_else(store: Store) -> None:
     assert stable_steps(store) == [10]
 
 
+def test_shards_of_a_failed_save_are_not_mixed_with_those_of_the_next(store: Store) -> None:
+    group = Group(store).join()
+    for rank in (0, 1):
+        group.coordinator.handle(rank, SaveFailed(attempt=1, progress=Progress(5, 50), error="disk full"))
+    assert group.kinds().count("save_failed") == 1
+    group.coordinator.handle(0, group.receipt(0, 5))  # late
+    group.coordinator.handle(1, group.receipt(1, 10))
+    assert stable_steps(store) == []
+    group.coordinator.handle(0, group.receipt(0, 10))
+    assert stable_steps(store) == [10]
+
+
 def test_a_death_ends_all_and_starts_all_from_the_newest(store: Store) -> None:
     group = Group(store).join()
     group.save(5)
@@ -226,7 +238,7 @@ def test_storage_that_comes_back_delays_the_launch_only(store: Store, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Store, "list", fail)
         group.join()
-        assert group.orders == [] and group.kinds() == ["storage_trouble"]
+        assert group.orders == [] and group.kinds() == ["store", "storage_trouble"]
         assert group.coordinator.wait_s and group.coordinator.wait_s > 0
     monkeypatch.setattr("orchestrator.coordinator.time.monotonic", lambda: float("inf"))
     group.coordinator.tick()

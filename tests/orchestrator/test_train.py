@@ -48,7 +48,7 @@ class Driver:
     def __init__(self, ray_folder: Path, config: Path, *overrides: str) -> None:
         environment = {**os.environ, "RAY_TMPDIR": str(ray_folder), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.cli", "train", str(config), *overrides],
+            [sys.executable, "-m", "orchestrator", "train", str(config), *overrides],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -73,7 +73,8 @@ class Driver:
 
     def end(self) -> int:
         assert self.process.stdout is not None
-        self.lines += self.process.stdout
+        with self.process.stdout as rest:
+            self.lines += rest
         return self.process.wait()
 
 
@@ -87,7 +88,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, ray_folder: Path) -> Path
 
 
 def prove(a: Path, b: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "orchestrator.cli", "prove", str(a), str(b)]
+    command = [sys.executable, "-m", "orchestrator", "prove", str(a), str(b)]
     return subprocess.run(command, text=True, capture_output=True, check=False)
 
 

@@ -28,24 +28,24 @@ def flip(store: Store, key: str, byte: int) -> None:
     store.write(key, [data])
 
 
-def test_a_new_run_has_none(store):
-    assert list_checkpoints(store) == [] and newest_stable(store) is None
+def test_a_new_run_has_none(any_store):
+    assert list_checkpoints(any_store) == [] and newest_stable(any_store) is None
 
 
-def test_every_state_is_told_apart_newest_first(store):
-    refs = [save(store, make_state(step), step=step).ref for step in range(4)]
-    flip(store, refs[2].manifest, 100)
-    quarantine(store, refs[3], "a bit flipped", attempt=1)
-    save(store, make_state(4), step=4, health={"ok": False, "reason": "loss is NaN"})
-    write_shards(store, make_state(5), 2, CheckpointRef(50, 1))
-    assert states(store) == [
+def test_every_state_is_told_apart_newest_first(any_store):
+    refs = [save(any_store, make_state(step), step=step).ref for step in range(4)]
+    flip(any_store, refs[2].manifest, 100)
+    quarantine(any_store, refs[3], "a bit flipped", attempt=1)
+    save(any_store, make_state(4), step=4, health={"ok": False, "reason": "loss is NaN"})
+    write_shards(any_store, make_state(5), 2, CheckpointRef(50, 1))
+    assert states(any_store) == [
         (50, "writing"), (40, "unhealthy"), (30, "quarantined"), (20, "damaged"), (10, "stable"), (0, "stable")
     ]  # fmt: skip
-    details = {str(info.state): info.detail for info in list_checkpoints(store)}
+    details = {str(info.state): info.detail for info in list_checkpoints(any_store)}
     assert "loss is NaN" in details["unhealthy"] and details["quarantined"] == "a bit flipped"
     assert "manifest.json is damaged" in details["damaged"]
-    assert newest_stable(store).ref == refs[1]
-    assert newest_stable(store).manifest == load_manifest(store, refs[1])
+    assert newest_stable(any_store).ref == refs[1]
+    assert newest_stable(any_store).manifest == load_manifest(any_store, refs[1])
 
 
 def test_of_one_progress_the_newest_attempt_counts(store):
@@ -74,11 +74,11 @@ def test_what_was_never_committed_is_missing_not_damaged(store):
         load_manifest(store, CheckpointRef(10, 1))
 
 
-def test_the_first_reason_of_a_quarantine_stays(store):
-    ref = save(store, make_state(0), step=1).ref
-    quarantine(store, ref, "first", attempt=1)
-    quarantine(store, ref, "second", attempt=2)
-    assert list_checkpoints(store)[0].detail == "first"
+def test_the_first_reason_of_a_quarantine_stays(any_store):
+    ref = save(any_store, make_state(0), step=1).ref
+    quarantine(any_store, ref, "first", attempt=1)
+    quarantine(any_store, ref, "second", attempt=2)
+    assert list_checkpoints(any_store)[0].detail == "first"
 
 
 def test_a_damaged_marker_still_counts(store):
@@ -94,7 +94,7 @@ def test_a_store_that_is_down_is_not_an_empty_one(store, monkeypatch):
     def down(*args, **kwargs):
         raise TimeoutError("no answer")
 
-    monkeypatch.setattr(store._filesystem, "cat_file", down)
+    monkeypatch.setattr(store.backend, "read", down)
     with pytest.raises(StorageError, match="no answer"):
         newest_stable(store)
 

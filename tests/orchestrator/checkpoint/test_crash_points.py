@@ -75,21 +75,36 @@ def prepare(url: str) -> Store:
     return store
 
 
+def die_at(moment: int, url: str) -> tuple[bool, bool]:
+    """Save at `url` in a process that dies at the moment; whether it did, and whether the new checkpoint counts."""
+    store, died = prepare(url), False
+    try:
+        save(MortalStore(store, Countdown(moment)), NEW, step=2, attempt=1, world_size=2)
+    except Died:
+        died = True
+    return died, check_and_go_on(store, died)
+
+
+# Two shards: write, size, read. Commit: list, create, read. The new one counts from the create on.
+OUTCOMES = [False] * 15 + [True] * 4
+
+
 @pytest.mark.parametrize("kind", ["local", "memory"])
 def test_every_storage_operation(tmp_path, kind):
     outcomes = []
     for moment in range(100):
-        store = prepare(f"memory://{tmp_path.name}-{moment}" if kind == "memory" else str(tmp_path / str(moment)))
-        died = False
-        try:
-            save(MortalStore(store, Countdown(moment)), NEW, step=2, attempt=1, world_size=2)
-        except Died:
-            died = True
-        outcomes.append(check_and_go_on(store, died))
+        url = f"memory://{tmp_path.name}-{moment}" if kind == "memory" else str(tmp_path / str(moment))
+        died, new = die_at(moment, url)
+        outcomes.append(new)
         if not died:
             break
-    # Two shards: write, size, read. Commit: list, create, read. The new one counts from the create on.
-    assert outcomes == [False] * 15 + [True] * 4
+    assert outcomes == OUTCOMES
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("moment", [1, 5, 14, 15, 18])
+def test_some_storage_operations_on_s3(s3_url, moment):
+    assert die_at(moment, s3_url) == (moment < len(OUTCOMES) - 1, OUTCOMES[moment])
 
 
 def test_every_system_call_of_a_local_save(tmp_path, monkeypatch):
