@@ -14,6 +14,7 @@ from typing import Any
 from orchestrator.checkpoint.attempts import claim_attempt, read_attempts
 from orchestrator.checkpoint.catalog import CheckpointInfo, newest_stable
 from orchestrator.checkpoint.probe import probe
+from orchestrator.checkpoint.retention import claim_fields
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import SupersededError, UnbrokenError
 from orchestrator.failures import MAX_ATTEMPTS_WITHOUT_PROGRESS, Action, Failure, classify, decide
@@ -56,13 +57,16 @@ class Coordinator:
         host: str,
         send: Callable[[int, object], None],
         notify: Callable[[Event], None],
+        prune: Callable[[int], None],
     ) -> None:
+        """Args: prune: called with the attempt after each commit; must not block."""
         self._spec = spec
         self._store = store
         self._world_size = world_size
         self._host = host
         self._send = send
         self._notify = notify
+        self._prune = prune
         self._history: list[Failure] = []
         self._attempt = 0
         self._checkpoint: CheckpointInfo | None = None
@@ -143,8 +147,7 @@ class Coordinator:
         if cause == "start" and self._gives_up_at_start(seen):
             return
         info = {"session": self._spec.session, "cause": cause, "from": seen, "world_size": self._world_size}
-        self._attempt = claim_attempt(self._store, info)
-        # Only what is listed after the claim counts: an older attempt can commit no more once it sees ours.
+        self._attempt = claim_attempt(self._store, info | claim_fields(self._spec.keep))
         self._checkpoint = newest_sound(self._store, self._attempt, self._quarantined)
         self._reached = self._restored
         self._ready, self._finished, self._down = set(), set(), {}
@@ -199,6 +202,7 @@ class Coordinator:
                 size = sum(file.size_bytes for file in manifest.files)
                 self._event("saved", step=receipt.progress.step, attempt=self._attempt, bytes=size)
                 self._save_ended(receipt.progress, None)
+                self._prune(self._attempt)
 
     def _save_ended(self, progress: Progress, error: str | None) -> None:
         self._shards.clear()

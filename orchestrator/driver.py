@@ -18,7 +18,7 @@ from typing import Any
 
 from orchestrator.checkpoint.catalog import newest_stable
 from orchestrator.checkpoint.keys import CONFIG
-from orchestrator.checkpoint.run_record import open_or_create
+from orchestrator.checkpoint.run_record import RunRecord, open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import (
     RunConfig,
@@ -97,14 +97,7 @@ def run(config: RunConfig, show: Callable[[Event], None]) -> None:
     """
     url = run_url(config)
     store = Store.open(url)
-    record = open_or_create(store, to_dict(config))
-    if conflicts := conflicting_keys(record.config, config):
-        raise RunMismatchError(
-            f"the run at {url} was made with another configuration: {'; '.join(conflicts)};"
-            " set these back, or choose another run.name"
-        )
-    with suppress(AlreadyExistsError):  # for people; what counts is in the run record
-        store.create(CONFIG, to_yaml(config).encode())
+    record = _open_run(store, config)
     newest = newest_stable(store)
     if newest is not None and newest.manifest and newest.manifest.progress.step >= config.train.num_steps:
         show(_event("already_finished", step=newest.manifest.progress.step, checkpoint=str(newest.ref)))
@@ -117,6 +110,7 @@ def run(config: RunConfig, show: Callable[[Event], None]) -> None:
         config_hash=config_hash(config),
         strategy=config.parallel.strategy,
         every_steps=config.checkpoint.every_steps,
+        keep=config.checkpoint.keep,
         num_steps=config.train.num_steps,
         versions=versions(),
         preload=preload(config),
@@ -134,6 +128,18 @@ def run(config: RunConfig, show: Callable[[Event], None]) -> None:
     ending, message = Ending(outcome["ending"]), outcome["message"]
     if ending is not Ending.FINISHED:
         raise _ERRORS[ending](message)
+
+
+def _open_run(store: Store, config: RunConfig) -> RunRecord:
+    record = open_or_create(store, to_dict(config))
+    if conflicts := conflicting_keys(record.config, config):
+        raise RunMismatchError(
+            f"the run at {store.url} was made with another configuration: {'; '.join(conflicts)};"
+            " set these back, or choose another run.name"
+        )
+    with suppress(AlreadyExistsError):  # for people; what counts is in the run record
+        store.create(CONFIG, to_yaml(config).encode())
+    return record
 
 
 def preload(config: RunConfig) -> tuple[str, ...]:

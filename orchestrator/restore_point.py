@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, quarantine, scan_checkpoints
+from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, quarantine, take_over
 from orchestrator.checkpoint.reader import verify
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import UnbrokenError
@@ -15,9 +15,10 @@ Report = Callable[[CheckpointInfo, str], None]
 def newest_sound(store: Store, attempt: int, report: Report) -> CheckpointInfo | None:
     """The newest stable checkpoint. Damaged ones that are newer are quarantined and reported.
 
-    To be called after `attempt` was claimed: only what is listed then counts.
+    To be called after `attempt` was claimed: from then on an older attempt can commit nothing newer than what this
+    finds.
     """
-    for info in scan_checkpoints(store):
+    for info in take_over(store, attempt):
         if info.state is CheckpointState.STABLE:
             return info
         if info.state is CheckpointState.DAMAGED:

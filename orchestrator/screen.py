@@ -95,6 +95,12 @@ class Screen:
     def _interrupted(self, at: float) -> None:
         self._write("interrupted; the same command goes on from the newest stable checkpoint")
 
+    def _pruned(self, at: float, *, checkpoint: str, reason: str) -> None:
+        self._write(f"checkpoint {checkpoint} is removed: {reason}")
+
+    def _prune_failed(self, at: float, *, error: str) -> None:
+        self._write(f"old checkpoints are not removed this time, training goes on: {error}")
+
     def _already_finished(self, at: float, *, step: int, checkpoint: str) -> None:
         self._write(f"finished: step {step} of {self._num_steps} is in checkpoint {checkpoint}; nothing to do")
 

@@ -113,7 +113,9 @@ def commit(store: Store, receipts: Sequence[ShardReceipt], info: CommitInfo) -> 
     try:
         store.create(ref.manifest, manifest.to_bytes())
     except AlreadyExistsError:
-        pass  # perhaps by an earlier call of ours that never learnt that it had succeeded: compared below
+        # By a newer attempt that closed this checkpoint, or perhaps by an earlier call of ours that never learnt that
+        # it had succeeded: compared below.
+        check_not_superseded(store, info.attempt)
     committed = Manifest.from_bytes(store.read(ref.manifest), ref.manifest)
     if (committed.files, committed.tensors) != (manifest.files, manifest.tensors):
         raise AlreadyExistsError(f"{store.url}/{ref.manifest} exists with other content; it is left as it is")

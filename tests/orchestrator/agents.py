@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.coordinator import Coordinator
 from orchestrator.forkserver import ForkServer
 from orchestrator.hub import Hub, connect
 from orchestrator.messages import Event, Outcome
+from orchestrator.pruning import BackgroundPruner
 from orchestrator.run_spec import RunSpec
 from orchestrator.supervisor import Supervisor
 
@@ -45,6 +47,7 @@ def make_spec(run: Path, config: Mapping[str, Any], every_steps: int) -> RunSpec
         config_hash="test",
         strategy=config["parallel"]["strategy"],
         every_steps=every_steps,
+        keep=RetentionConfig(),
         num_steps=config["train"]["num_steps"],
         versions={},
         preload=PRELOAD,
@@ -56,7 +59,8 @@ def run_agents(
 ) -> Outcome | None:
     """Run to the end. `on_event` is called in the coordinator's thread; what it does happens before what follows."""
     hub = Hub("127.0.0.1", key := b"test", world_size)
-    hub.start(lambda send: Coordinator(spec, Store.open(spec.run_url), world_size, "127.0.0.1", send, on_event))
+    prune = BackgroundPruner(spec, on_event).request
+    hub.start(lambda send: Coordinator(spec, Store.open(spec.run_url), world_size, "127.0.0.1", send, on_event, prune))
     outcomes: dict[int, Outcome] = {}
 
     def serve(rank: int) -> None:

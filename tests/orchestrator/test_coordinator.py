@@ -6,7 +6,7 @@ import uuid
 
 import pytest
 
-from orchestrator.checkpoint.attempts import claim_attempt, newest_attempt
+from orchestrator.checkpoint.attempts import claim_attempt, newest_attempt, read_attempts
 from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError
@@ -64,6 +64,18 @@ def test_commits_when_every_shard_is_there(store: Store) -> None:
     group.coordinator.handle(0, group.receipt(0, 5))
     assert stable_steps(store) == [5]
     assert group.last(SaveEnded) == SaveEnded(progress=Progress(5, 50))
+
+
+def test_old_checkpoints_are_pruned_after_a_commit_and_only_then(store: Store) -> None:
+    group = Group(store).join()
+    group.coordinator.handle(0, group.receipt(0, 5))
+    assert group.prunings == []
+    group.coordinator.handle(1, group.receipt(1, 5))
+    assert group.prunings == [1] and group.last(SaveEnded) == SaveEnded(progress=Progress(5, 50))
+    assert read_attempts(store)[0]["keep"] == {"last": 10, "every_steps": None, "grace_s": 600.0}
+    claim_attempt(store, {})
+    group.save(10)
+    assert group.prunings == [1]
 
 
 def test_a_failed_shard_fails_the_save_and_nothing_else(store: Store) -> None:
