@@ -31,6 +31,7 @@ from trainers.decode import decode
 
 _UNREADABLE = (CheckpointState.WRITING, CheckpointState.ABANDONED, CheckpointState.EXPIRED)
 _CLAIM_FIELD = "keep"
+_UPLOAD_S = 86400.0  # no upload of a shard takes a day; parts that lie about for longer were left by a killed writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +50,12 @@ class Pruner:
         self._config = config
         self._clock = clock
         self._expired_at: dict[CheckpointRef, float] = {}
+        self._swept_uploads = False
 
     def prune(self, attempt: int, report: Callable[[Removal], None]) -> float | None:
         """One pass: mark what has become superfluous, remove what was marked long enough ago.
+
+        The first pass also removes unfinished uploads of killed writers.
 
         Args:
             report: told of every checkpoint that is gone.
@@ -63,6 +67,9 @@ class Pruner:
             SupersededError: a newer attempt owns the run; it prunes.
             UnbrokenError: the store failed. The next pass goes on where this one ended.
         """
+        if not self._swept_uploads:
+            self._store.abort_dangling_uploads(_UPLOAD_S)
+            self._swept_uploads = True
         began = self._clock()
         verdicts = judge(list_checkpoints(self._store), self._config, attempt)
         gone = [verdict for verdict in verdicts if not verdict.keep]

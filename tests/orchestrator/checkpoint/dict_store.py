@@ -3,35 +3,50 @@
 from __future__ import annotations
 
 from orchestrator.checkpoint.store import Store
-from orchestrator.errors import AlreadyExistsError, MissingObjectError
+
+
+class DictObjects:
+    """A backend of `Store`."""
+
+    kind = "dict"
+
+    def __init__(self, objects: dict[str, bytes]) -> None:
+        self.objects = objects
+
+    def read(self, path, begin, end, timeout_s):
+        return self._get(path)[begin:end]
+
+    def write(self, path, parts):
+        self.objects[path[1:]] = b"".join(bytes(part) for part in parts)
+
+    def create_once(self, path, data, timeout_s):
+        if path[1:] in self.objects:
+            raise FileExistsError(path)
+        self.objects[path[1:]] = data
+
+    def size(self, path):
+        return len(self._get(path))
+
+    def list(self, path):
+        folder = f"{path[1:]}/"
+        return list({key[len(folder) :].split("/")[0] for key in self.objects if key.startswith(folder)})
+
+    def delete(self, path):
+        self.objects.pop(path[1:], None)
+
+    def abort_unfinished(self, path, older_than_s):
+        return 0
+
+    def _get(self, path):
+        try:
+            return self.objects[path[1:]]
+        except KeyError:
+            raise FileNotFoundError(path) from None
 
 
 class DictStore(Store):
-    """Keeps what every store promises, in one process."""
+    """The real store over a dict."""
 
     def __init__(self, objects: dict[str, bytes] | None = None) -> None:
-        super().__init__("dict://run", None, "")
         self.objects = {} if objects is None else objects
-
-    def read(self, key, begin=None, end=None):
-        try:
-            return self.objects[key][begin:end]
-        except KeyError:
-            raise MissingObjectError(key) from None
-
-    def write(self, key, parts):
-        self.objects[key] = b"".join(bytes(part) for part in parts)
-
-    def create(self, key, data):
-        if self.objects.setdefault(key, data) != data:
-            raise AlreadyExistsError(key)
-
-    def size(self, key):
-        return len(self.read(key))
-
-    def list(self, folder):
-        cut = len(folder) + 1
-        return sorted({key[cut:].split("/")[0] for key in self.objects if key.startswith(f"{folder}/")})
-
-    def delete(self, key):
-        self.objects.pop(key, None)
+        super().__init__("dict://run", "", DictObjects(self.objects))

@@ -15,17 +15,20 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterable
+from unittest import mock
 
 import numpy as np
 
 from orchestrator.checkpoint import keys, reader, retention, writer
+from orchestrator.checkpoint import store as store_module
 from orchestrator.checkpoint.attempts import claim_attempt
-from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, list_checkpoints, quarantine, take_over
+from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, list_checkpoints
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.checkpoint.policy import RetentionConfig, judge
 from orchestrator.checkpoint.retention import Pruner
 from orchestrator.checkpoint.selection import select_checkpoint
+from orchestrator.checkpoint.store import Store
 from orchestrator.errors import (
     DamagedCheckpointError,
     StorageError,
@@ -33,9 +36,10 @@ from orchestrator.errors import (
     UnbrokenError,
     UnknownOutcomeError,
 )
+from orchestrator.restore_point import newest_sound, set_aside
 from tests.orchestrator.checkpoint.serial_reads import serial_reads
 from tests.orchestrator.checkpoint.states import make_info
-from tests.orchestrator.checkpoint.virtual_store import NO_FAULTS, Faults, Process, VirtualStore, World
+from tests.orchestrator.checkpoint.virtual_store import NO_FAULTS, Faults, Process, VirtualTime, World, virtual_store
 from trainers.errors import ConfigError
 from trainers.shards import Chunk, TensorSpec
 
@@ -92,13 +96,14 @@ class Simulation:
         if self.config.last != 1 and self.rng.random() < 0.3:
             self.world.after(self.rng.uniform(0, at), self.rot)
         self.world.spawn(process := Process("quiet"), lambda: self.finish(process), QUIET_AT_S)
-        self.world.run()
+        with mock.patch.object(store_module, "time", VirtualTime(self.world)):
+            self.world.run()
 
     # What actors do
 
     def live(self, process: Process, num_saves: int) -> None:
         """A coordinator with its shards, from the claim to the end."""
-        store = VirtualStore(self.world, process)
+        store = virtual_store(self.world, process)
         for _ in range(10):
             try:
                 step = self.launch(store, process)
@@ -109,7 +114,7 @@ class Simulation:
                 self.world.pause(1.0)
         else:
             return
-        pruner = Pruner(VirtualStore(self.world, process), self.config, lambda: self.world.now)
+        pruner = Pruner(virtual_store(self.world, process), self.config, lambda: self.world.now)
         for _ in range(num_saves):
             self.world.pause(self.rng.choice([1.0, 10.0, GRACE_S]))
             step += 1
@@ -124,15 +129,9 @@ class Simulation:
             if not process.pruning:
                 self.world.spawn(process, lambda: self.prune(pruner, process))
 
-    def launch(self, store: VirtualStore, process: Process) -> int:
+    def launch(self, store: Store, process: Process) -> int:
         process.attempt = claim_attempt(store, {})
-        base = None
-        for info in take_over(store, process.attempt):
-            if info.state is CheckpointState.STABLE:
-                base = info
-                break
-            if info.state is CheckpointState.DAMAGED:
-                quarantine(store, info.ref, info.detail, process.attempt)
+        base = newest_sound(store, process.attempt, lambda *_: None)
         found = self.bases[process.attempt] = base and base.ref
         newest = max(self.committed.keys() - self.quarantined, default=None)
         if self.claims == process.attempt and newest != found and self.rotten not in (newest, found):
@@ -142,11 +141,11 @@ class Simulation:
         try:
             self.load(store, base)
         except DamagedCheckpointError as error:
-            quarantine(store, base.ref, str(error), process.attempt)
+            set_aside(store, base, str(error), process.attempt, lambda *_: None)
             raise
         return base.step
 
-    def save(self, store: VirtualStore, process: Process, step: int) -> None:
+    def save(self, store: Store, process: Process, step: int) -> None:
         info = make_info(step, process.attempt)
         ref = CheckpointRef(info.progress.samples_seen, process.attempt)
         data = self.saved[ref] = self.rng.randbytes(8)
@@ -165,7 +164,7 @@ class Simulation:
                 self.world.pause(min(wait_s, self.rng.choice([wait_s, 5.0])))  # or the next commit asks for a pass
         process.pruning = False
 
-    def load(self, store: VirtualStore, info: CheckpointInfo) -> None:
+    def load(self, store: Store, info: CheckpointInfo) -> None:
         assert info.manifest is not None
         out = np.zeros(8, np.uint8)
         reader.read_rows(store, info.manifest, [reader.Destination(spec=SPEC, row_offset=0, num_rows=4, out=out.data)])
@@ -175,7 +174,7 @@ class Simulation:
 
     def read(self, process: Process, found: CheckpointInfo | None = None) -> None:
         """A person's command: any checkpoint that may still be begun."""
-        store = VirtualStore(self.world, process)
+        store = virtual_store(self.world, process)
         found = found or self.choose(store)
         if found is None:
             return
@@ -187,14 +186,14 @@ class Simulation:
                 raise Violation(f"{found.ref} went away under its reader: {error}") from error
 
     def pin(self, process: Process, found: CheckpointInfo | None = None) -> None:
-        store = VirtualStore(self.world, process)
+        store = virtual_store(self.world, process)
         found = found or self.choose(store)
         if found is not None:
             self.world.pause(self.rng.uniform(0, GRACE_S * 0.8))
             if retention.pin(store, found.ref, "wanted"):
                 self.pinned.add(found.ref)
 
-    def choose(self, store: VirtualStore) -> CheckpointInfo | None:
+    def choose(self, store: Store) -> CheckpointInfo | None:
         steps = [ref.samples_seen // 10 for ref in sorted(self.committed)[-3:]]
         with contextlib.suppress(ConfigError):
             return select_checkpoint(store, self.rng.choice(steps)) if steps else None
@@ -214,7 +213,7 @@ class Simulation:
             self.live(process, num_saves)
             while not self.world.idle:  # the last sleepers
                 self.world.pause(1000.0)
-        store = VirtualStore(self.world, process)
+        store = virtual_store(self.world, process)
         pruner = Pruner(store, self.config, lambda: self.world.now)
         while (wait_s := pruner.prune(process.attempt, lambda _: None)) is not None:
             self.world.pause(wait_s)

@@ -8,13 +8,14 @@ import random
 import pytest
 
 from orchestrator.checkpoint.attempts import claim_attempt
-from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints, newest_stable, quarantine, take_over
+from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints, newest_stable, quarantine
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpoint.reader import verify
 from orchestrator.checkpoint.retention import Pruner, expire, pin
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import DamagedCheckpointError
+from orchestrator.restore_point import newest_sound
 from tests.orchestrator.checkpoint.dict_store import DictStore
 from tests.orchestrator.checkpoint.serial_reads import serial_reads
 from tests.orchestrator.checkpoint.states import equal, load, make_state, save, write_shards
@@ -52,7 +53,7 @@ class MortalStore:
 
     def __init__(self, inner: Store, countdown: Countdown) -> None:
         self.url = inner.url
-        for name in ("read", "write", "create", "exists", "size", "list", "delete"):
+        for name in ("read", "write", "create", "exists", "size", "list", "delete", "abort_dangling_uploads"):
             setattr(self, name, countdown.around(getattr(inner, name)))
 
 
@@ -148,7 +149,7 @@ def history(world_size: int) -> dict[str, bytes]:
 def go_on(store: Store, world_size: int, last: int) -> None:
     """A whole life: take over, restore, save, commit, prune."""
     attempt = claim_attempt(store, {})
-    base = next(info for info in take_over(store, attempt) if info.state is CheckpointState.STABLE)
+    base = newest_sound(store, attempt, lambda *_: None)
     assert equal(load(store, base.manifest, world_size), STATES[base.step])
     save(store, STATES[NEXT_STEP], step=NEXT_STEP, attempt=attempt, world_size=world_size)
     Pruner(store, RetentionConfig(last=last, grace_s=0.0)).prune(attempt, lambda _: None)

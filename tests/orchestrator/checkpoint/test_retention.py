@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from orchestrator.checkpoint.attempts import claim_attempt
@@ -160,6 +162,16 @@ def test_a_superseded_attempt_removes_nothing(store):
     with pytest.raises(SupersededError):
         run.prune()
     assert run.steps == [1, 2, 3] and run.expired == []
+
+
+def test_the_litter_of_a_killed_writer_goes_after_a_day(tmp_path):
+    run = Run(Store.open(str(tmp_path)), 1)
+    fresh, old = (tmp_path / run.refs[0].file(f".{letter * 32}.tmp") for letter in "ab")
+    for path in (fresh, old):
+        path.write_bytes(b"half a shard")
+    os.utime(old, (0, 0))
+    run.prune()
+    assert fresh.exists() and not old.exists() and run.steps == [1]
 
 
 def test_keep_everything(store):

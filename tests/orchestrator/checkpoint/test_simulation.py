@@ -130,7 +130,7 @@ GUARDS = {
     "a commit checks the fence": ({f"{WRITER}.check_not_superseded": nothing}, "is committed behind attempt"),
     "a new attempt closes what older ones are about to commit": (
         {f"{CATALOG}.abandon": looks_only},
-        "is committed behind attempt",
+        "is committed behind attempt|goes on from",
     ),
     "a shard is read back": ({f"{WRITER}._read_back": nothing}, "is committed without its shard"),
     "the manifest comes last": (

@@ -9,12 +9,11 @@ from __future__ import annotations
 import heapq
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from orchestrator.checkpoint.store import Store
-from orchestrator.errors import MissingObjectError, StorageError
 
 
 class Died(BaseException):
@@ -162,72 +161,86 @@ class World:
         self.on_effect(process, verb, key, before)
 
 
-class VirtualStore(Store):
-    """The world's objects as one process sees them; `Store.create` and its way with lost answers are the real ones."""
+def virtual_store(world: World, process: Process) -> Store:
+    """The world's objects as one process sees them: the real `Store` over a virtual backend."""
+    return Store("virtual://run", "run", VirtualBackend(world, process))
+
+
+class VirtualTime:
+    """In the place of `time` where `Store` waits and watches its deadline."""
+
+    def __init__(self, world: World) -> None:
+        self.sleep = world.pause
+        self.monotonic = lambda: world.now
+
+
+class VirtualBackend:
+    """Each operation gives up control before it takes effect and after, and draws its faults."""
+
+    kind = "virtual"
 
     def __init__(self, world: World, process: Process) -> None:
-        super().__init__("virtual://run", None, "")
         self._world, self._process = world, process
-        self._stuck_key = ""
+        self._stuck_path = ""
 
-    def read(self, key: str, begin: int | None = None, end: int | None = None) -> bytes:
-        self._before(StorageError)
-        return self._after(self._get(key)[begin:end])
+    def read(self, path: str, begin: int | None, end: int | None, timeout_s: float) -> bytes:
+        self._before()
+        return self._after(self._get(path)[begin:end])
 
-    def size(self, key: str) -> int:
-        self._before(StorageError)
-        return self._after(len(self._get(key)))
+    def size(self, path: str) -> int:
+        self._before()
+        return self._after(len(self._get(path)))
 
-    def list(self, folder: str) -> list[str]:
-        self._before(StorageError)
-        cut = len(folder) + 1
-        return self._after(
-            sorted({key[cut:].split("/")[0] for key in self._world.objects if key.startswith(f"{folder}/")})
-        )
+    def list(self, path: str) -> list[str]:
+        self._before()
+        folder = path.removeprefix("run/") + "/"
+        return self._after(list({k[len(folder) :].split("/")[0] for k in self._world.objects if k.startswith(folder)}))
 
-    def write(self, key: str, parts) -> None:
+    def write(self, path: str, parts: Sequence[memoryview]) -> None:
         data = b"".join(bytes(part) for part in parts)
         if self._chance(self._process.faults.garble):
             at = self._world.rng.randrange(len(data))
             data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
-        self._act("write", key, data, lambda: True, StorageError)
+        self._act("write", path, data, lambda key: True)
 
-    def delete(self, key: str) -> None:
-        self._act("delete", key, None, lambda: key in self._world.objects, StorageError)
+    def delete(self, path: str) -> None:
+        self._act("delete", path, None, lambda key: key in self._world.objects)
 
-    def _create_once(self, key: str, data: bytes) -> None:
-        if not self._act("create", key, data, lambda: key not in self._world.objects, TimeoutError):
-            raise FileExistsError(key)
+    def create_once(self, path: str, data: bytes, timeout_s: float) -> None:
+        if not self._act("create", path, data, lambda key: key not in self._world.objects):
+            raise FileExistsError(path)
 
-    def _act(
-        self, verb: str, key: str, data: bytes | None, possible: Callable[[], bool], error: type[Exception]
-    ) -> bool:
+    def abort_unfinished(self, path: str, older_than_s: float) -> int:
+        return self._before() or 0
+
+    def _act(self, verb: str, path: str, data: bytes | None, possible: Callable[[str], bool]) -> bool:
         """Whether it had an effect. `possible` is asked at that moment."""
+        key = path.removeprefix("run/")
 
         def take_effect(sender: Process = self._process) -> bool:
-            if possible():
+            if possible(key):
                 self._world.change(sender, verb, key, data)
                 return True
             return False
 
-        self._before(error)
-        if key == self._stuck_key or self._chance(self._process.faults.late):
-            self._stuck_key = key
+        self._before()
+        if path == self._stuck_path or self._chance(self._process.faults.late):
+            self._stuck_path = path
             self._world.after(self._world.rng.uniform(0, LATE_S), lambda: take_effect(NETWORK) and None)
-            raise error("no answer")
+            raise TimeoutError("no answer")
         done = take_effect()
         if self._chance(self._process.faults.lost):
-            raise error("no answer")
+            raise TimeoutError("no answer")
         return self._after(done)
 
-    def _before(self, error: type[Exception]) -> None:
+    def _before(self) -> None:
         faults = self._process.faults
         if faults is not NO_FAULTS:
             if self._chance(faults.crash):
                 raise Died
             if self._chance(faults.fail):
                 self._world.pause(self._world.rng.random())
-                raise error("unreachable")
+                raise TimeoutError("unreachable")
             if self._chance(faults.sleep):
                 self._world.pause(self._world.rng.uniform(0, faults.sleep_s))
         self._world.pause(self._world.rng.random())
@@ -238,11 +251,11 @@ class VirtualStore(Store):
         self._world.pause(self._world.rng.random() * 0.2)
         return answer
 
-    def _get(self, key: str) -> bytes:
+    def _get(self, path: str) -> bytes:
         try:
-            return self._world.objects[key]
+            return self._world.objects[path.removeprefix("run/")]
         except KeyError:
-            raise MissingObjectError(key) from None
+            raise FileNotFoundError(path) from None
 
     def _chance(self, probability: float) -> bool:
         return probability > 0 and self._world.rng.random() < probability
