@@ -28,9 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
     for row in options.rows or ROWS:
         where = comparison.conditions()
         comparisons = importlib.import_module(f"bench.{row}").measure(options.quick)
-        print(f"\n## {row}\n\n{comparison.describe(where)}\n\n{comparison.table(comparisons)}", flush=True)
         if not options.quick:
             comparison.store(row, where, comparisons)
+            where, comparisons = comparison.load(row)
+        print(comparison.section(row, where, comparisons), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 `torchrun --nproc-per-node W -m bench.bare_loop CONFIG.json [STATE_FOLDER]`, with the same config as ours. FSDP2 by
 block, AdamW, `clip_grad_norm_`; of unbroken it uses only `build_model`. With STATE_FOLDER it also keeps an EMA, saves
-once after ten steps (each rank a safetensors file of its local parameters, moments and EMA), and starts from there if it
-is started again. Rank 0 prints JSON lines.
+once after ten steps (each rank a safetensors file of its local parameters, moments and EMA), and starts from there when
+it is started again. Every rank prints JSON lines.
 """
 
 from __future__ import annotations
@@ -108,10 +108,10 @@ def _state(model: Any, optimizer: torch.optim.Optimizer, averages: list[torch.Te
     """The local tensors to save and load, live; makes AdamW's moments."""
     tensors = {}
     for (name, parameter), average in zip(model.named_parameters(), averages, strict=True):
-        slot = {"step": torch.tensor(0.0), **{key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}}
-        optimizer.state[parameter] = slot
+        moments: dict[str, Any] = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
         tensors |= {f"model/{name}": parameter.detach().to_local(), f"ema/{name}": average}
-        tensors |= {f"{key}/{name}": slot[key].to_local() for key in ("exp_avg", "exp_avg_sq")}
+        tensors |= {f"{key}/{name}": moment.to_local() for key, moment in moments.items()}
     return tensors
 
 

@@ -108,12 +108,13 @@ def table(comparisons: Sequence[Comparison]) -> str:
             f" | {len(one.ours_s)} | {one.ratio:.3f} ({one.upper_bound:.3f}) | {goal} | {one.verdict} |"
         )
     notes = [f"- {one.name}: {key}: {_plain(value)}" for one in comparisons for key, value in one.notes.items()]
-    return "\n".join([*lines, *([""] + notes if notes else [])])
+    return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 
-def describe(where: dict[str, Any]) -> str:
-    """The conditions in one line."""
-    return ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in where.items())
+def section(row: str, where: dict[str, Any], comparisons: Sequence[Comparison]) -> str:
+    """A row's part of the report."""
+    described = ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in where.items())
+    return f"\n## {row}\n\n{described}\n\n{table(comparisons)}"
 
 
 def _spread(times_s: Sequence[float]) -> str:

@@ -2,8 +2,9 @@
 
 The bound is one in-place `lerp_` over one flat tensor of as many elements as this rank's rows have. The peers get the
 rank's local rows as ordinary parameters, without any DTensor between: the best case for them. Rank 0 measures in CPU
-time while the other ranks wait, which on one thread is the time of the update without what others take away. Which physical pages the tensors get is luck that lasts as long as the
-processes and moves a ratio by some percent, so several launches are pooled.
+time while the other rank waits, which on one thread is the time of the update without what others take away. Which
+physical pages the tensors get is luck that lasts as long as the processes and moves a ratio by some percent, so several
+launches are pooled.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What all of unbroken costs a step: under Ray Train with EMA on, beside a bare torch loop under torchrun.
 
-The bare loop trains the same model on the same number of microbatches, with FSDP2, AdamW and clipping; it has no EMA, no
-per-sample randomness, no invariant reduction and nobody who watches it. Both programs live all the time and are let run
-in turn for some steps, the other one being stopped with every helper that it has. A step's time is the time between the
-ends of two steps; the first of a turn, which the stop cut in two, is left out.
+The bare loop trains the same model on the same number of microbatches, with FSDP2, AdamW and clipping; it has no EMA,
+no per-sample randomness, no invariant reduction and nobody who watches it. Both programs live all the time and are let
+run in turn for some steps, the other one being stopped with every helper that it has. A step's time is the time between
+the ends of two steps; the first of a turn, which the stop cut in two, is left out.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ def _show(event: Event) -> None:
         # As the other side pins itself. The process has only its main thread yet; later ones inherit the core.
         os.sched_setaffinity(event.fields["pid"], {event.fields["rank"] % (os.cpu_count() or 1)})
     # In this order: the kind of an event wins over a field that is called kind.
-    print(json.dumps({**event.fields, "kind": event.kind, "time_s": event.time_s}), flush=True)
+    line = {**event.fields, "kind": event.kind, "time_s": event.time_s}
+    os.write(1, f"{json.dumps(line)}\n".encode())  # in one piece: Ray's own output shares the pipe
 
 
 if __name__ == "__main__":
