@@ -39,7 +39,8 @@ class Arm:
             # Ray's workers start in other folders.
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT), **environment},
         )
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def __enter__(self) -> Arm:
         return self
@@ -49,6 +50,7 @@ class Arm:
         for pid in tree:
             os.kill(pid, signal.SIGKILL)
         self._process.wait()
+        self._reader.join()
 
     def freeze(self) -> None:
         self._signal(signal.SIGSTOP)
@@ -78,8 +80,8 @@ class Arm:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        with self.log.open("w") as log:
-            for text in self._process.stdout:
+        with self._process.stdout as lines, self.log.open("w") as log:
+            for text in lines:
                 if text.startswith("{"):
                     self._lines.put(json.loads(text))
                 else:
