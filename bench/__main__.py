@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
+import sys
 
 ROWS = ("reduction", "ema", "overhead", "recovery")
 
@@ -22,6 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if unknown := set(options.rows) - set(ROWS):
         parser.error(f"no such row: {', '.join(sorted(unknown))}; rows are {', '.join(ROWS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves through the blocks that end what was started
     os.environ["OMP_NUM_THREADS"] = "1"  # one thread a rank; read when torch is imported, so before the rows are
     from bench import comparison
 

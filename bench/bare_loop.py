@@ -36,7 +36,7 @@ def main() -> None:
     torch.set_num_threads(1)
     pin(int(os.environ["RANK"]))
     _say("imported", pid=os.getpid())
-    dist.init_process_group("gloo")
+    _join()
     _say("process group")
     model = _sharded(config)
     optimizer = torch.optim.AdamW(
@@ -61,6 +61,19 @@ def main() -> None:
             temporary.rename(state_file)
             dist.barrier()
             _say("saved", step=step)
+
+
+def _join() -> None:
+    """`init_process_group("gloo")`, but with keys of its own for every restart.
+
+    torchrun's store outlives a restart, and torch 2.13 does not tell the restarts apart in it. So a rank can read the
+    address at which the other one listened before it was killed; then gloo is refused, which costs one more restart, or
+    both ranks wait for the other to connect, until the timeout of 30 minutes. Both were seen here within a few kills.
+    """
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
 
 
 def _say(kind: str, **fields: Any) -> None:

@@ -20,13 +20,13 @@ from bench.workload import MIDDLE, SMOKE, config
 
 _GOAL = 1.03
 _WARM_UP_STEPS = 5
-_CASES = ((2, 8), (4, 4))
+_CASES = ((2, 4), (4, 4))
 """Microbatches a step, and their size: one and two for each of the two ranks."""
 
 
 def measure(quick: bool) -> list[Comparison]:
     """One comparison for each number of microbatches; a pair is one turn of each side, its times are medians."""
-    channels, turns, steps = (SMOKE, 2, 3) if quick else (MIDDLE, 12, 5)
+    channels, turns, steps = (SMOKE, 2, 3) if quick else (MIDDLE, 10, 4)
     comparisons = []
     for num_microbatches, size in _CASES[:1] if quick else _CASES:
         times, longest = _take_turns(_run_config(channels, size, num_microbatches), turns, steps)
