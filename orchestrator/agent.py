@@ -12,6 +12,8 @@ import ray.train.collective
 from orchestrator.checkpoint.store import Store
 from orchestrator.coordinator import Coordinator
 from orchestrator.hub import Hub, connect
+from orchestrator.messages import Event
+from orchestrator.pruning import BackgroundPruner
 from orchestrator.run_spec import RunSpec
 from orchestrator.supervisor import Supervisor
 
@@ -34,16 +36,11 @@ def agent(arguments: dict[str, Any]) -> None:
         host = ray.util.get_node_ip_address()
         hub = Hub(host, key := secrets.token_bytes(32), world_size)
         wire = (hub.address, key)
-        hub.start(
-            lambda send: Coordinator(
-                spec,
-                Store.open(spec.run_url),
-                world_size,
-                host,
-                send,
-                # Not waited for: a driver that is slow to listen must not hold up a decision.
-                lambda event: mailbox.put.remote(event) and None,
-            )
-        )
+
+        def notify(event: Event) -> None:
+            mailbox.put.remote(event)  # not waited for: a driver that is slow to listen must not hold up a decision
+
+        prune = BackgroundPruner(spec, notify).request
+        hub.start(lambda send: Coordinator(spec, Store.open(spec.run_url), world_size, host, send, notify, prune))
     address, key = cast(tuple[tuple[str, int], bytes], ray.train.collective.broadcast_from_rank_zero(wire))
     Supervisor(spec, rank, world_size, connect(address, key, rank)).run()

@@ -10,6 +10,7 @@ import click
 
 from orchestrator.commands.checkpoints import checkpoints
 from orchestrator.commands.config import config
+from orchestrator.commands.doctor import doctor
 from orchestrator.commands.prove import prove
 from orchestrator.commands.train import train
 from orchestrator.commands.weights import export, sample
@@ -91,6 +92,7 @@ def main(debug: bool) -> None:
     \b
     Start here:
       unbroken config show configs/digits.yaml          every key with its value
+      unbroken doctor configs/digits.yaml               can this machine and this store run it?
       unbroken train configs/digits.yaml                train, or go on where a run was left
       unbroken train configs/digits.yaml seed=1 run.name=second
       unbroken sample runs/digits samples.png           images from the EMA weights
@@ -100,5 +102,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (train, prove, sample, export, checkpoints, config):
+for command in (train, prove, sample, export, checkpoints, config, doctor):
     main.add_command(command)

@@ -16,6 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from orchestrator.checkpoint.policy import RetentionConfig
 from trainers.config import TrainerConfig
 from trainers.decode import decode
 from trainers.errors import ConfigError
@@ -81,14 +82,20 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state is saved."""
+    """When the state is saved, and for how long."""
 
     every_steps: int = 1000
     """A checkpoint after every so many steps, and one at the end, >= 1."""
+    keep: RetentionConfig = field(default_factory=RetentionConfig)
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise ConfigError(f"every_steps={self.every_steps} must be at least 1")
+        if self.keep.every_steps is not None and self.keep.every_steps % self.every_steps:
+            raise ConfigError(
+                f"keep.every_steps={self.keep.every_steps} is not a multiple of every_steps={self.every_steps}:"
+                " most of these steps have no checkpoint; set a multiple"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

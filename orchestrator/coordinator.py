@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.checkpoint.attempts import claim_attempt, read_attempts
-from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, newest_stable, quarantine, scan_checkpoints
-from orchestrator.checkpoint.reader import verify
+from orchestrator.checkpoint.catalog import CheckpointInfo, newest_stable
+from orchestrator.checkpoint.probe import probe
+from orchestrator.checkpoint.retention import claim_fields
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import SupersededError, UnbrokenError
 from orchestrator.failures import MAX_ATTEMPTS_WITHOUT_PROGRESS, Action, Failure, classify, decide
@@ -37,6 +38,7 @@ from orchestrator.messages import (
     Started,
     Stepped,
 )
+from orchestrator.restore_point import newest_sound, set_aside
 from orchestrator.run_spec import RunSpec
 from orchestrator.shard_collection import ShardCollection
 from trainers.progress import Progress
@@ -56,13 +58,16 @@ class Coordinator:
         host: str,
         send: Callable[[int, object], None],
         notify: Callable[[Event], None],
+        prune: Callable[[int], None],
     ) -> None:
+        """Args: prune: called with the attempt after each commit; must not block."""
         self._spec = spec
         self._store = store
         self._world_size = world_size
         self._host = host
         self._send = send
         self._notify = notify
+        self._prune = prune
         self._history: list[Failure] = []
         self._attempt = 0
         self._checkpoint: CheckpointInfo | None = None
@@ -73,8 +78,10 @@ class Coordinator:
         self._down: dict[int, Down] = {}
         self._stopping = False
         self._shards = ShardCollection(spec, store, world_size)
+        self._ended_save: Progress | None = None
         self._launch_at: float | None = None
         self._launch_failures = 0
+        self._probed = False
         self._cause = "start"
         self.outcome: Outcome | None = None
         """Set when there is nothing left to do; every agent has been told."""
@@ -92,9 +99,11 @@ class Coordinator:
                 self._event("trainer", rank=rank, pid=message.pid, agent_pid=message.agent_pid, attempt=message.attempt)
             case FromTrainer(attempt=attempt, message=inner) if attempt == self._attempt and not self._stopping:
                 self._from_trainer(rank, inner)
-            case Receipt(attempt=attempt) if attempt == self._attempt:
+            case Receipt() | SaveFailed() if message.attempt != self._attempt or message.progress == self._ended_save:
+                pass  # of an earlier attempt, or of a save that another rank's failure has ended
+            case Receipt():
                 self._take_receipt(rank, message)
-            case SaveFailed(attempt=attempt, progress=progress, error=error) if attempt == self._attempt:
+            case SaveFailed(progress=progress, error=error):
                 self._save_ended(progress, f"rank {rank}: {error}")
             case Down(attempt=attempt) if attempt == self._attempt:
                 self._take_down(rank, message)
@@ -132,29 +141,22 @@ class Coordinator:
             self._launch_failures = 0
 
     def _launch(self, cause: str) -> None:
+        if not self._probed:
+            facts, self._probed = probe(self._store), True
+            self._event("store", kind=facts.kind, conditional_create=facts.conditional_create, warning=facts.warning)
         seen = _name(newest_stable(self._store))
         if cause == "start" and self._gives_up_at_start(seen):
             return
         info = {"session": self._spec.session, "cause": cause, "from": seen, "world_size": self._world_size}
-        self._attempt = claim_attempt(self._store, info)
-        # Only what is listed after the claim counts: an older attempt can commit no more once it sees ours.
-        self._checkpoint = self._newest_sound()
+        self._attempt = claim_attempt(self._store, info | claim_fields(self._spec.keep))
+        self._checkpoint = newest_sound(self._store, self._attempt, self._quarantined)
         self._reached = self._restored
         self._ready, self._finished, self._down = set(), set(), {}
         self._shards.clear()
-        self._stopping = False
+        self._stopping, self._ended_save = False, None
         restore = _name(self._checkpoint)
         self._event("attempt", attempt=self._attempt, restore=restore, cause=cause, world_size=self._world_size)
         self._to_all(Launch(attempt=self._attempt, restore=restore))
-
-    def _newest_sound(self) -> CheckpointInfo | None:
-        """The newest stable checkpoint; damaged ones that are newer are marked and reported."""
-        for info in scan_checkpoints(self._store):
-            if info.state is CheckpointState.STABLE:
-                return info
-            if info.state is CheckpointState.DAMAGED:
-                self._quarantine(info, info.detail)
-        return None
 
     @property
     def _restored(self) -> Progress:
@@ -203,9 +205,11 @@ class Coordinator:
                 size = sum(file.size_bytes for file in manifest.files)
                 self._event("saved", step=receipt.progress.step, attempt=self._attempt, bytes=size)
                 self._save_ended(receipt.progress, None)
+                self._prune(self._attempt)
 
     def _save_ended(self, progress: Progress, error: str | None) -> None:
         self._shards.clear()
+        self._ended_save = progress
         if error is not None:
             self._event("save_failed", step=progress.step, error=error)
         self._to_all(SaveEnded(progress=progress, error=error))
@@ -254,19 +258,10 @@ class Coordinator:
         else:
             if decision.action is Action.QUARANTINE and self._checkpoint is not None:
                 # The file with the damage, where a full check finds it; else what the loading rank saw.
-                self._quarantine(self._checkpoint, self._damage() or decision.reason)
+                set_aside(self._store, self._checkpoint, decision.reason, self._attempt, self._quarantined)
             self._launch_at, self._cause = time.monotonic() + decision.delay_s, cause.kind.value
 
-    def _damage(self) -> str | None:
-        """What a full check of the checkpoint in use finds first."""
-        assert self._checkpoint is not None
-        try:
-            return next(iter(verify(self._store, self._checkpoint.ref)), None)
-        except UnbrokenError:
-            return None  # what the loading rank saw is reason enough
-
-    def _quarantine(self, checkpoint: CheckpointInfo, reason: str) -> None:
-        quarantine(self._store, checkpoint.ref, reason, self._attempt)
+    def _quarantined(self, checkpoint: CheckpointInfo, reason: str) -> None:
         self._event("quarantined", checkpoint=str(checkpoint.ref), reason=reason)
 
     def broken(self, error: BaseException) -> None:

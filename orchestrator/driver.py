@@ -7,17 +7,37 @@ import importlib.metadata
 import logging
 import os
 import platform
+import signal
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from orchestrator.checkpoint.catalog import newest_stable
-from orchestrator.checkpoint.run_record import open_or_create
+from orchestrator.checkpoint.keys import CONFIG
+from orchestrator.checkpoint.run_record import RunRecord, open_or_create
 from orchestrator.checkpoint.store import Store
-from orchestrator.config import RunConfig, Workers, config_hash, conflicting_keys, run_url, to_dict, trainer_dict
-from orchestrator.errors import GaveUpError, RunMismatchError, StorageError, SupersededError, UnbrokenError
+from orchestrator.config import (
+    RunConfig,
+    Workers,
+    config_hash,
+    conflicting_keys,
+    run_url,
+    to_dict,
+    to_yaml,
+    trainer_dict,
+)
+from orchestrator.errors import (
+    AlreadyExistsError,
+    GaveUpError,
+    RunMismatchError,
+    StorageError,
+    SupersededError,
+    UnbrokenError,
+)
 from orchestrator.messages import Ending, Event
 from trainers.errors import ConfigError
 
@@ -77,12 +97,7 @@ def run(config: RunConfig, show: Callable[[Event], None]) -> None:
     """
     url = run_url(config)
     store = Store.open(url)
-    record = open_or_create(store, to_dict(config))
-    if conflicts := conflicting_keys(record.config, config):
-        raise RunMismatchError(
-            f"the run at {url} was made with another configuration: {'; '.join(conflicts)};"
-            " set these back, or choose another run.name"
-        )
+    record = _open_run(store, config)
     newest = newest_stable(store)
     if newest is not None and newest.manifest and newest.manifest.progress.step >= config.train.num_steps:
         show(_event("already_finished", step=newest.manifest.progress.step, checkpoint=str(newest.ref)))
@@ -95,18 +110,36 @@ def run(config: RunConfig, show: Callable[[Event], None]) -> None:
         config_hash=config_hash(config),
         strategy=config.parallel.strategy,
         every_steps=config.checkpoint.every_steps,
+        keep=config.checkpoint.keep,
         num_steps=config.train.num_steps,
         versions=versions(),
         preload=preload(config),
     )
     _connect_ray(config)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)  # Ray's own handler, set by now, would abort with a stack dump
     try:
         outcome = _supervise(spec, config, store, show)
+    except (KeyboardInterrupt, SystemExit):
+        show(_event("interrupted"))
+        raise
     finally:
         ray.shutdown()
     ending, message = Ending(outcome["ending"]), outcome["message"]
     if ending is not Ending.FINISHED:
         raise _ERRORS[ending](message)
+
+
+def _open_run(store: Store, config: RunConfig) -> RunRecord:
+    record = open_or_create(store, to_dict(config))
+    if conflicts := conflicting_keys(record.config, config):
+        raise RunMismatchError(
+            f"the run at {store.url} was made with another configuration: {'; '.join(conflicts)};"
+            " set these back, or choose another run.name"
+        )
+    with suppress(AlreadyExistsError):  # for people; what counts is in the run record
+        store.create(CONFIG, to_yaml(config).encode())
+    return record
 
 
 def preload(config: RunConfig) -> tuple[str, ...]:
@@ -138,6 +171,7 @@ def _connect_ray(config: RunConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     needed = config.max_workers * config.resources.cpu
     ray.init(
+        address="local",  # not whatever cluster happens to run here: for that one, RAY_ADDRESS=auto
         num_cpus=int(max(needed + 0.999, os.cpu_count() or 1)),
         include_dashboard=False,
         log_to_driver=False,
@@ -152,11 +186,7 @@ def _supervise(spec: RunSpec, config: RunConfig, store: Store, show: Callable[[E
     while True:
         mailbox = _Mailbox.remote()
         listener = _Listener(mailbox, show)
-        error = None
-        try:
-            _trainer(spec, config, mailbox).fit()
-        except Exception as caught:  # whatever ended Ray's controller: the run itself can go on
-            error = caught
+        error = _fit(_trainer(spec, config, mailbox))
         outcome = listener.finish()
         if outcome is not None:
             return outcome
@@ -173,6 +203,30 @@ def _supervise(spec: RunSpec, config: RunConfig, store: Store, show: Callable[[E
         time.sleep(min(10.0, 0.5 * 2**deaths))
 
 
+def _fit(trainer: DataParallelTrainer) -> Exception | None:
+    """Run Ray Train to its end; what ended it before the train function returned, if anything did.
+
+    In a thread: there Ray leaves signals alone, and this one is free to be interrupted.
+    """
+    errors: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # whatever ended Ray's controller: the run itself can go on
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    return errors[0] if errors else None
+
+
+def _terminate(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 def _trainer(spec: RunSpec, config: RunConfig, mailbox: Any) -> DataParallelTrainer:
     workers = (config.workers.min, config.workers.max) if isinstance(config.workers, Workers) else config.workers
     resources = {"CPU": config.resources.cpu}
@@ -187,7 +241,7 @@ def _trainer(spec: RunSpec, config: RunConfig, mailbox: Any) -> DataParallelTrai
         run_config=ray.train.RunConfig(
             # Ray gets no checkpoints to index and needs a folder only for its own marker.
             name=f"{config.run.name}-{spec.session[:8]}",
-            storage_path=os.path.join(os.environ.get("RAY_TMPDIR", "/tmp"), "unbroken-ray-train"),
+            storage_path=os.path.join(tempfile.gettempdir(), f"unbroken-ray-train-{os.getuid()}"),
             failure_config=ray.train.FailureConfig(
                 max_failures=-1, controller_failure_limit=-1, max_preemption_failures=-1
             ),

@@ -14,6 +14,8 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle, send_handle
 from subprocess import Popen
@@ -21,6 +23,16 @@ from subprocess import Popen
 from orchestrator.messages import ChildEnded
 
 _PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class _Fork:
+    num_handles: int
+
+
+@dataclass(frozen=True)
+class _Kill:
+    pid: int
 
 
 class ForkServer:
@@ -45,12 +57,17 @@ class ForkServer:
         Raises:
             EOFError: the fork server has died.
         """
-        self.connection.send(len(handles))
+        self.connection.send(_Fork(len(handles)))
         for handle in handles:
             send_handle(self.connection, handle, self._process.pid)
         while not isinstance(answer := self.connection.recv(), int):
             continue  # the end of an earlier child, already known from its pipe
         return answer
+
+    def kill(self, pid: int) -> None:
+        """End a trainer with SIGKILL, if it still runs. The fork server does it, as it alone knows whose the id is."""
+        with suppress(BrokenPipeError):  # it has died, and its trainers with it
+            self.connection.send(_Kill(pid))
 
     def close(self) -> None:
         """End the fork server and every trainer."""
@@ -65,35 +82,42 @@ def _serve(connection: Connection, preload: Sequence[str]) -> None:
         imported = importlib.import_module(module)
         if attribute:
             getattr(imported, attribute)
-    from orchestrator import trainer_process  # after the modules it would otherwise pull in one by one
-
+    trainer = importlib.import_module("orchestrator.trainer_process")  # pulls in what is not preloaded yet
     awake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    children: set[int] = set()
     while True:
         if awake in wait([connection, awake]):
             os.read(awake, 4096)
-            _reap(connection)
-        if connection.poll():
-            try:
-                handles = [recv_handle(connection) for _ in range(connection.recv())]
-            except EOFError:
-                return
-            parent = os.getpid()
-            if pid := os.fork():
-                for handle in handles:
-                    os.close(handle)
-                connection.send(pid)
-            else:
-                signal.set_wakeup_fd(-1)
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                for handle in (connection.fileno(), awake, wake):
-                    os.close(handle)
-                _die_with(parent)
-                os._exit(trainer_process.main(*handles))
+            _reap(connection, children)
+        if not connection.poll():
+            continue
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        if isinstance(request, _Kill):
+            if request.pid in children:
+                os.kill(request.pid, signal.SIGKILL)
+            continue
+        handles = [recv_handle(connection) for _ in range(request.num_handles)]
+        parent = os.getpid()
+        if pid := os.fork():
+            for handle in handles:
+                os.close(handle)
+            children.add(pid)
+            connection.send(pid)
+        else:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for handle in (connection.fileno(), awake, wake):
+                os.close(handle)
+            _die_with(parent)
+            os._exit(trainer.main(*handles))
 
 
-def _reap(connection: Connection) -> None:
+def _reap(connection: Connection, children: set[int]) -> None:
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -101,6 +125,7 @@ def _reap(connection: Connection) -> None:
             return
         if not pid:
             return
+        children.discard(pid)
         connection.send(ChildEnded(pid, os.waitstatus_to_exitcode(status)))
 
 
@@ -112,6 +137,7 @@ def _die_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Connection(int(sys.argv[1])), sys.argv[2:])
+    # The requests are pickled under this module's real name, so that is the one to run.
+    importlib.import_module("orchestrator.forkserver")._serve(Connection(int(sys.argv[1])), sys.argv[2:])
     # Leave without running the exit handlers of everything that was imported for the children.
     os._exit(0)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.checkpoint.policy import RetentionConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
@@ -20,6 +22,7 @@ class RunSpec:
     config_hash: str
     strategy: str
     every_steps: int
+    keep: RetentionConfig
     num_steps: int
     versions: Mapping[str, str]
     """Of the libraries that decide numbers; recorded in every manifest."""

@@ -85,11 +85,24 @@ class Screen:
     def _controller_lost(self, at: float, *, reason: str) -> None:
         self._write(f"{reason}; starting Ray Train again")
 
+    def _store(self, at: float, *, kind: str, conditional_create: bool, warning: str | None) -> None:
+        if warning is not None:
+            self._write(f"warning: {warning}")
+
     def _storage_trouble(self, at: float, *, message: str, retry_s: float) -> None:
         self._write(f"{message}; trying again in {retry_s:.1f} s")
 
     def _quarantined(self, at: float, *, checkpoint: str, reason: str) -> None:
         self._write(f"checkpoint {checkpoint} is quarantined: {reason}; the next older one is taken")
+
+    def _interrupted(self, at: float) -> None:
+        self._write("interrupted; the same command goes on from the newest stable checkpoint")
+
+    def _pruned(self, at: float, *, checkpoint: str, reason: str) -> None:
+        self._write(f"checkpoint {checkpoint} is removed: {reason}")
+
+    def _prune_failed(self, at: float, *, error: str) -> None:
+        self._write(f"old checkpoints are not removed this time, training goes on: {error}")
 
     def _already_finished(self, at: float, *, step: int, checkpoint: str) -> None:
         self._write(f"finished: step {step} of {self._num_steps} is in checkpoint {checkpoint}; nothing to do")

@@ -42,6 +42,7 @@ class ShardCollection:
             strategy=self._spec.strategy,
             config_hash=self._spec.config_hash,
             versions=self._spec.versions,
+            store={"kind": self._store.backend.kind, "conditional_create": self._store.conditional_create},
             scalars=receipts[0].scalars,
             health={"ok": True},  # a step that is not finite is never taken, so never saved
         )

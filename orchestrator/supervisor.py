@@ -9,12 +9,13 @@ import queue
 import signal
 import socket
 import threading
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import write_shard
-from orchestrator.errors import StorageError
+from orchestrator.errors import UnbrokenError
 from orchestrator.forkserver import ForkServer
 from orchestrator.messages import (
     Begin,
@@ -59,14 +60,13 @@ class ShardWriter:
             attempt, snapshot = self._jobs.get()
             progress = snapshot.progress
             try:
-                with (
-                    mmap.mmap(self._buffer, snapshot.size_bytes, prot=mmap.PROT_READ) as data,
-                    memoryview(data) as view,
-                ):
-                    key = CheckpointRef(progress.samples_seen, attempt).shard(self._rank, self._world_size)
-                    shard = write_shard(self._store, key, snapshot.chunks, view, self._metadata(attempt, progress))
-            except StorageError as error:
-                self._results.send(SaveFailed(attempt=attempt, progress=progress, error=str(error)))
+                # Unmapped when nothing refers to it; to close it here fails while an error's trace holds views.
+                data = memoryview(mmap.mmap(self._buffer, snapshot.size_bytes, prot=mmap.PROT_READ))
+                key = CheckpointRef(progress.samples_seen, attempt).shard(self._rank, self._world_size)
+                shard = write_shard(self._store, key, snapshot.chunks, data, self._metadata(attempt, progress))
+            except Exception as error:  # whatever it is, the save has failed and the trainer waits to hear so
+                why = str(error) if isinstance(error, UnbrokenError) else repr(error)
+                self._results.send(SaveFailed(attempt=attempt, progress=progress, error=why))
             else:
                 self._results.send(Receipt(attempt=attempt, progress=progress, shard=shard, scalars=snapshot.scalars))
 
@@ -84,12 +84,20 @@ class ShardWriter:
 class Supervisor:
     """One for each rank: turns the coordinator's orders into a trainer process, and its life into messages."""
 
-    def __init__(self, spec: RunSpec, rank: int, world_size: int, coordinator: Connection) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        rank: int,
+        world_size: int,
+        coordinator: Connection,
+        start_fork_server: Callable[[Sequence[str]], ForkServer] = ForkServer,
+    ) -> None:
         self._spec = spec
         self._rank = rank
         self._world_size = world_size
         self._coordinator = coordinator
-        self._fork_server = ForkServer(spec.preload)
+        self._start_fork_server = start_fork_server
+        self._fork_server = start_fork_server(spec.preload)
         # Anonymous shared memory: it outlives the trainers, and cannot outlive this process.
         self._buffer = os.memfd_create("unbroken-snapshot")
         self._writer = ShardWriter(Store.open(spec.run_url), self._buffer, rank, world_size)
@@ -111,10 +119,10 @@ class Supervisor:
                 sources = [self._coordinator, self._fork_server.connection, self._writer.connection]
                 if self._trainer is not None:
                     sources.append(self._trainer)
-                for source in wait(sources):
-                    outcome = self._serve(source)
-                    if outcome is not None:
-                        return outcome
+                # One at a time: serving a source may consume what made the next one ready.
+                outcome = self._serve(wait(sources)[0])
+                if outcome is not None:
+                    return outcome
         finally:
             self._fork_server.close()
             self._coordinator.close()
@@ -143,7 +151,7 @@ class Supervisor:
                 self._launch(attempt, restore)
             case Kill(attempt=attempt) if attempt == self._attempt and self._pid is not None:
                 self._killed = True
-                os.kill(self._pid, signal.SIGKILL)
+                self._fork_server.kill(self._pid)
             case SaveEnded(progress=progress):
                 if self._pending == progress:
                     self._pending = None
@@ -198,7 +206,7 @@ class Supervisor:
             ended = self._fork_server.connection.recv()
         except (EOFError, ConnectionResetError):
             self._fork_server.close()
-            self._fork_server = ForkServer(self._spec.preload)
+            self._fork_server = self._start_fork_server(self._spec.preload)
             ended = ChildEnded(self._pid or 0, -signal.SIGKILL)  # the trainer went with it
         if ended.pid != self._pid:
             return

@@ -7,3 +7,44 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # CPU kernels split sums by thread: one thread, one answer
 os.environ["RAY_AUTH_MODE"] = "disabled"  # no token file on a test machine
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # tests call nobody
+
+import uuid
+
+import pytest
+
+from tests.s3.fault_proxy import FaultProxy
+from tests.s3.server import BUCKET, S3Server
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A running S3 server."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def s3_url(s3_server, monkeypatch):
+    """An empty prefix of it, with the environment that leads there."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def one_s3_proxy(s3_server):
+    proxy = FaultProxy(s3_server.port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def s3_proxy(s3_server, one_s3_proxy, monkeypatch):
+    """A proxy with faults before the server; the environment leads to it."""
+    for name, value in s3_server.environment(one_s3_proxy.endpoint).items():
+        monkeypatch.setenv(name, value)
+    one_s3_proxy.calm_down()
+    yield one_s3_proxy
+    one_s3_proxy.calm_down()

@@ -162,7 +162,8 @@ def _local_parameters(model: torch.nn.Module, topology: Topology) -> list[LocalP
 
 def begin_round(model: torch.nn.Module, config: ParallelConfig, rounds: Rounds) -> None:
     """Tell FSDP whether this round's gradients are reduced: every round in the tree, only the last one in `fast`."""
-    cast(FSDPModule, model).set_requires_gradient_sync(config.reduction == "invariant" or rounds.is_last)
+    if config.reduction == "fast":
+        cast(FSDPModule, model).set_requires_gradient_sync(rounds.is_last)
 
 
 def gather_rows(local: torch.Tensor, parameter: LocalParameter, topology: Topology) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -10,20 +12,27 @@ from orchestrator.checkpoint import keys, records
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.checkpoint.store import Store
-from orchestrator.errors import AlreadyExistsError, DamagedCheckpointError, UnbrokenError
+from orchestrator.errors import AlreadyExistsError, DamagedCheckpointError, MissingObjectError, UnbrokenError
+
+_ABANDONED = b'{\n  "abandoned_by": '
+"""How what `abandon` puts in the place of a manifest begins."""
 
 
 class CheckpointState(StrEnum):
     WRITING = "writing"
     """No manifest: unfinished, or left behind by a dead attempt."""
+    ABANDONED = "abandoned"
+    """Closed by a newer attempt before it was committed: it can never be."""
     STABLE = "stable"
-    """Committed, and so read back and verified at that time; healthy; not quarantined."""
+    """Committed, and so read back and verified at that time; healthy; whole; not quarantined."""
     UNHEALTHY = "unhealthy"
     """Committed, but the state in it is not one to go on from."""
     DAMAGED = "damaged"
-    """The manifest is not what was written."""
+    """The manifest is not what was written, or a file is missing."""
     QUARANTINED = "quarantined"
     """Found damaged by a reader, and marked."""
+    EXPIRED = "expired"
+    """Its removal has begun: the manifest is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +45,30 @@ class CheckpointInfo:
     """Why it is damaged, unhealthy or quarantined."""
     manifest: Manifest | None = None
     """Present if stable or unhealthy."""
+    names: tuple[str, ...] = ()
+    """What lies in its folder."""
+    pinned: str | None = None
+    """Why somebody wants it kept, if so."""
+
+    @property
+    def step(self) -> int:
+        """Of a stable or unhealthy one."""
+        assert self.manifest is not None, self.ref
+        return self.manifest.progress.step
+
+    @property
+    def expired(self) -> bool:
+        """Whether it is about to be removed. Who reads it already may finish, nobody may begin."""
+        return keys.EXPIRED_NAME in self.names
 
 
 def scan_checkpoints(store: Store) -> Iterator[CheckpointInfo]:
     """Every checkpoint, newest first, each looked at when it is asked for."""
     refs = [CheckpointRef.parse(name) for name in store.list(keys.CHECKPOINTS)]
     for ref in sorted((ref for ref in refs if ref is not None), reverse=True):
-        yield _look(store, ref)
+        info = _look(store, ref)
+        if info is not None:
+            yield info
 
 
 def list_checkpoints(store: Store) -> list[CheckpointInfo]:
@@ -59,6 +85,31 @@ def newest_stable(store: Store) -> CheckpointInfo | None:
     return next((info for info in scan_checkpoints(store) if info.state is CheckpointState.STABLE), None)
 
 
+def take_over(store: Store, attempt: int) -> Iterator[CheckpointInfo]:
+    """As `scan_checkpoints`, but older attempts can commit nothing any more that is newer than what was yielded.
+
+    To be called after `attempt` was claimed. An older attempt that has not checked yet whether it is superseded will
+    find that it is. One that has, and is about to create its manifest, has all its shards in place; so its checkpoint
+    is listed, and closed here before anything older is yielded.
+    """
+    for info in scan_checkpoints(store):
+        if info.state is CheckpointState.WRITING and info.ref.attempt < attempt:
+            info = abandon(store, info.ref, attempt)
+        if info is not None:
+            yield info
+
+
+def abandon(store: Store, ref: CheckpointRef, attempt: int) -> CheckpointInfo | None:
+    """Take the place of a manifest that was never written, so that it never will be; what the checkpoint is then.
+
+    If it was committed in the meantime, it is stable, as it is with any other commit.
+    """
+    claim = {"abandoned_by": attempt, "at": records.now(), "token": uuid.uuid4().hex}
+    with suppress(AlreadyExistsError):
+        store.create(ref.manifest, records.encode(claim))
+    return _look(store, ref)
+
+
 def load_manifest(store: Store, ref: CheckpointRef) -> Manifest:
     """The manifest of a checkpoint, checked to be intact, whole, and the one of this checkpoint.
 
@@ -66,39 +117,59 @@ def load_manifest(store: Store, ref: CheckpointRef) -> Manifest:
         MissingObjectError: it was never committed.
         DamagedCheckpointError: it is not what was written.
     """
-    manifest = Manifest.from_bytes(store.read(ref.manifest), f"{store.url}/{ref.manifest}")
-    if manifest.ref != ref:
-        raise DamagedCheckpointError(f"{store.url}/{ref.manifest} is the manifest of checkpoint {manifest.ref}")
-    return manifest
+    return _parse(store, ref, store.read(ref.manifest))
 
 
 def quarantine(store: Store, ref: CheckpointRef, reason: str, attempt: int) -> None:
     """Mark a checkpoint as not to be loaded. The first reason stays."""
     marker = {"reason": reason, "attempt": attempt, "quarantined_at": records.now()}
-    try:
+    with suppress(AlreadyExistsError):
         store.create(ref.quarantine, records.encode(marker))
-    except AlreadyExistsError:
-        return
 
 
-def _look(store: Store, ref: CheckpointRef) -> CheckpointInfo:
-    names = store.list(ref.folder)
+def _look(store: Store, ref: CheckpointRef) -> CheckpointInfo | None:
+    names = tuple(store.list(ref.folder))
+    if not names:
+        return None  # a folder is all that a disk keeps of a removed checkpoint
+    pinned = _reason(store, ref.pin) if keys.PIN_NAME in names else None
+    state, detail, manifest = _examine(store, ref, names)
+    return CheckpointInfo(ref=ref, state=state, detail=detail, manifest=manifest, names=names, pinned=pinned)
+
+
+def _examine(store: Store, ref: CheckpointRef, names: tuple[str, ...]) -> tuple[CheckpointState, str, Manifest | None]:
+    """State, detail, and the manifest if it is of use."""
+    if keys.MANIFEST_NAME not in names and keys.EXPIRED_NAME in names:
+        return CheckpointState.EXPIRED, "", None
     if keys.QUARANTINE_NAME in names:
-        return CheckpointInfo(ref=ref, state=CheckpointState.QUARANTINED, detail=_quarantine_reason(store, ref))
+        return CheckpointState.QUARANTINED, _reason(store, ref.quarantine), None
     if keys.MANIFEST_NAME not in names:
-        return CheckpointInfo(ref=ref, state=CheckpointState.WRITING)
+        return CheckpointState.WRITING, "", None
     try:
-        manifest = load_manifest(store, ref)
+        data = store.read(ref.manifest)
+    except MissingObjectError:
+        return CheckpointState.EXPIRED, "", None  # removed while we looked
+    if data.startswith(_ABANDONED):
+        return CheckpointState.ABANDONED, "", None
+    try:
+        manifest = _parse(store, ref, data)
     except DamagedCheckpointError as error:
-        return CheckpointInfo(ref=ref, state=CheckpointState.DAMAGED, detail=str(error))
+        return CheckpointState.DAMAGED, str(error), None
+    if missing := {file.name for file in manifest.files}.difference(names):
+        return CheckpointState.DAMAGED, f"{store.url}/{ref.file(min(missing))} is missing", None
     if not manifest.health["ok"]:
-        detail = str(manifest.health)
-        return CheckpointInfo(ref=ref, state=CheckpointState.UNHEALTHY, detail=detail, manifest=manifest)
-    return CheckpointInfo(ref=ref, state=CheckpointState.STABLE, manifest=manifest)
+        return CheckpointState.UNHEALTHY, str(manifest.health), manifest
+    return CheckpointState.STABLE, "", manifest
 
 
-def _quarantine_reason(store: Store, ref: CheckpointRef) -> str:
+def _parse(store: Store, ref: CheckpointRef, data: bytes) -> Manifest:
+    manifest = Manifest.from_bytes(data, f"{store.url}/{ref.manifest}")
+    if manifest.ref != ref:
+        raise DamagedCheckpointError(f"{store.url}/{ref.manifest} is the manifest of checkpoint {manifest.ref}")
+    return manifest
+
+
+def _reason(store: Store, key: str) -> str:
     try:
-        return str(records.load(store, ref.quarantine)["reason"])
+        return str(records.load(store, key)["reason"])
     except (UnbrokenError, KeyError) as error:  # the marker's presence is what counts
         return f"the marker itself cannot be read: {error}"

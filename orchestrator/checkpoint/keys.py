@@ -7,6 +7,8 @@ checkpoints/0000000012800-0007/                             <samples seen>-<atte
     shard-00000-of-00004.safetensors ...
     manifest.json                                           written last: its creation is the commit
     quarantine.json                                         if it turned out damaged: why
+    pin.json                                                if somebody wants it kept: why
+    expired.json                                            if it is about to be removed: begin no reading
 """
 
 from __future__ import annotations
@@ -20,9 +22,16 @@ ATTEMPTS = "attempts"
 CHECKPOINTS = "checkpoints"
 MANIFEST_NAME = "manifest.json"
 QUARANTINE_NAME = "quarantine.json"
+PIN_NAME = "pin.json"
+EXPIRED_NAME = "expired.json"
 
 _ATTEMPT = re.compile(r"(\d{4,})\.json")
 _CHECKPOINT = re.compile(r"(\d{13,})-(\d{4,})")
+
+
+def probe_key(token: str) -> str:
+    """A key for trying the store; hidden, should it be left behind."""
+    return f".probe-{token}"
 
 
 def attempt_key(attempt: int) -> str:
@@ -62,6 +71,14 @@ class CheckpointRef:
     @property
     def quarantine(self) -> str:
         return self.file(QUARANTINE_NAME)
+
+    @property
+    def pin(self) -> str:
+        return self.file(PIN_NAME)
+
+    @property
+    def expired(self) -> str:
+        return self.file(EXPIRED_NAME)
 
     def shard(self, rank: int, world_size: int) -> str:
         return self.file(shard_name(rank, world_size))

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import xxhash
@@ -99,6 +99,8 @@ class Manifest:
     strategy: str
     config_hash: str
     versions: Mapping[str, str]
+    store: Mapping[str, Any] = field(default_factory=dict)
+    """`kind`, and whether it has `conditional_create`, as found at the start; empty in older manifests."""
     scalars: Mapping[str, Any]
     """State that is no tensor. Only what the next step may depend on: `unbroken prove` compares all of it."""
     health: Mapping[str, Any]
@@ -175,16 +177,16 @@ class Manifest:
 
 def _serialise(manifest: Manifest) -> bytes:
     lines = []
-    for field in fields(Manifest):
-        value = getattr(manifest, field.name)
-        if field.name == "files":
+    for entry in fields(Manifest):
+        value = getattr(manifest, entry.name)
+        if entry.name == "files":
             text = _list([_json(asdict(file)) for file in value], "  ")
-        elif field.name == "tensors":
-            items = [f"    {_json(name)}: {_tensor(entry)}" for name, entry in value.items()]
+        elif entry.name == "tensors":
+            items = [f"    {_json(name)}: {_tensor(tensor)}" for name, tensor in value.items()]
             text = "{\n" + ",\n".join(items) + "\n  }" if items else "{}"
         else:
             text = _json(asdict(value) if isinstance(value, Progress) else value)
-        lines.append(f"  {_json(field.name)}: {text}")
+        lines.append(f"  {_json(entry.name)}: {text}")
     return ("{\n" + ",\n".join(lines)).encode()
 
 

@@ -7,7 +7,7 @@ cannot be; those rows are covered by the tensor's fingerprint, which the caller 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -82,8 +82,11 @@ def expected_fingerprints(manifest: Manifest) -> dict[str, str]:
     return {name: entry.fingerprint for name, entry in manifest.tensors.items()}
 
 
-def verify(store: Store, ref: CheckpointRef) -> list[str]:
+def verify(store: Store, ref: CheckpointRef, advance: Callable[[int], None] = lambda _: None) -> list[str]:
     """Read all of a checkpoint and say what is wrong with it; nothing is wrong if the list is empty.
+
+    Args:
+        advance: told the number of bytes of each file that is done.
 
     Raises:
         MissingObjectError: it was never committed.
@@ -105,6 +108,7 @@ def verify(store: Store, ref: CheckpointRef) -> list[str]:
             problems += _verify_data(store, manifest, file, in_file, partials)
         except DamagedCheckpointError as error:
             problems.append(str(error))
+        advance(file.size_bytes)
     if problems:
         return problems  # the sums below would be wrong for a reason already given
     for name, expected in expected_fingerprints(manifest).items():

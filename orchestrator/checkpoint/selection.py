@@ -11,7 +11,7 @@ def select_checkpoint(store: Store, step: int | None) -> CheckpointInfo:
     """The newest stable checkpoint, or the newest intact one of `step`; always with its manifest.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it is about to be removed.
     """
     if step is None:
         newest = newest_stable(store)
@@ -25,4 +25,6 @@ def select_checkpoint(store: Store, step: int | None) -> CheckpointInfo:
     if step not in intact:
         has = ", ".join(map(str, intact)) or "none"
         raise ConfigError(f"step={step} has no checkpoint in {store.url}; there are steps {has}")
+    if intact[step].expired:
+        raise ConfigError(f"step={step} of {store.url} is being removed: it is superfluous; take a newer one")
     return intact[step]

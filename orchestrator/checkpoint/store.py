@@ -3,22 +3,25 @@
 What the commit of a checkpoint stands on:
 - an object appears under its key complete or not at all (`write`, `create`);
 - of several creators of a key with different bytes, one wins and the others learn it (`create`);
-- "it failed" and "we do not know" are different errors (`orchestrator.errors`).
+- "it failed" and "we do not know" are different errors (`orchestrator.errors`);
+- no call on S3 takes longer than a deadline, whatever the network does.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import threading
-import uuid
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import fsspec
 
+from orchestrator.checkpoint.fsspec_objects import FsspecObjects
+from orchestrator.checkpoint.local_folder import LocalFolder
+from orchestrator.checkpoint.s3_objects import S3Objects
+from orchestrator.checkpoint.s3_requests import OPTIONS
+from orchestrator.checkpoint.storage_failures import Failure, diagnose
 from orchestrator.errors import (
     AlreadyExistsError,
     MissingObjectError,
@@ -30,56 +33,70 @@ from trainers.errors import ConfigError
 
 Buffer = bytes | bytearray | memoryview
 
-_WRITE_PIECE_BYTES = 16 << 20  # bounds what a client buffers: it copies each piece it is given
+DEADLINE_S = 60.0
 _CREATE_TRIES = 3
-_S3_OPTIONS = {
-    # A cached listing hides new checkpoints, even from exists() and cat_file().
-    "use_listings_cache": False,
-    # Payload signing and checksums in the client cost 2 CPU seconds a GB and more than half of the throughput.
-    # Instead of them every object is read back and its hash compared before it counts.
-    "config_kwargs": {
-        "s3": {"payload_signing_enabled": False},
-        "request_checksum_calculation": "when_required",
-        "response_checksum_validation": "when_required",
-    },
-}
-_OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3_OPTIONS, "s3a": _S3_OPTIONS}
-_CERTAIN_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EOPNOTSUPP, errno.ENOTDIR, errno.EISDIR}
-_CREDENTIAL_ERRORS = {
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "CredentialRetrievalError",
-    "TokenRetrievalError",
-}
+_SETTLE_S = 2.0  # in which a request that another process has begun should have taken effect
+
+
+class Backend(Protocol):
+    """What keeps the objects. It raises FileNotFoundError for a missing one, else whatever its library raises."""
+
+    kind: str
+
+    def read(self, path: str, begin: int | None, end: int | None, timeout_s: float) -> bytes: ...
+    def write(self, path: str, parts: Sequence[memoryview]) -> None: ...
+    def create_once(self, path: str, data: bytes, timeout_s: float) -> None:
+        """Raises FileExistsError if there is such an object, perhaps ours."""
+        ...
+
+    def size(self, path: str) -> int: ...
+    def list(self, path: str) -> list[str]: ...
+    def delete(self, path: str) -> None: ...
+    def abort_unfinished(self, path: str, older_than_s: float) -> int: ...
+    def clock_skew_s(self, path: str) -> float | None: ...
+    def free_bytes(self, path: str) -> int | None: ...
 
 
 class Store:
-    """Objects under one URL. Open it in the process that uses it (clients do not survive a fork); thread-safe."""
+    """Objects under one URL. Open it in the process that uses it (connections do not survive a fork); thread-safe."""
 
-    def __init__(self, url: str, filesystem: Any, root: str) -> None:
+    def __init__(self, url: str, root: str, backend: Backend, deadline_s: float = DEADLINE_S) -> None:
         self.url = url
-        self._filesystem = filesystem  # an fsspec filesystem; fsspec's own annotations are too wide to be of use
+        self.backend = backend
+        self.conditional_create = True
+        """False: the backend ignores the condition of `create_once`, as `probe` found out; `create` then takes care."""
         self._root = root
-        self._write_lock = threading.Lock()
+        self._deadline_s = deadline_s
 
     @staticmethod
-    def open(url: str) -> Store:
+    def open(url: str, deadline_s: float = DEADLINE_S) -> Store:
         """The store at `url`: a path, `file://`, `s3://`, `memory://` or any other protocol that fsspec knows.
 
-        Nothing is created or contacted yet.
+        S3 takes endpoint and credentials from the environment, as botocore reads it: AWS_ENDPOINT_URL_S3,
+        AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION, AWS_PROFILE, or a role. Nothing is created or
+        contacted yet.
+
+        Args:
+            deadline_s: a call on S3 gives up after so long; a large one after a second more for each MiB.
 
         Raises:
-            ConfigError: no such protocol, or its package is not installed.
+            ConfigError: no such protocol, its package is not installed, or credentials in the URL.
         """
         protocol = url.split("://", 1)[0] if "://" in url else "file"
         if protocol in ("file", "local"):
-            root = Path(url.split("://", 1)[-1]).expanduser().absolute()
-            return _LocalStore(str(root), fsspec.filesystem("file"), str(root))
+            root = str(Path(url.split("://", 1)[-1]).expanduser().absolute())
+            return Store(root, root, LocalFolder(), deadline_s)
+        url = url.rstrip("/")
+        root = url.split("://", 1)[1]
         try:
-            filesystem, root = fsspec.url_to_fs(url, skip_instance_cache=True, **_OPTIONS.get(protocol, {}))
+            fsspec.get_filesystem_class(protocol)
+            if protocol in ("s3", "s3a"):
+                _check_s3_root(url, root)
+                return Store(url, root, S3Objects(lambda: fsspec.filesystem("s3", **OPTIONS), deadline_s), deadline_s)
+            filesystem, root = fsspec.url_to_fs(url, skip_instance_cache=True)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"storage={url!r} cannot be opened: {error}") from error
-        return Store(url.rstrip("/"), filesystem, root.rstrip("/"))
+        return Store(url, root.rstrip("/"), FsspecObjects(protocol, filesystem), deadline_s)
 
     def read(self, key: str, begin: int | None = None, end: int | None = None) -> bytes:
         """The bytes `begin : end` of an object, or all of them; fewer if the object is shorter.
@@ -88,8 +105,7 @@ class Store:
             MissingObjectError: there is no such object.
             StorageError: it could not be read.
         """
-        with self._translated("read", key):
-            return self._filesystem.cat_file(self._path(key), start=begin, end=end)
+        return self._read(key, begin, end, self._deadline_s)
 
     def write(self, key: str, parts: Sequence[Buffer]) -> None:
         """Store `parts`, one after the other, as one object; an existing one is replaced.
@@ -97,18 +113,8 @@ class Store:
         Raises:
             StorageError: it failed, and a torn object is not visible. Writing the same bytes again is safe.
         """
-        # Outside a transaction fsspec would publish the truncated object when an exception interrupts the writing.
-        # The transaction belongs to the whole client, hence one write at a time.
-        with (
-            self._translated("write", key),
-            self._write_lock,
-            self._filesystem.transaction,
-            self._filesystem.open(self._path(key), "wb") as file,
-        ):
-            for part in parts:
-                view = memoryview(part).cast("B")
-                for begin in range(0, len(view), _WRITE_PIECE_BYTES):
-                    file.write(view[begin : begin + _WRITE_PIECE_BYTES])
+        with self._translated("write", key):
+            self.backend.write(self._path(key), [memoryview(part).cast("B") for part in parts])
 
     def create(self, key: str, data: bytes) -> None:
         """Create an object if its key is free. Afterwards `key` holds exactly `data`.
@@ -122,26 +128,30 @@ class Store:
             UnknownOutcomeError: nobody knows; it may even appear later. Look again, delete nothing.
         """
         assert data, "an empty create silently overwrites on s3fs"
-        failure: Exception | None = None
-        for _ in range(_CREATE_TRIES):
+        if not self.conditional_create:
+            return self._create_carefully(key, data)
+        end = time.monotonic() + self._deadline_s
+        unclear: Failure | None = None
+        unclear_tries, pause_s = 0, 0.1
+        while True:
             try:
-                with self._write_lock:
-                    self._create_once(key, data)
-                return
+                return self.backend.create_once(self._path(key), data, (end - time.monotonic()) / _CREATE_TRIES)
+            except FileExistsError:
+                failure = Failure(line="the key was taken, and free again", certain=False, retry=True)
             except Exception as error:  # botocore's errors are no OSError, and any error may hide a success: look
-                if _certainly_failed(error):
-                    raise self._translate("create", key, error) from error
-                failure = error
-            try:
-                held = self.read(key)
-            except MissingObjectError:
-                continue
-            except StorageError as error:
-                raise self._unknown(key, failure) from error
-            if held == data:
-                return
-            raise AlreadyExistsError(f"{self._name(key)} exists already, created by somebody else; read it to see who")
-        raise self._unknown(key, failure) from failure
+                failure = diagnose(error)
+            if not failure.certain:
+                unclear, unclear_tries = failure, unclear_tries + 1
+                if self._holds(key, data, failure, end):
+                    return None
+            refused = failure.certain and not failure.retry
+            pause_s = min(5.0, 2 * pause_s)
+            if refused or unclear_tries == _CREATE_TRIES or time.monotonic() + pause_s >= end:
+                break
+            time.sleep(pause_s)
+        if unclear is not None:  # an earlier try may still take effect, whatever the last one says
+            raise self._unknown(key, unclear)
+        raise StorageError(f"cannot create {self._name(key)}: {failure.line}")
 
     def exists(self, key: str) -> bool:
         """Whether there is such an object. Unlike fsspec's, an error is not a `False`."""
@@ -154,32 +164,75 @@ class Store:
     def size(self, key: str) -> int:
         """The size of an object in bytes. Raises MissingObjectError if there is none."""
         with self._translated("look at", key):
-            return self._filesystem.info(self._path(key))["size"]
+            return self.backend.size(self._path(key))
 
     def list(self, folder: str) -> list[str]:
         """The names directly below `folder`, objects and folders, sorted; none if there is no such folder."""
-        path = self._path(folder)
-        try:
-            with self._translated("list", folder):
-                entries = self._filesystem.ls(path, detail=False)
-        except MissingObjectError:
-            return []
-        names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.strip("/") != path.strip("/")}
-        return sorted(name for name in names if not name.startswith("."))
+        with self._translated("list", folder):
+            return sorted(name for name in self.backend.list(self._path(folder)) if not name.startswith("."))
 
     def delete(self, key: str) -> None:
         """Remove an object; nothing happens if there is none."""
-        with suppress(MissingObjectError), self._translated("delete", key):
-            self._filesystem.rm_file(self._path(key))
+        with self._translated("delete", key):
+            self.backend.delete(self._path(key))
 
-    def _create_once(self, key: str, data: bytes) -> None:
-        self._filesystem.pipe_file(self._path(key), data, mode="create")
+    def abort_dangling_uploads(self, older_than_s: float) -> int:
+        """Remove what uploads left behind that were begun here so long ago and never finished; returns how many.
+
+        An upload that is still going on and is that old is lost too: its writer gets a StorageError.
+        """
+        with self._translated("abort uploads in", ""):
+            return self.backend.abort_unfinished(self._root, older_than_s)
+
+    def clock_skew_s(self) -> float | None:
+        """Seconds by which the store's clock is ahead of ours, to about one; None if it does not tell."""
+        with self._translated("ask for the time at", ""):
+            return self.backend.clock_skew_s(self._root)
+
+    def free_bytes(self) -> int | None:
+        """Free space; None where that is not known."""
+        return self.backend.free_bytes(self._root)
+
+    def _read(self, key: str, begin: int | None, end: int | None, timeout_s: float) -> bytes:
+        with self._translated("read", key):
+            return self.backend.read(self._path(key), begin, end, timeout_s)
+
+    def _holds(self, key: str, data: bytes, failure: Failure, end: float) -> bool:
+        """Whether the key holds `data`, after a try to create it whose outcome is unclear; False if it holds nothing.
+
+        Raises:
+            AlreadyExistsError: it holds something else.
+            UnknownOutcomeError: it cannot be read.
+        """
+        try:
+            held = self._read(key, None, None, max(1.0, end - time.monotonic()))
+        except MissingObjectError:
+            return False
+        except StorageError as error:
+            raise self._unknown(key, failure) from error
+        if held != data:
+            raise AlreadyExistsError(f"{self._name(key)} exists already, created by somebody else; read it to see who")
+        return True
+
+    def _create_carefully(self, key: str, data: bytes) -> None:
+        """As `create` where every creator of a key succeeds and the last one's bytes stay.
+
+        Look, write, wait, look again: right if no request of another creator takes longer than the wait (Fischer's
+        mutual exclusion, Lamport, ACM TOCS 5(1), 1987, algorithm 1).
+        """
+        nobody = Failure(line="nothing was written", certain=True)
+        if self._holds(key, data, nobody, time.monotonic() + self._deadline_s):
+            return
+        self.write(key, [data])
+        time.sleep(_SETTLE_S)
+        if not self._holds(key, data, nobody, time.monotonic() + self._deadline_s):
+            raise self._unknown(key, Failure(line="it was written, and is not there"))
 
     def _path(self, key: str) -> str:
-        return f"{self._root}/{key}"
+        return f"{self._root}/{key}" if key else self._root
 
     def _name(self, key: str) -> str:
-        return f"{self.url}/{key}"
+        return f"{self.url}/{key}" if key else self.url
 
     @contextmanager
     def _translated(self, verb: str, key: str) -> Iterator[None]:
@@ -187,79 +240,25 @@ class Store:
             yield
         except (UnbrokenError, AssertionError, TypeError):
             raise
+        except FileNotFoundError as error:
+            if verb == "write":
+                raise StorageError(f"cannot {verb} {self._name(key)}: {diagnose(error).line}") from error
+            raise MissingObjectError(f"{self._name(key)} does not exist") from error
         except Exception as error:  # a client raises what it likes; botocore's errors are no OSError
-            raise self._translate(verb, key, error) from error
+            raise StorageError(f"cannot {verb} {self._name(key)}: {diagnose(error).line}") from error
 
-    def _translate(self, verb: str, key: str, error: Exception) -> StorageError:
-        if isinstance(error, FileNotFoundError) and verb not in ("write", "create"):
-            return MissingObjectError(f"{self._name(key)} does not exist")
-        return StorageError(f"cannot {verb} {self._name(key)}: {_reason(error)}")
-
-    def _unknown(self, key: str, error: Exception | None) -> UnknownOutcomeError:
+    def _unknown(self, key: str, failure: Failure) -> UnknownOutcomeError:
         return UnknownOutcomeError(
-            f"it is unknown whether {self._name(key)} was created ({type(error).__name__}: {error}); "
+            f"it is unknown whether {self._name(key)} was created ({failure.line}); "
             "look for it before deciding anything, and delete nothing"
         )
 
 
-class _LocalStore(Store):
-    """A folder. Objects are written beside their final name, made durable, and only then named."""
-
-    def write(self, key: str, parts: Sequence[Buffer]) -> None:
-        path = self._path(key)
-        with self._translated("write", key), _complete_file(path, parts) as temporary:
-            os.replace(temporary, path)
-            _make_name_durable(path)
-
-    def _create_once(self, key: str, data: bytes) -> None:
-        path = self._path(key)
-        with _complete_file(path, [data]) as temporary:
-            os.link(temporary, path)  # unlike rename, fails if the name is taken
-            _make_name_durable(path)
-
-
-@contextmanager
-def _complete_file(path: str, parts: Sequence[Buffer]) -> Iterator[str]:
-    """A temporary file beside `path` with all of `parts` on disk; removed at the end if it still has that name."""
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
-def _make_name_durable(path: str) -> None:
-    folder = os.path.dirname(path)
-    for directory in (folder, os.path.dirname(folder)):  # the folder may be new too
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _certainly_failed(error: Exception) -> bool:
-    """Whether the store refused before it did anything; after any other error the object may be there."""
-    if isinstance(error, PermissionError | FileNotFoundError) or type(error).__name__ in _CREDENTIAL_ERRORS:
-        return True
-    return isinstance(error, OSError) and error.errno in _CERTAIN_ERRNOS
-
-
-def _reason(error: Exception) -> str:
-    if type(error).__name__ in _CREDENTIAL_ERRORS:
-        return "no valid credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or attach a role"
-    if isinstance(error, PermissionError):
-        return f"permission denied ({error}); grant access, or choose another `storage`"
-    if isinstance(error, FileNotFoundError):
-        return f"the bucket or folder does not exist ({error}); create it, or correct `storage`"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left ({error}); free some, or choose another `storage`"
-    return f"{type(error).__name__}: {error}"
+def _check_s3_root(url: str, root: str) -> None:
+    bucket = root.partition("/")[0]
+    if not bucket:
+        raise ConfigError(f"storage={url!r} names no bucket; write s3://bucket/prefix")
+    if "@" in bucket:
+        raise ConfigError(
+            "credentials in `storage` would be stored with the run; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import xxhash
@@ -57,6 +57,7 @@ class CommitInfo:
     versions: Mapping[str, str]
     scalars: Mapping[str, Any]
     health: Mapping[str, Any]
+    store: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_shard(
@@ -112,7 +113,9 @@ def commit(store: Store, receipts: Sequence[ShardReceipt], info: CommitInfo) -> 
     try:
         store.create(ref.manifest, manifest.to_bytes())
     except AlreadyExistsError:
-        pass  # perhaps by an earlier call of ours that never learnt that it had succeeded: compared below
+        # By a newer attempt that closed this checkpoint, or perhaps by an earlier call of ours that never learnt that
+        # it had succeeded: compared below.
+        check_not_superseded(store, info.attempt)
     committed = Manifest.from_bytes(store.read(ref.manifest), ref.manifest)
     if (committed.files, committed.tensors) != (manifest.files, manifest.tensors):
         raise AlreadyExistsError(f"{store.url}/{ref.manifest} exists with other content; it is left as it is")
@@ -192,6 +195,7 @@ def _manifest(receipts: Sequence[ShardReceipt], info: CommitInfo) -> Manifest:
         versions=info.versions,
         scalars=info.scalars,
         health=info.health,
+        store=info.store,
         created_at=records.now(),
         files=tuple(receipt.file for receipt in receipts),
         tensors=tensors,

@@ -1,38 +1,53 @@
-"""`unbroken checkpoints list | inspect | verify`."""
+"""`unbroken checkpoints list | inspect | verify | prune | pin | unpin`."""
 
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from orchestrator.checkpoint.catalog import CheckpointInfo
+    from orchestrator.checkpoint.keys import CheckpointRef
+    from orchestrator.checkpoint.policy import Verdict
     from orchestrator.checkpoint.store import Store
+
+_STEP = click.argument("step", type=click.IntRange(min=0))
+_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 
 
 @click.group()
 def checkpoints() -> None:
-    """Look at the checkpoints of a run."""
+    """Look at the checkpoints of a run, keep some, remove others."""
 
 
 @checkpoints.command("list")
 @click.argument("run")
-@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
+@_JSON
 def list_(run: str, as_json: bool) -> None:
     """List all checkpoints, newest first.
 
     \b
     stable       committed and healthy: the newest of these is where the run goes on
     writing      no manifest: a save in progress, or what a killed one left; never loaded
+    abandoned    was being written when a newer attempt took over; can never be committed
     quarantined  found damaged by a reader, and marked; never loaded
-    damaged      its manifest is not what was written; never loaded
+    damaged      its manifest is not what was written, or a file is missing; never loaded
     unhealthy    intact, but its state is not one to go on from
-    """
-    from orchestrator.checkpoint.catalog import list_checkpoints
+    expired      its removal has begun
 
-    rows = [_summary(info) for info in list_checkpoints(_open_run(run))]
+    KEPT says by which rule of checkpoint.keep, or that and why the next `prune` removes it.
+    """
+    from orchestrator.checkpoint.attempts import newest_attempt
+    from orchestrator.checkpoint.catalog import list_checkpoints
+    from orchestrator.checkpoint.policy import judge
+    from orchestrator.checkpoint.retention import claimed_config
+
+    store = _open_run(run)
+    verdicts = judge(list_checkpoints(store), claimed_config(store), newest_attempt(store))
+    rows = [_summary(verdict) for verdict in verdicts]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
@@ -41,7 +56,16 @@ def list_(run: str, as_json: bool) -> None:
         click.echo(f"{line}  {row.get('detail') or ''}".rstrip())
 
 
-_COLUMNS = {"checkpoint": 18, "state": 11, "step": 9, "workers": 7, "strategy": 8, "size_mb": 9, "created_at": 25}
+_COLUMNS = {
+    "checkpoint": 18,
+    "state": 11,
+    "step": 9,
+    "workers": 7,
+    "strategy": 8,
+    "size_mb": 9,
+    "created_at": 25,
+    "kept": 13,
+}
 
 
 @checkpoints.command()
@@ -55,7 +79,8 @@ def inspect(run: str, step: int | None, as_json: bool) -> None:
     """
     from orchestrator.checkpoint.selection import select_checkpoint
 
-    manifest = select_checkpoint(_open_run(run), step).manifest
+    info = select_checkpoint(_open_run(run), step)
+    manifest = info.manifest
     assert manifest is not None
     if as_json:
         click.echo(manifest.to_bytes().decode(), nl=False)
@@ -63,6 +88,7 @@ def inspect(run: str, step: int | None, as_json: bool) -> None:
     for key in ("run_id", "attempt", "reason", "world_size", "strategy", "config_hash", "created_at"):
         click.echo(f"{key:<14} {getattr(manifest, key)}")
     click.echo(f"{'step':<14} {manifest.progress.step} ({manifest.progress.samples_seen} samples)")
+    click.echo(f"{'pinned':<14} {'no' if info.pinned is None else info.pinned}")
     click.echo(f"{'versions':<14} {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}")
     for file in manifest.files:
         click.echo(f"{'file':<14} {file.name}  {file.size_bytes} bytes  {file.hash}")
@@ -73,7 +99,7 @@ def inspect(run: str, step: int | None, as_json: bool) -> None:
 @checkpoints.command()
 @click.argument("run")
 @click.option("--step", type=click.IntRange(min=0), help="Only the checkpoint of this step.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
+@_JSON
 def verify(run: str, step: int | None, as_json: bool) -> int:
     """Read every byte and compare hashes.
 
@@ -84,20 +110,128 @@ def verify(run: str, step: int | None, as_json: bool) -> int:
     from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints
     from orchestrator.checkpoint.reader import verify as problems_of
     from orchestrator.checkpoint.selection import select_checkpoint
+    from orchestrator.commands.progress import bar
+    from orchestrator.errors import MissingObjectError
 
     store = _open_run(run)
-    results, damaged = [], False
-    for info in [select_checkpoint(store, step)] if step is not None else list_checkpoints(store):
-        committed = info.state is not CheckpointState.WRITING
-        problems = problems_of(store, info.ref) if committed else []
-        damaged = damaged or bool(problems)
-        verdict = "damaged" if problems else "intact" if committed else "not committed"
-        results.append({"checkpoint": str(info.ref), "verdict": verdict, "problems": problems})
-        if not as_json:
-            click.echo("  ".join((str(info.ref), verdict, "; ".join(problems))).rstrip())
+    unreadable = (CheckpointState.WRITING, CheckpointState.ABANDONED, CheckpointState.EXPIRED)
+    infos = [select_checkpoint(store, step)] if step is not None else list_checkpoints(store)
+    results = []
+    with bar("reading", sum(map(_size_bytes, infos)), "bytes") as advance:
+        for info in infos:
+            problems: list[str] = []
+            if info.state in unreadable:
+                verdict = "not committed"
+            elif info.expired:
+                verdict = "being removed"  # nobody may begin to read it
+            else:
+                try:
+                    problems = problems_of(store, info.ref, advance)
+                    verdict = "damaged" if problems else "intact"
+                except MissingObjectError:
+                    verdict = "removed meanwhile"
+            results.append({"checkpoint": str(info.ref), "verdict": verdict, "problems": problems})
+            if not as_json:
+                click.echo("  ".join((str(info.ref), verdict, "; ".join(problems))).rstrip())
     if as_json:
         click.echo(json.dumps(results, indent=2))
-    return 3 if damaged else 0
+    return 3 if any(result["problems"] for result in results) else 0
+
+
+@checkpoints.command()
+@click.argument("run")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed, and why.")
+@click.option("--last", type=click.IntRange(min=1), help="Keep this many, instead of checkpoint.keep.last.")
+@click.option(
+    "--grace-s",
+    type=click.FloatRange(0, 86400),
+    default=60.0,
+    show_default=True,
+    help="Seconds that commands which are reading now have left. 0 if nobody reads.",
+)
+@_JSON
+def prune(run: str, dry_run: bool, last: int | None, grace_s: float, as_json: bool) -> None:
+    """Remove the checkpoints that checkpoint.keep does not keep.
+
+    A run does that by itself after each save. This is for a run that has ended, or to keep fewer than it does. The
+    newest stable checkpoint, pinned ones and a save in progress always stay.
+    """
+    from dataclasses import replace
+
+    from orchestrator.checkpoint.attempts import newest_attempt
+    from orchestrator.checkpoint.catalog import list_checkpoints
+    from orchestrator.checkpoint.policy import judge
+    from orchestrator.checkpoint.retention import Pruner, Removal, claimed_config
+    from orchestrator.commands.progress import bar
+
+    store = _open_run(run)
+    attempt = newest_attempt(store)
+    config = replace(claimed_config(store), grace_s=grace_s)
+    config = config if last is None else replace(config, last=last)
+    if dry_run:
+        found = [v for v in judge(list_checkpoints(store), config, attempt) if not v.keep]
+        removals = [Removal(ref=verdict.info.ref, reason=verdict.reason) for verdict in found]
+    else:
+        removals = []
+        pruner = Pruner(store, config)
+        while wait_s := pruner.prune(attempt, removals.append):
+            with bar("waiting for readers", wait_s, "s") as advance:
+                while wait_s > 0:
+                    time.sleep(nap := min(wait_s, 1.0))
+                    wait_s -= nap
+                    advance(nap)
+    if as_json:
+        rows = [{"checkpoint": str(removal.ref), "reason": removal.reason} for removal in removals]
+        click.echo(json.dumps({"dry_run": dry_run, "removed": rows}, indent=2))
+        return
+    for removal in removals:
+        click.echo(f"{removal.ref}  {'would be removed' if dry_run else 'removed'}: {removal.reason}")
+    if not removals:
+        click.echo("nothing to remove")
+
+
+@checkpoints.command()
+@click.argument("run")
+@_STEP
+@click.option("--reason", default="by hand", show_default=True, help="Shown by `list`.")
+@_JSON
+def pin(run: str, step: int, reason: str, as_json: bool) -> None:
+    """Keep the checkpoint of STEP whatever checkpoint.keep says."""
+    from orchestrator.checkpoint import retention
+    from orchestrator.checkpoint.selection import select_checkpoint
+
+    store = _open_run(run)
+    info = select_checkpoint(store, step)
+    changed = retention.pin(store, info.ref, reason)
+    _say_pins([info.ref], "is pinned" if changed else f"was pinned already: {info.pinned}", changed, as_json)
+
+
+@checkpoints.command()
+@click.argument("run")
+@_STEP
+@_JSON
+def unpin(run: str, step: int, as_json: bool) -> None:
+    """Leave the checkpoint of STEP to checkpoint.keep again."""
+    from orchestrator.checkpoint import retention
+    from orchestrator.checkpoint.catalog import list_checkpoints
+    from orchestrator.checkpoint.selection import select_checkpoint
+
+    store = _open_run(run)
+    progress = select_checkpoint(store, step).ref.samples_seen
+    pinned = [info.ref for info in list_checkpoints(store) if info.ref.samples_seen == progress and info.pinned]
+    for ref in pinned:
+        retention.unpin(store, ref)
+    _say_pins(pinned, "is no longer pinned", bool(pinned), as_json)
+    if not pinned and not as_json:
+        click.echo(f"no checkpoint of step {step} was pinned")
+
+
+def _say_pins(refs: list[CheckpointRef], text: str, changed: bool, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"checkpoints": [str(ref) for ref in refs], "changed": changed}, indent=2))
+        return
+    for ref in refs:
+        click.echo(f"{ref} {text}")
 
 
 def _open_run(run: str) -> Store:
@@ -110,8 +244,21 @@ def _open_run(run: str) -> Store:
     return store
 
 
-def _summary(info: CheckpointInfo) -> dict[str, Any]:
-    row = dict.fromkeys(_COLUMNS) | {"checkpoint": str(info.ref), "state": str(info.state), "detail": info.detail}
+def _size_bytes(info: CheckpointInfo) -> int:
+    return sum(file.size_bytes for file in info.manifest.files) if info.manifest else 0
+
+
+def _summary(verdict: Verdict) -> dict[str, Any]:
+    info = verdict.info
+    row = dict.fromkeys(_COLUMNS) | {
+        "checkpoint": str(info.ref),
+        "state": str(info.state),
+        "detail": info.detail,
+        "kept": verdict.reason if verdict.keep else f"no: {verdict.reason}",
+        "keep": verdict.keep,
+        "pinned": info.pinned,
+        "expired": info.expired,
+    }
     manifest = info.manifest
     if manifest is None:
         return row
@@ -121,6 +268,6 @@ def _summary(info: CheckpointInfo) -> dict[str, Any]:
         "attempt": manifest.attempt,
         "workers": manifest.world_size,
         "strategy": manifest.strategy,
-        "size_mb": round(sum(file.size_bytes for file in manifest.files) / 1e6, 1),
+        "size_mb": round(_size_bytes(info) / 1e6, 1),
         "created_at": manifest.created_at,
     }

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.coordinator import Coordinator
+from orchestrator.forkserver import ForkServer
 from orchestrator.hub import Hub, connect
 from orchestrator.messages import Event, Outcome
+from orchestrator.pruning import BackgroundPruner
 from orchestrator.run_spec import RunSpec
 from orchestrator.supervisor import Supervisor
 
 PRELOAD = ("torch", "diffusers:UNet2DModel", "trainers.build", "orchestrator.checkpoint.reader", "sklearn.datasets")
+
+
+class _KeptForkServer(ForkServer):
+    """Goes back to the shelf instead of ending, so that a test does not import torch anew."""
+
+    def close(self) -> None:
+        _SHELF.append(self)
+
+
+_SHELF: list[_KeptForkServer] = []
+
+
+def _fork_server(preload: Sequence[str]) -> ForkServer:
+    return _SHELF.pop() if _SHELF else _KeptForkServer(preload)
 
 
 def make_spec(run: Path, config: Mapping[str, Any], every_steps: int) -> RunSpec:
@@ -30,6 +47,7 @@ def make_spec(run: Path, config: Mapping[str, Any], every_steps: int) -> RunSpec
         config_hash="test",
         strategy=config["parallel"]["strategy"],
         every_steps=every_steps,
+        keep=RetentionConfig(),
         num_steps=config["train"]["num_steps"],
         versions={},
         preload=PRELOAD,
@@ -41,11 +59,12 @@ def run_agents(
 ) -> Outcome | None:
     """Run to the end. `on_event` is called in the coordinator's thread; what it does happens before what follows."""
     hub = Hub("127.0.0.1", key := b"test", world_size)
-    hub.start(lambda send: Coordinator(spec, Store.open(spec.run_url), world_size, "127.0.0.1", send, on_event))
+    prune = BackgroundPruner(spec, on_event).request
+    hub.start(lambda send: Coordinator(spec, Store.open(spec.run_url), world_size, "127.0.0.1", send, on_event, prune))
     outcomes: dict[int, Outcome] = {}
 
     def serve(rank: int) -> None:
-        outcomes[rank] = Supervisor(spec, rank, world_size, connect(hub.address, key, rank)).run()
+        outcomes[rank] = Supervisor(spec, rank, world_size, connect(hub.address, key, rank), _fork_server).run()
 
     threads = [threading.Thread(target=serve, args=(rank,), daemon=True) for rank in range(world_size)]
     for thread in threads:

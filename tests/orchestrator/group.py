@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.checkpoint.keys import CheckpointRef
+from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import write_shard
 from orchestrator.coordinator import Coordinator
@@ -24,6 +25,23 @@ from trainers.shards import Chunk, TensorSpec
 ROWS = 4
 
 
+def make_spec(run_url: str, **changes: Any) -> RunSpec:
+    fields = {
+        "run_id": "r",
+        "run_url": run_url,
+        "session": "s",
+        "config": {},
+        "config_hash": "h",
+        "strategy": "fsdp",
+        "every_steps": 5,
+        "keep": RetentionConfig(),
+        "num_steps": 20,
+        "versions": {},
+        "preload": (),
+    }
+    return RunSpec(**(fields | changes))
+
+
 class Group:
     """Two agents that do nothing but remember their orders."""
 
@@ -31,20 +49,15 @@ class Group:
         self.store = store
         self.orders: list[tuple[int, object]] = []
         self.events: list[Event] = []
-        spec = RunSpec(
-            run_id="r",
-            run_url=store.url,
-            session=session,
-            config={},
-            config_hash="h",
-            strategy="fsdp",
-            every_steps=5,
-            num_steps=20,
-            versions={},
-            preload=(),
-        )
+        self.prunings: list[int] = []
         self.coordinator = Coordinator(
-            spec, store, 2, "host", lambda rank, order: self.orders.append((rank, order)), self.events.append
+            make_spec(store.url, session=session),
+            store,
+            2,
+            "host",
+            lambda rank, order: self.orders.append((rank, order)),
+            self.events.append,
+            self.prunings.append,
         )
 
     def join(self) -> Group:

@@ -6,7 +6,7 @@ import uuid
 
 import pytest
 
-from orchestrator.checkpoint.attempts import claim_attempt, newest_attempt
+from orchestrator.checkpoint.attempts import claim_attempt, newest_attempt, read_attempts
 from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError
@@ -66,6 +66,18 @@ def test_commits_when_every_shard_is_there(store: Store) -> None:
     assert group.last(SaveEnded) == SaveEnded(progress=Progress(5, 50))
 
 
+def test_old_checkpoints_are_pruned_after_a_commit_and_only_then(store: Store) -> None:
+    group = Group(store).join()
+    group.coordinator.handle(0, group.receipt(0, 5))
+    assert group.prunings == []
+    group.coordinator.handle(1, group.receipt(1, 5))
+    assert group.prunings == [1] and group.last(SaveEnded) == SaveEnded(progress=Progress(5, 50))
+    assert read_attempts(store)[0]["keep"] == {"last": 10, "every_steps": None, "grace_s": 600.0}
+    claim_attempt(store, {})
+    group.save(10)
+    assert group.prunings == [1]
+
+
 def test_a_failed_shard_fails_the_save_and_nothing_else(store: Store) -> None:
     group = Group(store).join()
     group.coordinator.handle(0, group.receipt(0, 5))
@@ -73,6 +85,18 @@ def test_a_failed_shard_fails_the_save_and_nothing_else(store: Store) -> None:
     assert group.last(SaveEnded).error == "rank 1: disk full"
     assert stable_steps(store) == [] and group.coordinator.outcome is None
     group.save(10)
+    assert stable_steps(store) == [10]
+
+
+def test_shards_of_a_failed_save_are_not_mixed_with_those_of_the_next(store: Store) -> None:
+    group = Group(store).join()
+    for rank in (0, 1):
+        group.coordinator.handle(rank, SaveFailed(attempt=1, progress=Progress(5, 50), error="disk full"))
+    assert group.kinds().count("save_failed") == 1
+    group.coordinator.handle(0, group.receipt(0, 5))  # late
+    group.coordinator.handle(1, group.receipt(1, 10))
+    assert stable_steps(store) == []
+    group.coordinator.handle(0, group.receipt(0, 10))
     assert stable_steps(store) == [10]
 
 
@@ -214,7 +238,7 @@ def test_storage_that_comes_back_delays_the_launch_only(store: Store, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Store, "list", fail)
         group.join()
-        assert group.orders == [] and group.kinds() == ["storage_trouble"]
+        assert group.orders == [] and group.kinds() == ["store", "storage_trouble"]
         assert group.coordinator.wait_s and group.coordinator.wait_s > 0
     monkeypatch.setattr("orchestrator.coordinator.time.monotonic", lambda: float("inf"))
     group.coordinator.tick()

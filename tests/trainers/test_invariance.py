@@ -60,9 +60,17 @@ def test_another_seed_gives_another_result(reference: dict[str, Any]) -> None:
     assert changed == list(tensors)
 
 
-def test_fast_reduction_is_close_but_not_the_contract(reference: dict[str, Any]) -> None:
-    config = {**CONFIGS["unet"], "parallel": {"strategy": "fsdp", "reduction": "fast"}}
-    metrics, tensors = run_ranks(3, train_tiny, config, STEPS)[0]
+FAST = [(3, "fsdp"), (3, "ddp"), (4, "hsdp")]
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), FAST)
+def test_fast_reduction_is_close_but_not_the_contract(
+    reference: dict[str, Any], world_size: int, strategy: str
+) -> None:
+    config = {**CONFIGS["unet"], "parallel": {"strategy": strategy, "reduction": "fast"}}
+    results = run_ranks(world_size, train_tiny, config, STEPS)
+    assert all(result == results[0] for result in results)
+    metrics, tensors = results[0]
     # A tolerance, because `fast` leaves the order of additions to the library.
     for ours, theirs in zip(metrics, reference["unet"][0], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)

@@ -1,16 +1,23 @@
-"""The process of a save dies before and after every operation; what is stable afterwards is old or whole and new."""
+"""The process dies before and after every operation, or one bit flips; what loads afterwards is what was saved."""
 
 from __future__ import annotations
 
 import os
+import random
 
 import pytest
 
 from orchestrator.checkpoint.attempts import claim_attempt
-from orchestrator.checkpoint.catalog import newest_stable
+from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints, newest_stable, quarantine, take_over
+from orchestrator.checkpoint.keys import CheckpointRef
+from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpoint.reader import verify
+from orchestrator.checkpoint.retention import Pruner, expire, pin
 from orchestrator.checkpoint.store import Store
-from tests.orchestrator.checkpoint.states import equal, load, make_state, save
+from orchestrator.errors import DamagedCheckpointError
+from tests.orchestrator.checkpoint.dict_store import DictStore
+from tests.orchestrator.checkpoint.serial_reads import serial_reads
+from tests.orchestrator.checkpoint.states import equal, load, make_state, save, write_shards
 
 OLD, NEW = make_state(0), make_state(1)
 
@@ -68,21 +75,36 @@ def prepare(url: str) -> Store:
     return store
 
 
+def die_at(moment: int, url: str) -> tuple[bool, bool]:
+    """Save at `url` in a process that dies at the moment; whether it did, and whether the new checkpoint counts."""
+    store, died = prepare(url), False
+    try:
+        save(MortalStore(store, Countdown(moment)), NEW, step=2, attempt=1, world_size=2)
+    except Died:
+        died = True
+    return died, check_and_go_on(store, died)
+
+
+# Two shards: write, size, read. Commit: list, create, read. The new one counts from the create on.
+OUTCOMES = [False] * 15 + [True] * 4
+
+
 @pytest.mark.parametrize("kind", ["local", "memory"])
 def test_every_storage_operation(tmp_path, kind):
     outcomes = []
     for moment in range(100):
-        store = prepare(f"memory://{tmp_path.name}-{moment}" if kind == "memory" else str(tmp_path / str(moment)))
-        died = False
-        try:
-            save(MortalStore(store, Countdown(moment)), NEW, step=2, attempt=1, world_size=2)
-        except Died:
-            died = True
-        outcomes.append(check_and_go_on(store, died))
+        url = f"memory://{tmp_path.name}-{moment}" if kind == "memory" else str(tmp_path / str(moment))
+        died, new = die_at(moment, url)
+        outcomes.append(new)
         if not died:
             break
-    # Two shards: write, size, read. Commit: list, create, read. The new one counts from the create on.
-    assert outcomes == [False] * 15 + [True] * 4
+    assert outcomes == OUTCOMES
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("moment", [1, 5, 14, 15, 18])
+def test_some_storage_operations_on_s3(s3_url, moment):
+    assert die_at(moment, s3_url) == (moment < len(OUTCOMES) - 1, OUTCOMES[moment])
 
 
 def test_every_system_call_of_a_local_save(tmp_path, monkeypatch):
@@ -103,3 +125,97 @@ def test_every_system_call_of_a_local_save(tmp_path, monkeypatch):
     first = outcomes.index(True)
     assert outcomes == [False] * first + [True] * (len(outcomes) - first)
     assert first > 20 and len(outcomes) - first > 5  # moments before and after the commit were both met
+
+
+STATES = {step: make_state(step) for step in range(1, 8)}
+NEXT_STEP, PINNED_STEP, BROKEN_STEP = 7, 2, 4
+
+
+def history(world_size: int) -> dict[str, bytes]:
+    """Six checkpoints: of step 2 pinned, 3 half removed, 4 quarantined; and a save that was never committed."""
+    store = DictStore()
+    assert claim_attempt(store, {}) == 1
+    for step in range(1, 7):
+        save(store, STATES[step], step=step, world_size=world_size)
+    pin(store, CheckpointRef(PINNED_STEP * 10, 1), "wanted")
+    expire(store, CheckpointRef(30, 1), "superfluous")
+    store.delete(CheckpointRef(30, 1).manifest)
+    quarantine(store, CheckpointRef(BROKEN_STEP * 10, 1), "rotten", attempt=1)
+    write_shards(store, STATES[NEXT_STEP], world_size, CheckpointRef(70, 1))
+    return store.objects
+
+
+def go_on(store: Store, world_size: int, last: int) -> None:
+    """A whole life: take over, restore, save, commit, prune."""
+    attempt = claim_attempt(store, {})
+    base = next(info for info in take_over(store, attempt) if info.state is CheckpointState.STABLE)
+    assert equal(load(store, base.manifest, world_size), STATES[base.step])
+    save(store, STATES[NEXT_STEP], step=NEXT_STEP, attempt=attempt, world_size=world_size)
+    Pruner(store, RetentionConfig(last=last, grace_s=0.0)).prune(attempt, lambda _: None)
+
+
+def stable_steps(store: Store) -> list[int]:
+    return [info.step for info in list_checkpoints(store) if info.state is CheckpointState.STABLE]
+
+
+def check_what_is_there(store: Store) -> None:
+    """Everything that counts loads as what was saved; the newest before the life is there, and the pinned one."""
+    steps = set()
+    for info in list_checkpoints(store):
+        if info.state is CheckpointState.STABLE:
+            assert equal(load(store, info.manifest, 1), STATES[info.step])
+            steps.add(info.step)
+    assert PINNED_STEP in steps and BROKEN_STEP not in steps and steps & {6, NEXT_STEP}
+
+
+def check_every_moment(world_size: int, last: int) -> int:
+    """The number of moments at which the life ended."""
+    before = history(world_size)
+    kept = {1: [NEXT_STEP, PINNED_STEP], 2: [NEXT_STEP, 6, PINNED_STEP], 3: [NEXT_STEP, 6, 5, PINNED_STEP]}[last]
+    with serial_reads():
+        for moment in range(1000):
+            store = DictStore(dict(before))
+            died = False
+            try:
+                go_on(MortalStore(store, Countdown(moment)), world_size, last)
+            except Died:
+                died = True
+            check_what_is_there(store)
+            if not died:
+                break
+            go_on(store, 2, last)
+            assert set(stable_steps(store)) <= {*kept, 6} and stable_steps(store)[0] == NEXT_STEP
+            leftovers = [info for info in list_checkpoints(store) if info.state is CheckpointState.WRITING]
+            assert leftovers == [], "the next life tidies up behind the one that died"
+    assert stable_steps(store) == kept
+    return moment
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_every_operation_of_a_whole_life(last):
+    assert sum(check_every_moment(world_size, last) for world_size in range(1, 6)) > 2000 / 3
+
+
+def test_no_flipped_bit_loads_silently():
+    """10,000 random single bits, over all files of a checkpoint, loaded by as many ranks as wrote it and by others."""
+    random_ = random.Random(0)
+    store = DictStore()
+    claim_attempt(store, {})
+    ref = save(store, OLD, step=1, world_size=2).ref
+    bits = [(key, bit) for key in store.objects if key.startswith(ref.folder) for bit in range(8 * store.size(key))]
+    outcomes = {"not stable": 0, "refused": 0}
+    with serial_reads():
+        for key, bit in random_.choices(bits, k=10_000):
+            whole = store.objects[key]
+            flipped = bytearray(whole)
+            flipped[bit // 8] ^= 1 << bit % 8
+            store.objects[key] = bytes(flipped)
+            found = newest_stable(store)
+            if found is None:
+                outcomes["not stable"] += 1
+            else:
+                with pytest.raises(DamagedCheckpointError):
+                    load(store, found.manifest, random_.choice([1, 2, 3]))
+                outcomes["refused"] += 1
+            store.objects[key] = whole
+    assert min(outcomes.values()) > 1000 and sum(outcomes.values()) == 10_000

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import xxhash
 
 from orchestrator.checkpoint.manifest import ChunkEntry, FileEntry, Manifest, TensorEntry
 from orchestrator.errors import DamagedCheckpointError, UnbrokenError
@@ -34,6 +35,7 @@ MANIFEST = Manifest(
     strategy="fsdp",
     config_hash="c0ffee",
     versions={"torch": "2.13.0"},
+    store={"kind": "s3", "conditional_create": True},
     scalars={"optimizer": {"step": 7}, "note": "é, \"quoted\""},
     health={"ok": True},
     created_at="2026-11-21T09:00:00+00:00",
@@ -108,3 +110,11 @@ def test_rows_and_bytes_are_covered_exactly_once(broken, problem):
     assert any(problem in found for found in broken.problems())
     with pytest.raises(DamagedCheckpointError, match="inconsistent"):
         Manifest.from_bytes(broken.to_bytes(), "m")
+
+
+def test_a_manifest_from_before_the_store_was_probed_is_read():
+    body, _, _ = MANIFEST.to_bytes().rpartition(b',\n  "digest": "')
+    old = body.replace(b'  "store": {"kind": "s3", "conditional_create": true},\n', b"")
+    assert len(old) < len(body)
+    data = old + b',\n  "digest": "' + xxhash.xxh3_128_hexdigest(old).encode() + b'"\n}\n'
+    assert Manifest.from_bytes(data, "old") == replace(MANIFEST, store={})

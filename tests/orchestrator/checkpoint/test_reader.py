@@ -39,12 +39,12 @@ def test_every_world_size_reads_every_other_bitwise(store, written_by, read_by):
     assert equal(load(store, manifest, read_by), make_state(0))
 
 
-def test_small_ranges_read_by_many_threads_give_the_same(store, monkeypatch):
+def test_small_ranges_read_by_many_threads_give_the_same(any_store, monkeypatch):
     for name, size in (("_RANGE_BYTES", 100), ("_GAP_BYTES", 7)):
         monkeypatch.setattr(f"orchestrator.checkpoint.reader.{name}", size)
-    manifest = save(store, make_state(0), step=7)
-    assert equal(load(store, manifest, 2), make_state(0))
-    assert verify(store, manifest.ref) == []
+    manifest = save(any_store, make_state(0), step=7)
+    assert equal(load(any_store, manifest, 2), make_state(0))
+    assert verify(any_store, manifest.ref) == []
 
 
 class CountingStore(Store):
@@ -52,7 +52,7 @@ class CountingStore(Store):
 
     def __init__(self) -> None:
         inner = Store.open(f"memory://{uuid.uuid4().hex}")
-        super().__init__(inner.url, inner._filesystem, inner._root)
+        super().__init__(inner.url, inner._root, inner.backend)
         self.ranges, self._lock = [], threading.Lock()
 
     def read(self, key, begin=None, end=None):
@@ -191,12 +191,12 @@ def test_other_damage_is_found_and_named(store, rank, damage, message):
     assert verify(store, manifest.ref) and verify(store, other.ref) == []
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_damage(store, monkeypatch):
-    manifest = save(store, make_state(0), step=7, world_size=1)
-    read = store.read
-    monkeypatch.setattr(store, "read", lambda key, begin, end: read(key, begin, end)[: 1000 - begin])
+def test_a_file_that_shrinks_while_it_is_read_is_damage(any_store, monkeypatch):
+    manifest = save(any_store, make_state(0), step=7, world_size=1)
+    read = any_store.read
+    monkeypatch.setattr(any_store, "read", lambda key, begin, end: read(key, begin, end)[: 1000 - begin])
     with pytest.raises(DamagedCheckpointError, match="ends at byte 1000 of"):
-        load(store, manifest, 1)
+        load(any_store, manifest, 1)
 
 
 def test_two_shards_that_changed_places_are_found(store):
@@ -210,12 +210,12 @@ def test_two_shards_that_changed_places_are_found(store):
     assert len(verify(store, manifest.ref)) >= 2
 
 
-def test_verify_lists_every_damaged_file(store):
-    manifest = save(store, make_state(0), step=7, world_size=WORLD_SIZE)
-    assert verify(store, manifest.ref) == []
-    store.delete(manifest.ref.shard(0, WORLD_SIZE))
-    flip(store, manifest.ref.shard(2, WORLD_SIZE), 8 * manifest.files[2].size_bytes - 1)
-    problems = verify(store, manifest.ref)
+def test_verify_lists_every_damaged_file(any_store):
+    manifest = save(any_store, make_state(0), step=7, world_size=WORLD_SIZE)
+    assert verify(any_store, manifest.ref) == []
+    any_store.delete(manifest.ref.shard(0, WORLD_SIZE))
+    flip(any_store, manifest.ref.shard(2, WORLD_SIZE), 8 * manifest.files[2].size_bytes - 1)
+    problems = verify(any_store, manifest.ref)
     assert len(problems) == 2 and "is missing" in problems[0] and "is damaged" in problems[1]
 
 
@@ -250,7 +250,7 @@ def test_a_store_that_fails_is_not_damage(store, monkeypatch):
     def down(*args, **kwargs):
         raise TimeoutError("no answer")
 
-    monkeypatch.setattr(store._filesystem, "cat_file", down)
+    monkeypatch.setattr(store.backend, "read", down)
     with pytest.raises(StorageError, match="no answer"):
         load(store, manifest, WORLD_SIZE)
     with pytest.raises(StorageError, match="no answer"):

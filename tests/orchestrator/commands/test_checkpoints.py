@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from orchestrator.checkpoint.attempts import claim_attempt
+from orchestrator.checkpoint.catalog import list_checkpoints
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.cli import main
@@ -24,7 +26,8 @@ def run(tmp_path: Path) -> str:
     open_or_create(store, {})
     for step in (1, 2):
         save(store, make_state(step), step=step, world_size=2)
-    (tmp_path / "run/checkpoints/0000000000030-0001").mkdir()
+    assert [claim_attempt(store, {}) for _ in range(2)] == [1, 2]
+    store.write("checkpoints/0000000000030-0001/shard-00000-of-00002.safetensors", [b"half of a save"])
     return url
 
 
@@ -37,7 +40,7 @@ def damage(run: str, checkpoint: str) -> None:
 
 def test_list_shows_every_checkpoint_newest_first(run: str):
     header, *lines = unbroken("checkpoints", "list", run).stdout.splitlines()
-    assert header.split() == ["CHECKPOINT", "STATE", "STEP", "WORKERS", "STRATEGY", "SIZE_MB", "CREATED_AT"]
+    assert header.split() == ["CHECKPOINT", "STATE", "STEP", "WORKERS", "STRATEGY", "SIZE_MB", "CREATED_AT", "KEPT"]
     assert [line.split()[:3] for line in lines] == [
         ["0000000000030-0001", "writing", "-"],
         ["0000000000020-0001", "stable", "2"],
@@ -48,6 +51,11 @@ def test_list_shows_every_checkpoint_newest_first(run: str):
         ("writing", None, None),
         ("stable", 2, 2),
         ("stable", 1, 2),
+    ]
+    assert [(row["keep"], row["kept"], row["pinned"], row["expired"]) for row in rows] == [
+        (False, "no: never committed by attempt 1", None, False),
+        (True, "newest stable", None, False),
+        (True, "newest 10", None, False),
     ]
 
 
@@ -80,6 +88,57 @@ def test_verify_finds_one_bit_and_changes_nothing(run: str):
     assert only["verdict"] == "damaged" and only["problems"]
     assert unbroken("checkpoints", "verify", run, "--step", "1").exit_code == 0
     assert not list(Path(run).rglob("quarantine.json"))
+
+
+def stable_steps(run: str) -> list[int]:
+    return [info.step for info in list_checkpoints(Store.open(run)) if info.manifest]
+
+
+def test_prune_removes_what_is_superfluous_and_says_why(run: str):
+    first = "0000000000010-0001  {}: older than the newest 1"
+    litter = "0000000000030-0001  {}: never committed by attempt 1"
+    dry = unbroken("checkpoints", "prune", run, "--last", "1", "--dry-run")
+    assert dry.stdout.splitlines() == [line.format("would be removed") for line in (litter, first)]
+    assert stable_steps(run) == [2, 1]
+    assert unbroken("checkpoints", "prune", run, "--dry-run").stdout.splitlines() == [litter.format("would be removed")]
+    done = unbroken("checkpoints", "prune", run, "--last", "1", "--grace-s", "0")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.splitlines() == [line.format("removed") for line in (litter, first)]
+    assert stable_steps(run) == [2] and not list(Path(run).rglob("0000000000010-0001/*"))
+    assert unbroken("checkpoints", "prune", run).stdout == "nothing to remove\n"
+    again = json.loads(unbroken("checkpoints", "prune", run, "--json").stdout)
+    assert again == {"dry_run": False, "removed": []}
+
+
+def test_prune_lets_readers_finish(run: str, monkeypatch: pytest.MonkeyPatch):
+    naps = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        assert stable_steps(run) == [2, 1]
+        assert unbroken("checkpoints", "inspect", run, "--step", "1").exit_code == 2, "nobody begins"
+
+    monkeypatch.setattr("orchestrator.commands.checkpoints.time.sleep", sleep)
+    monkeypatch.setattr("orchestrator.checkpoint.retention.Pruner.__init__.__defaults__", (lambda: sum(naps),))
+    rows = json.loads(unbroken("checkpoints", "prune", run, "--last", "1", "--grace-s", "2.5", "--json").stdout)
+    assert naps == [1.0, 1.0, 0.5] and stable_steps(run) == [2]
+    assert [row["checkpoint"] for row in rows["removed"]] == ["0000000000030-0001", "0000000000010-0001"]
+
+
+def test_pin_keeps_and_unpin_lets_go(run: str):
+    assert unbroken("checkpoints", "pin", run, "1", "--reason", "the paper").stdout.endswith("0010-0001 is pinned\n")
+    again = unbroken("checkpoints", "pin", run, "1", "--reason", "another")
+    assert again.stdout == "0000000000010-0001 was pinned already: the paper\n"
+    assert "pinned         the paper" in unbroken("checkpoints", "inspect", run, "--step", "1").stdout
+    assert "pinned: the paper" in unbroken("checkpoints", "list", run).stdout
+    unbroken("checkpoints", "prune", run, "--last", "1", "--grace-s", "0")
+    assert stable_steps(run) == [2, 1]
+    gone = json.loads(unbroken("checkpoints", "unpin", run, "1", "--json").stdout)
+    assert gone == {"checkpoints": ["0000000000010-0001"], "changed": True}
+    assert unbroken("checkpoints", "unpin", run, "1").stdout == "no checkpoint of step 1 was pinned\n"
+    unbroken("checkpoints", "prune", run, "--last", "1", "--grace-s", "0")
+    assert stable_steps(run) == [2]
+    assert unbroken("checkpoints", "pin", run, "1").exit_code == 2
 
 
 def test_prove_says_the_same_or_names_the_first_difference(run: str, tmp_path: Path):

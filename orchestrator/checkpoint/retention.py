@@ -1,0 +1,151 @@
+"""Removing what the policy does not keep. May be interrupted anywhere and repeated by anybody.
+
+A checkpoint is removed in two strokes, so that nobody who reads it loses it:
+1. It is marked as expired. From here on nobody begins to read it, except a run that has nothing newer left.
+2. `grace_s` after this process saw the mark (its own clock, so that no two have to agree), if the policy still does not
+   keep it: the manifest goes first, so that there is no moment at which a checkpoint counts and lacks a file; then the
+   files; the mark last, so that a removal that was interrupted is recognised and completed.
+
+What an older attempt never committed was never readable and goes at once; but the mark that it was abandoned stays in
+the place of its manifest for good (some 150 bytes), or that attempt could wake up and commit what has lost its files.
+Should it wake up in the middle of repeating the creation of a manifest that had succeeded, and was removed since, then
+its checkpoint is damaged, as files are missing, and the next pass removes it again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from orchestrator.checkpoint import keys, records
+from orchestrator.checkpoint.attempts import check_not_superseded, newest_attempt
+from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, abandon, list_checkpoints
+from orchestrator.checkpoint.keys import CheckpointRef
+from orchestrator.checkpoint.policy import RetentionConfig, Verdict, judge
+from orchestrator.checkpoint.store import Store
+from orchestrator.errors import AlreadyExistsError, MissingObjectError
+from trainers.decode import decode
+
+_UNREADABLE = (CheckpointState.WRITING, CheckpointState.ABANDONED, CheckpointState.EXPIRED)
+_CLAIM_FIELD = "keep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """A checkpoint that is gone."""
+
+    ref: CheckpointRef
+    reason: str
+
+
+class Pruner:
+    """Removes checkpoints, pass after pass. Only the newest attempt prunes, and no two passes at a time."""
+
+    def __init__(self, store: Store, config: RetentionConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._config = config
+        self._clock = clock
+        self._expired_at: dict[CheckpointRef, float] = {}
+
+    def prune(self, attempt: int, report: Callable[[Removal], None]) -> float | None:
+        """One pass: mark what has become superfluous, remove what was marked long enough ago.
+
+        Args:
+            report: told of every checkpoint that is gone.
+
+        Returns:
+            Seconds until another pass has something to remove; None: nothing waits.
+
+        Raises:
+            SupersededError: a newer attempt owns the run; it prunes.
+            UnbrokenError: the store failed. The next pass goes on where this one ended.
+        """
+        began = self._clock()
+        verdicts = judge(list_checkpoints(self._store), self._config, attempt)
+        gone = [verdict for verdict in verdicts if not verdict.keep]
+        for verdict in verdicts:
+            if verdict.keep and verdict.info.expired:  # pinned meanwhile, or a newer one turned out damaged
+                check_not_superseded(self._store, attempt)
+                self._store.delete(verdict.info.ref.expired)
+        self._expired_at = {v.info.ref: at for v in gone if (at := self._expired_at.get(v.info.ref)) is not None}
+        waits = [self._remove(verdict, attempt, began, report) for verdict in gone]
+        return min((wait for wait in waits if wait), default=None)
+
+    def _remove(self, verdict: Verdict, attempt: int, began: float, report: Callable[[Removal], None]) -> float:
+        """Seconds until it may be removed; 0 if that has been done.
+
+        The grace period has to be over when the pass begins, not now: the verdict is as old as that, and who pins a
+        checkpoint may have looked at it until the mark was there.
+        """
+        info = verdict.info
+        check_not_superseded(self._store, attempt)
+        if info.state not in _UNREADABLE:
+            if not info.expired:
+                self._expired_at.pop(info.ref, None)  # whatever took an earlier mark away, readers may have begun
+                expire(self._store, info.ref, verdict.reason)
+            expired_at = self._expired_at.setdefault(info.ref, self._clock())
+            wait = expired_at + self._config.grace_s - began
+            if self._config.grace_s and wait > 0:
+                return wait
+        if remove(self._store, info, attempt):
+            report(Removal(ref=info.ref, reason=verdict.reason))
+        return 0.0
+
+
+def expire(store: Store, ref: CheckpointRef, reason: str) -> None:
+    """Mark a checkpoint as one that nobody may begin to read."""
+    with suppress(AlreadyExistsError):
+        store.create(ref.expired, records.encode({"reason": reason, "expired_at": records.now()}))
+
+
+def remove(store: Store, info: CheckpointInfo, attempt: int) -> bool:
+    """Delete the files of a checkpoint in the safe order; False if it turned out to be committed after all."""
+    ref, last = info.ref, keys.EXPIRED_NAME
+    if info.state in (CheckpointState.WRITING, CheckpointState.ABANDONED):
+        closed = abandon(store, ref, attempt) if info.state is CheckpointState.WRITING else info
+        if closed is None or closed.state is not CheckpointState.ABANDONED:
+            return False
+        last = keys.MANIFEST_NAME  # holds no manifest, and stays
+    else:
+        store.delete(ref.manifest)  # first: see above
+    for name in info.names:
+        if name not in (keys.MANIFEST_NAME, last):
+            store.delete(ref.file(name))
+    if last == keys.EXPIRED_NAME:
+        store.delete(ref.expired)
+    return True
+
+
+def claim_fields(config: RetentionConfig) -> dict[str, Any]:
+    """What an attempt says of its configuration when it is claimed, so that commands keep to it."""
+    return {_CLAIM_FIELD: asdict(config)}
+
+
+def claimed_config(store: Store) -> RetentionConfig:
+    """The configuration of the newest attempt of a run."""
+    try:
+        claim: Mapping[str, Any] = records.load(store, keys.attempt_key(newest_attempt(store)))
+    except MissingObjectError:  # no attempt yet
+        claim = {}
+    return decode(RetentionConfig, claim.get(_CLAIM_FIELD, {}))
+
+
+def pin(store: Store, ref: CheckpointRef, reason: str) -> bool:
+    """Keep a checkpoint whatever the policy says; False if it was pinned already, with the reason it had.
+
+    Of one that is not marked as expired yet, no removal can be under way: that begins `grace_s` after the mark, and
+    looks at the pins first.
+    """
+    try:
+        store.create(ref.pin, records.encode({"reason": reason, "pinned_at": records.now()}))
+    except AlreadyExistsError:
+        return False
+    return True
+
+
+def unpin(store: Store, ref: CheckpointRef) -> None:
+    """Leave a checkpoint to the policy again."""
+    store.delete(ref.pin)

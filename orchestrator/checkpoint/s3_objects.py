@@ -1,0 +1,229 @@
+"""Objects in S3, and in what speaks its protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+from orchestrator.checkpoint.s3_requests import Body, S3Requests, allow_for
+from orchestrator.checkpoint.storage_failures import code
+
+T = TypeVar("T")
+
+PART_BYTES = 16 << 20
+_MAX_PARTS = 10_000
+_PARTS_AT_ONCE = 8
+_MISSING = {"NoSuchKey", "NotFound", "404"}
+
+
+class S3Objects:
+    """A backend of `Store`. Its calls may come from any thread of the process that made it."""
+
+    kind = "s3"
+
+    def __init__(self, connect: Callable[[], Any], deadline_s: float) -> None:
+        """Args: connect: makes an s3fs filesystem with `s3_requests.OPTIONS`."""
+        self._requests = S3Requests(connect, deadline_s)
+
+    def read(self, path: str, begin: int | None, end: int | None, timeout_s: float) -> bytes:
+        bucket, key = _split(path)
+        wanted: dict[str, str] = {}
+        if begin is not None or end is not None:
+            if end is not None and end <= (begin or 0):
+                self.size(path)  # there is no empty range; the object may be missing all the same
+                return b""
+            wanted["Range"] = f"bytes={begin or 0}-{'' if end is None else end - 1}"
+
+        async def get(client: Any, limit: asyncio.Timeout) -> bytes:
+            answer = await client.get_object(Bucket=bucket, Key=key, **wanted)
+            allow_for(limit, answer["ContentLength"])
+            async with answer["Body"] as body:
+                return await body.read()
+
+        try:
+            return self._run(path, self._requests.repeat(get, timeout_s=timeout_s))
+        except Exception as error:
+            if code(error) in ("InvalidRange", "416"):
+                return b""  # it begins at or after the end
+            raise
+
+    def write(self, path: str, parts: Sequence[memoryview]) -> None:
+        size = sum(map(len, parts))
+        part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
+        pieces = list(_cut(parts, part_bytes)) or [[]]
+        upload = self._put(path, pieces[0]) if len(pieces) == 1 else self._put_in_parts(path, pieces)
+        self._run(path, upload)
+
+    def create_once(self, path: str, data: bytes, timeout_s: float) -> None:
+        """One conditional request, not repeated: the caller has to look at what happened first."""
+        bucket, key = _split(path)
+
+        async def put(client: Any, limit: asyncio.Timeout) -> None:
+            await client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+
+        try:
+            self._run(path, self._requests.once(put, timeout_s, len(data)))
+        except Exception as error:
+            if code(error) in ("PreconditionFailed", "412"):
+                raise FileExistsError(path) from error
+            raise
+
+    def size(self, path: str) -> int:
+        bucket, key = _split(path)
+        return self._run(path, self._requests.repeat(lambda client, _: client.head_object(Bucket=bucket, Key=key)))[
+            "ContentLength"
+        ]
+
+    def list(self, path: str) -> list[str]:
+        bucket, key = _split(path)
+        prefix = f"{key}/"
+
+        async def page(token: dict[str, str]) -> Any:
+            return await self._requests.repeat(
+                lambda client, _: client.list_objects_v2(Bucket=bucket, Prefix=prefix, Delimiter="/", **token)
+            )
+
+        async def names() -> list[str]:
+            found, token = [], {}
+            while True:
+                answer = await page(token)
+                found += [entry["Key"] for entry in answer.get("Contents", ())]
+                found += [entry["Prefix"] for entry in answer.get("CommonPrefixes", ())]
+                if not answer.get("IsTruncated"):
+                    return found
+                token = {"ContinuationToken": answer["NextContinuationToken"]}
+
+        return [name[len(prefix) :].rstrip("/") for name in self._run(path, names()) if name != prefix]
+
+    def delete(self, path: str) -> None:
+        bucket, key = _split(path)
+        self._run(path, self._requests.repeat(lambda client, _: client.delete_object(Bucket=bucket, Key=key)))
+
+    def abort_unfinished(self, path: str, older_than_s: float) -> int:
+        bucket, key = _split(path)
+        begun_before = datetime.now(UTC) - timedelta(seconds=older_than_s)
+
+        async def page(marker: dict[str, str]) -> Any:
+            return await self._requests.repeat(
+                lambda client, _: client.list_multipart_uploads(Bucket=bucket, Prefix=f"{key}/", **marker)
+            )
+
+        async def abort_all() -> int:
+            aborted, marker = 0, {}
+            while True:
+                answer = await page(marker)
+                for upload in answer.get("Uploads", ()):
+                    if upload["Initiated"] <= begun_before:
+                        await self._abort(bucket, upload["Key"], upload["UploadId"])
+                        aborted += 1
+                if not answer.get("IsTruncated"):
+                    return aborted
+                marker = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+
+        return self._run(path, abort_all())
+
+    def clock_skew_s(self, path: str) -> float | None:
+        bucket, _ = _split(path)
+        began = time.time()
+        answer = self._run(path, self._requests.repeat(lambda client, _: client.head_bucket(Bucket=bucket)))
+        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        if date is None:
+            return None
+        # The header counts whole seconds and was written somewhere between sending and receiving.
+        return email.utils.parsedate_to_datetime(date).timestamp() + 0.5 - (began + time.time()) / 2
+
+    def free_bytes(self, path: str) -> int | None:
+        return None
+
+    def _run(self, path: str, coroutine: Coroutine[Any, Any, T]) -> T:
+        try:
+            return self._requests.run(coroutine)
+        except Exception as error:
+            if code(error) in _MISSING:
+                raise FileNotFoundError(path) from error
+            raise
+
+    async def _put(self, path: str, parts: Sequence[memoryview]) -> None:
+        bucket, key = _split(path)
+        body = Body(parts)
+        await self._requests.repeat(
+            lambda client, _: client.put_object(Bucket=bucket, Key=key, Body=body.rewound()), num_bytes=len(body)
+        )
+
+    async def _put_in_parts(self, path: str, pieces: Sequence[Sequence[memoryview]]) -> None:
+        bucket, key = _split(path)
+        began = await self._requests.repeat(lambda client, _: client.create_multipart_upload(Bucket=bucket, Key=key))
+        upload = {"Bucket": bucket, "Key": key, "UploadId": began["UploadId"]}
+        free = asyncio.Semaphore(_PARTS_AT_ONCE)
+
+        async def send(number: int, piece: Sequence[memoryview]) -> dict[str, Any]:
+            async with free:
+                body = Body(piece)
+                sent = await self._requests.repeat(
+                    lambda client, _: client.upload_part(**upload, PartNumber=number, Body=body.rewound()),
+                    num_bytes=len(body),
+                )
+            return {"PartNumber": number, "ETag": sent["ETag"]}
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                sending = [group.create_task(send(number, piece)) for number, piece in enumerate(pieces, 1)]
+            parts = {"Parts": [task.result() for task in sending]}
+            await self._complete(path, upload, parts, sum(len(view) for piece in pieces for view in piece))
+        except BaseException as error:
+            with suppress(Exception):  # what is left over costs money until `abort_unfinished` finds it
+                await self._requests.once(lambda client, _: client.abort_multipart_upload(**upload), 5.0)
+            if isinstance(error, BaseExceptionGroup):
+                first = error.exceptions[0]
+                raise first from first.__cause__
+            raise
+
+    async def _complete(self, path: str, upload: dict[str, str], parts: dict[str, Any], size: int) -> None:
+        try:
+            await self._requests.repeat(
+                lambda client, _: client.complete_multipart_upload(**upload, MultipartUpload=parts)
+            )
+        except Exception as error:
+            if code(error) != "NoSuchUpload":
+                raise
+            # An earlier try did it, and its answer got lost. What it made is read back by the caller.
+            bucket, key = _split(path)
+            found = await self._requests.repeat(lambda client, _: client.head_object(Bucket=bucket, Key=key))
+            if found["ContentLength"] != size:
+                raise
+
+    async def _abort(self, bucket: str, key: str, upload_id: str) -> None:
+        try:
+            await self._requests.repeat(
+                lambda client, _: client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
+            )
+        except Exception as error:
+            if code(error) != "NoSuchUpload":  # finished or aborted by its owner meanwhile
+                raise
+
+
+def _cut(parts: Sequence[memoryview], size: int) -> Iterator[list[memoryview]]:
+    """The parts, one after the other, in pieces of `size` bytes; only the last one is smaller."""
+    piece: list[memoryview] = []
+    room = size
+    for part in parts:
+        at = 0
+        while at < len(part):
+            view = part[at : at + room]
+            piece.append(view)
+            at, room = at + len(view), room - len(view)
+            if room == 0:
+                yield piece
+                piece, room = [], size
+    if piece:
+        yield piece
+
+
+def _split(path: str) -> tuple[str, str]:
+    bucket, _, key = path.partition("/")
+    return bucket, key

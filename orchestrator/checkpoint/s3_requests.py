@@ -1,0 +1,152 @@
+"""S3 requests whose time we bound and which we repeat ourselves.
+
+s3fs makes the connection: credentials, endpoint and region as botocore finds them in the environment. Its calls are
+not used: they repeat beyond any deadline, and copy an upload several times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
+
+from orchestrator.checkpoint.storage_failures import DeadlineError, diagnose
+
+T = TypeVar("T")
+Request = Callable[[Any, asyncio.Timeout], Awaitable[T]]
+"""Called with botocore's client and the limit of this try."""
+
+OPTIONS: dict[str, Any] = {
+    "skip_instance_cache": True,
+    # A cached listing hides new checkpoints, even from exists() and cat_file().
+    "use_listings_cache": False,
+    # Payload signing and checksums in the client cost 2 CPU seconds a GB and more than half of the throughput.
+    # Instead of them every shard is read back and its hash compared before it counts.
+    "config_kwargs": {
+        "s3": {"payload_signing_enabled": False},
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+        # Repeating and giving up is decided here, in one place.
+        "retries": {"total_max_attempts": 1},
+        "connect_timeout": 10,
+        "read_timeout": 600,
+        "max_pool_connections": 32,
+    },
+}
+"""For s3fs."""
+
+_SLOWEST_BYTES_PER_S = 1 << 20  # a transfer gets so much more time than a small request
+_TRIES = 3  # a store that does not answer is asked so often before the deadline
+_SEND_BYTES = 256 << 10
+
+
+class S3Requests:
+    """A connection. Its calls may come from any thread of the process that made it."""
+
+    def __init__(self, connect: Callable[[], Any], deadline_s: float) -> None:
+        """Args: connect: makes an s3fs filesystem with `OPTIONS`."""
+        self._connect = connect
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._filesystem: Any = None
+        self._client: Any = None
+        self._pid = os.getpid()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """The result of `coroutine`, which uses `once` and `repeat`, in the connection's own thread."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._connected().loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # when interrupted; else it is done
+
+    def _connected(self) -> Any:
+        # A fork has no thread to serve the connection, and shares the poll set of its sockets with the parent: closing
+        # one there makes the parent wait for ever.
+        assert self._pid == os.getpid(), f"this store belongs to process {self._pid}; open one in {os.getpid()}"
+        with self._lock:
+            if self._filesystem is None:
+                self._filesystem = self._connect()
+            return self._filesystem
+
+    async def repeat(self, request: Request[T], *, num_bytes: int = 0, timeout_s: float | None = None) -> T:
+        """The answer to a request that may safely be sent again, until it succeeds, cannot succeed, or time is up."""
+        time_s = (self._deadline_s if timeout_s is None else timeout_s) + num_bytes / _SLOWEST_BYTES_PER_S
+        clock = asyncio.get_running_loop().time
+        end, tries = clock() + time_s, 0
+        while True:
+            tries += 1
+            try:
+                return await self.once(request, min(end - clock(), self._deadline_s / _TRIES), num_bytes)
+            except Exception as error:
+                if not diagnose(error).retry:
+                    raise
+                pause_s = min(5.0, 0.1 * 2**tries) * random.uniform(0.5, 1.0)
+                if clock() + pause_s >= end:
+                    raise DeadlineError(f"{tries} {'try' if tries == 1 else 'tries'} in {time_s:.0f} s") from error
+            await asyncio.sleep(pause_s)
+
+    async def once(self, request: Request[T], time_s: float, num_bytes: int = 0) -> T:
+        """The answer to one request."""
+        client = await self._filesystem.set_session()  # the same one again, as long as it is open
+        if client is not self._client:
+            client.meta.events.register_last("before-call.s3", _do_not_ask_first)
+            self._client = client
+        async with asyncio.timeout(time_s) as limit:
+            allow_for(limit, num_bytes)
+            return await request(client, limit)
+
+
+class Body:
+    """The body of a request, sent from where it lies: botocore takes it for a file, aiohttp iterates over it."""
+
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        self._views = views
+        self._at = 0
+
+    def rewound(self) -> Body:
+        """Another reader of the same bytes: aiohttp consumes what it sends."""
+        return Body(self._views)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._views))
+
+    async def __aiter__(self) -> AsyncIterator[memoryview]:
+        for view in self._views:
+            for begin in range(0, len(view), _SEND_BYTES):
+                yield view[begin : begin + _SEND_BYTES]
+
+    def read(self, size: int = -1) -> bytes:
+        """Only for a checksum, where a bucket demands one."""
+        end = len(self) if size < 0 else min(len(self), self._at + size)
+        data = b"".join(view[max(0, self._at - at) : end - at] for view, at in self._placed() if end > at)
+        self._at = end
+        return data
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self)}[whence]
+        return self._at
+
+    def _placed(self) -> Iterator[tuple[memoryview, int]]:
+        at = 0
+        for view in self._views:
+            yield view, at
+            at += len(view)
+
+
+def _do_not_ask_first(params: dict[str, Any], **_: Any) -> None:
+    """botocore has a file's upload wait for `100 Continue`, and a store that never says it would hold us."""
+    params["headers"].pop("Expect", None)
+
+
+def allow_for(limit: asyncio.Timeout, num_bytes: int) -> None:
+    """More time for a large transfer."""
+    when = limit.when()
+    assert when is not None
+    limit.reschedule(when + num_bytes / _SLOWEST_BYTES_PER_S)

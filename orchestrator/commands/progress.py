@@ -1,0 +1,27 @@
+"""Progress bars of commands that read or wait for long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextmanager
+def bar(label: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
+    """A bar on stderr while the block runs, if that is a terminal; nothing otherwise.
+
+    Args:
+        unit: `bytes` or `s`.
+
+    Yields:
+        A function to be told of every amount done.
+    """
+    amount = DownloadColumn() if unit == "bytes" else TextColumn("{task.completed:.0f} of {task.total:.0f} s")
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda done: progress.advance(task, done)

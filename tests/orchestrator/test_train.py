@@ -1,0 +1,143 @@
+"""`unbroken train` under a real Ray cluster: everything on this machine, killed from outside."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.orchestrator.independent import assert_same_state
+from tests.trainers.tiny import tiny_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
+
+STEPS, EVERY = 40, 5
+PIDS = re.compile(r"attempt (\d+): rank (\d+) trains in process (\d+) \(agent (\d+)\)")
+
+
+@pytest.fixture(scope="module")
+def ray_folder() -> Iterator[Path]:
+    """Ray's own folder; short, because it holds sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="ub-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_config(folder: Path, **sections: Any) -> Path:
+    # Steps of some 50 ms: slow enough to kill inside, quick enough to wait for.
+    config = tiny_config(train={"num_steps": STEPS, "global_batch_size": 64, "microbatch_size": 16}, **sections)
+    config |= {"run": {"name": "run"}, "storage": str(folder), "workers": 2, "checkpoint": {"every_steps": EVERY}}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+class Driver:
+    """`unbroken train` as a process, its lines read as they come."""
+
+    def __init__(self, ray_folder: Path, config: Path, *overrides: str) -> None:
+        environment = {**os.environ, "RAY_TMPDIR": str(ray_folder), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator", "train", str(config), *overrides],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        self.lines: list[str] = []
+        self.trainers: dict[int, int] = {}
+        self.agents: dict[int, int] = {}
+        self.attempt = 0
+
+    def until(self, pattern: str) -> re.Match[str]:
+        """Read on to the first line that matches."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if found := PIDS.search(line):
+                self.attempt, rank, trainer, agent = map(int, found.groups())
+                self.trainers[rank], self.agents[rank] = trainer, agent
+            if found := re.search(pattern, line):
+                return found
+        raise AssertionError(f"ended with {self.process.wait()} before {pattern!r}:\n{''.join(self.lines)}")
+
+    def end(self) -> int:
+        assert self.process.stdout is not None
+        with self.process.stdout as rest:
+            self.lines += rest
+        return self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, ray_folder: Path) -> Path:
+    """The run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("straight")
+    driver = Driver(ray_folder, write_config(folder))
+    assert driver.end() == 0, "".join(driver.lines)
+    return folder / "run"
+
+
+def prove(a: Path, b: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "orchestrator", "prove", str(a), str(b)]
+    return subprocess.run(command, text=True, capture_output=True, check=False)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_trainers_agents_and_driver_killed(straight: Path, ray_folder: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    driver = Driver(ray_folder, config, "checkpoint.every_steps=5")
+    driver.until("goes on from step 0")
+    os.kill(driver.trainers[1], signal.SIGKILL)
+    driver.until("stable checkpoint: step 5|goes on from step")
+    driver.until("newest stable checkpoint: step")
+    os.kill(driver.agents[1], signal.SIGKILL)
+    driver.until(r"the agent or its node is gone|attempt 3: ")
+    driver.until("goes on from step")
+    for rank in (0, 1):
+        os.kill(driver.agents[rank], signal.SIGKILL)
+    driver.until("goes on from step")
+    doomed = [*driver.trainers.values(), *driver.agents.values()]
+    os.kill(driver.process.pid, signal.SIGKILL)
+    driver.end()
+    again = Driver(ray_folder, config)
+    assert again.end() == 0, "".join(again.lines)
+    assert "goes on from step 0" not in "".join(again.lines)
+    assert [pid for pid in doomed if alive(pid)] == [], "nothing is left of the first driver"
+    proof = prove(tmp_path / "run", straight)
+    assert proof.returncode == 0 and "bitwise the same" in proof.stdout, proof
+    assert_same_state(tmp_path / "run", straight)
+
+
+def test_a_finished_run_says_so_and_another_config_is_refused(straight: Path, ray_folder: Path) -> None:
+    config = straight.parent / "config.yaml"
+    driver = Driver(ray_folder, config, "workers=1", "parallel.strategy=ddp")
+    assert driver.end() == 0 and f"finished: step {STEPS} of {STEPS}" in "".join(driver.lines)
+    driver = Driver(ray_folder, config, "optimizer.lr=0.5", "seed=8")
+    assert driver.end() == 2
+    assert "optimizer.lr" in driver.lines[-1] and "seed" in driver.lines[-1] and len(driver.lines) == 1
+
+
+def test_a_larger_num_steps_goes_on(straight: Path, ray_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight.parent, tmp_path / "copy")
+    config = write_config(tmp_path / "copy")
+    driver = Driver(ray_folder, config, f"train.num_steps={STEPS + 5}", "workers=3")
+    assert driver.end() == 0, "".join(driver.lines)
+    assert f"goes on from step {STEPS}" in "".join(driver.lines)
+    assert prove(tmp_path / "copy" / "run", straight).returncode == 0
