@@ -29,6 +29,7 @@ from orchestrator.messages import (
     Launch,
     Listening,
     Outcome,
+    Reached,
     Receipt,
     Rendezvous,
     Restored,
@@ -178,6 +179,8 @@ class Coordinator:
         match message:
             case Listening(port=port):
                 self._to_all(Rendezvous(host=self._host, port=port))
+            case Reached(stage=stage):
+                self._event("reached", attempt=self._attempt, rank=rank, stage=stage)
             case Restored(progress=progress):
                 self._ready.add(rank)
                 if len(self._ready) == self._world_size:

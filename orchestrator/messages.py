@@ -55,6 +55,14 @@ class Listening:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reached:
+    """A part of the trainer's start is done on this rank."""
+
+    stage: str
+    """process group, or built."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Restored:
     """The trainer stands where the checkpoint stood; from here it computes."""
 
@@ -170,10 +178,10 @@ class Down:
 
 @dataclass(frozen=True, kw_only=True)
 class FromTrainer:
-    """A trainer's `Listening`, `Restored`, `Stepped` or `Finished`, passed on."""
+    """A trainer's `Listening`, `Reached`, `Restored`, `Stepped` or `Finished`, passed on."""
 
     attempt: int
-    message: Listening | Restored | Stepped | Finished
+    message: Listening | Reached | Restored | Stepped | Finished
 
 
 # coordinator -> agent

@@ -40,6 +40,9 @@ class Screen:
     def _trainer(self, at: float, *, rank: int, pid: int, agent_pid: int, attempt: int) -> None:
         self._write(f"attempt {attempt}: rank {rank} trains in process {pid} (agent {agent_pid})")
 
+    def _reached(self, at: float, *, attempt: int, rank: int, stage: str) -> None:
+        pass  # for those who measure where a restart spends its time
+
     def _training(self, at: float, *, attempt: int, step: int) -> None:
         self._since = (step, at)
         self._stable = step or self._stable

@@ -24,6 +24,7 @@ from orchestrator.messages import (
     ExitKind,
     Finished,
     Listening,
+    Reached,
     Rendezvous,
     Restored,
     SaveEnded,
@@ -222,7 +223,9 @@ def main(pipe: int, buffer: int) -> int:
         torch.set_num_threads(config.parallel.cpu_threads)
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         _join(agent, begin)
+        agent.send(Reached(stage="process group"))
         state, task = build(config, device)
+        agent.send(Reached(stage="built"))
         control = EverySteps(begin.every_steps, config.train.num_steps)
         train(state, task, control, SharedMemoryCheckpointer(agent, buffer, begin), PipeSink(agent))
         agent.send(Finished(progress=state.progress))

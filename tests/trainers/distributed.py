@@ -35,7 +35,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
             pipes.append(ours)
             processes.append(process)
         try:
-            return [_receive(rank, pipe, timeout_s) for rank, pipe in enumerate(pipes)]
+            results = [_receive(rank, pipe, timeout_s) for rank, pipe in enumerate(pipes)]
+            for process in processes:
+                process.join(10)  # killed at once, a rank could still be seen to vanish by one in the barrier
+            return results
         finally:
             for process in processes:
                 process.kill()

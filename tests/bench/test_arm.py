@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.arm import Arm
+
+# A child counts: it must be stopped and ended together with its parent.
+PROGRAM = """
+import os, json, time
+child = os.fork()
+if child == 0:
+    for number in range(10**6):
+        os.write(1, (json.dumps({"number": number, "pid": os.getpid(), "time_s": time.time()}) + "\\n").encode())
+        time.sleep(0.01)
+os.write(1, b"no JSON\\n")
+os.wait()
+"""
+
+
+def has_ended(pid: int) -> bool:
+    """Gone, or waiting for whoever adopted it to take note."""
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+def test_a_frozen_arm_stands_still_and_an_ended_one_is_gone():
+    with Arm("counting", ["-c", PROGRAM], {}) as arm:
+        arm.wait_for(lambda line: line["number"] == 5)
+        arm.freeze()
+        frozen = time.time()
+        time.sleep(0.5)
+        thawed = time.time()
+        arm.thaw()
+        lines = arm.wait_for(lambda line: line["time_s"] > thawed)
+        assert all(not frozen + 0.1 < line["time_s"] < thawed for line in lines)
+        assert arm.log.read_text() == "no JSON\n"
+    assert has_ended(lines[-1]["pid"])
+
+
+def test_an_arm_that_ends_is_not_waited_for():
+    with (
+        Arm("ending", ["-c", "print('{\"number\": 1}')"], {}) as arm,
+        pytest.raises(TimeoutError, match="ending said no more"),
+    ):
+        arm.wait_for(lambda line: line["number"] == 2)
