@@ -78,7 +78,7 @@ class Coordinator:
         self._down: dict[int, Down] = {}
         self._stopping = False
         self._shards = ShardCollection(spec, store, world_size)
-        self._ended_save: Progress | None = None
+        self._ended_save: SaveEnded | None = None
         self._launch_at: float | None = None
         self._launch_failures = 0
         self._probed = False
@@ -99,8 +99,12 @@ class Coordinator:
                 self._event("trainer", rank=rank, pid=message.pid, agent_pid=message.agent_pid, attempt=message.attempt)
             case FromTrainer(attempt=attempt, message=inner) if attempt == self._attempt and not self._stopping:
                 self._from_trainer(rank, inner)
-            case Receipt() | SaveFailed() if message.attempt != self._attempt or message.progress == self._ended_save:
-                pass  # of an earlier attempt, or of a save that another rank's failure has ended
+            case Receipt() | SaveFailed() if message.attempt != self._attempt:
+                pass
+            case Receipt() | SaveFailed() if self._ended_save and message.progress == self._ended_save.progress:
+                # Another rank's failure has ended this save, maybe before this rank took its snapshot: it has to be
+                # told (again), or it waits for ever.
+                self._send(rank, self._ended_save)
             case Receipt():
                 self._take_receipt(rank, message)
             case SaveFailed(progress=progress, error=error):
@@ -209,10 +213,10 @@ class Coordinator:
 
     def _save_ended(self, progress: Progress, error: str | None) -> None:
         self._shards.clear()
-        self._ended_save = progress
+        self._ended_save = SaveEnded(progress=progress, error=error)
         if error is not None:
             self._event("save_failed", step=progress.step, error=error)
-        self._to_all(SaveEnded(progress=progress, error=error))
+        self._to_all(self._ended_save)
         if self._stopping and len(self._down) == self._world_size:
             self._decide()
 

@@ -100,6 +100,16 @@ def test_shards_of_a_failed_save_are_not_mixed_with_those_of_the_next(store: Sto
     assert stable_steps(store) == [10]
 
 
+def test_a_rank_that_takes_its_snapshot_after_the_save_has_failed_is_told_too(store: Store) -> None:
+    group = Group(store).join()
+    group.coordinator.handle(1, SaveFailed(attempt=1, progress=Progress(5, 50), error="disk full"))
+    told = len(group.orders)  # rank 0 had nothing pending when it heard of the end: for it that was of no save
+    group.coordinator.handle(0, group.receipt(0, 5))
+    assert group.orders[told:] == [(0, SaveEnded(progress=Progress(5, 50), error="rank 1: disk full"))]
+    group.save(10)
+    assert stable_steps(store) == [10]
+
+
 def test_a_death_ends_all_and_starts_all_from_the_newest(store: Store) -> None:
     group = Group(store).join()
     group.save(5)
