@@ -1,6 +1,6 @@
 """`python -m bench [ROW ...] [--quick]`: measure, print the table, and write `bench/results/ROW.json`.
 
-Rows: reduction, ema, overhead, recovery; all of them take about ten minutes. `--quick` tries the benchmarks out on
+Rows: reduction, ema, overhead, recovery, s3; all of them take about 15 minutes. `--quick` tries the benchmarks out on
 small models and keeps nothing.
 """
 
@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 
-ROWS = ("reduction", "ema", "overhead", "recovery")
+ROWS = ("reduction", "ema", "overhead", "recovery", "s3")
 
 
 def main(arguments: list[str] | None = None) -> None:
