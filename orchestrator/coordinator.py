@@ -217,7 +217,7 @@ class Coordinator:
         if error is not None:
             self._event("save_failed", step=progress.step, error=error)
         self._to_all(self._ended_save)
-        if self._stopping and len(self._down) == self._world_size:
+        if self._stopping and len(self._down) == self._world_size and self._launch_at is None:
             self._decide()
 
     def _take_down(self, rank: int, down: Down) -> None:
@@ -229,7 +229,9 @@ class Coordinator:
         if len(self._down) < self._world_size:
             return
         pending = {down.pending for down in self._down.values()}
-        if len(pending) == 1 and pending != {None}:
+        # An agent may not have read yet that the save it names has ended: that one is nothing to wait for.
+        ended = self._ended_save.progress if self._ended_save else None
+        if len(pending) == 1 and pending.isdisjoint({None, ended}):
             return  # every rank's snapshot of one step outlived its trainer: it is still committed
         self._decide()
 

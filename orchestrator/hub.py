@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import cast
 
@@ -50,10 +51,7 @@ class Hub:
         coordinator = make_coordinator(self._send)
         try:
             while len(self._agents) < self._world_size:
-                connection = cast(Connection, self._listener.accept())
-                _no_delay(connection)
-                joined = connection.recv()
-                self._agents[joined.rank] = connection
+                self._admit()
             for rank in range(self._world_size):
                 coordinator.handle(rank, Joined(rank=rank))
             while coordinator.outcome is None:
@@ -64,6 +62,15 @@ class Hub:
             for connection in self._agents.values():
                 connection.close()
             self._listener.close()
+
+    def _admit(self) -> None:
+        try:
+            connection = cast(Connection, self._listener.accept())
+            _no_delay(connection)
+            joined = connection.recv()
+        except (AuthenticationError, EOFError, OSError):
+            return  # a stranger, or an agent that died: whoever placed the agents replaces the group
+        self._agents[joined.rank] = connection
 
     def _turn(self, coordinator: Coordinator) -> None:
         ranks = {connection: rank for rank, connection in self._agents.items()}

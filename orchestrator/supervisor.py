@@ -186,7 +186,7 @@ class Supervisor:
         assert self._trainer is not None
         try:
             message = self._trainer.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # the latter in the middle of a message: it was killed while it sent one
             self._trainer.close()
             self._trainer = None
             return

@@ -132,6 +132,22 @@ def test_a_snapshot_that_all_ranks_took_is_committed_before_the_restart(store: S
     assert group.last(Launch) == Launch(attempt=2, restore="0000000000050-0001")
 
 
+def test_a_save_that_ended_unheard_is_not_waited_for(store: Store) -> None:
+    group = Group(store).join()
+    group.save(5)
+    for rank in (0, 1):  # both trainers died before their agents read that the save had ended
+        group.down(rank, ExitKind.KILLED, pending=Progress(5, 50))
+    assert "failure" in group.kinds() and group.coordinator.wait_s is not None
+
+
+def test_a_failed_save_of_one_rank_counts_no_second_failure(store: Store) -> None:
+    group = Group(store).join()
+    group.down(1, ExitKind.KILLED)
+    group.down(0, ExitKind.PEER_LOST, pending=Progress(5, 50))
+    group.coordinator.handle(0, SaveFailed(attempt=1, progress=Progress(5, 50), error="disk full"))
+    assert group.kinds().count("failure") == 1
+
+
 def test_a_snapshot_that_only_some_took_is_not_waited_for(store: Store) -> None:
     group = Group(store).join()
     group.coordinator.handle(0, group.receipt(0, 5))
