@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,86 +14,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from orchestrator.checkpoint.policy import RetentionConfig
+from orchestrator.sections import SAFE_NAME, CheckpointConfig, Resources, RunSection, Workers
 from trainers.config import TrainerConfig
 from trainers.decode import decode
 from trainers.errors import ConfigError
-from trainers.schedules import ScheduleConfig, depends_on_num_steps
 
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _RESERVED_PROFILES = ("raw", "ema", "both")  # words of --weights
-
-_ABSENT = "not set"
-
-# What changes no number, and so may differ between two attempts of one run. (With `parallel.reduction: fast` the number
-# of workers and the strategy do change numbers: that is what choosing it means.)
-_ORCHESTRATION = frozenset({"run", "storage", "workers", "resources", "checkpoint"})
-_PLACEMENT = frozenset({"parallel.strategy", "parallel.shard_size"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSection:
-    """What the run is called."""
-
-    name: str
-    """Folder of the run inside `storage`: letters, digits, `.`, `_`, `-`, at most 100. The same name continues it."""
-
-    def __post_init__(self) -> None:
-        if not _SAFE_NAME.fullmatch(self.name):
-            raise ConfigError(
-                f"name={json.dumps(self.name)} is no safe folder name; start with a letter or digit and use only"
-                " letters, digits, '.', '_' and '-', at most 100"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workers:
-    """A range of workers: the run takes what the cluster has."""
-
-    min: int
-    """Fewest workers to run with, >= 1."""
-    max: int
-    """Most workers to run with, >= min."""
-
-    def __post_init__(self) -> None:
-        if self.min < 1:
-            raise ConfigError(f"min={self.min} must be at least 1")
-        if self.max < self.min:
-            raise ConfigError(f"max={self.max} is below min={self.min}; set max to at least {self.min}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What one worker asks Ray for."""
-
-    cpu: float = 1.0
-    """CPUs a worker, >= 0."""
-    gpu: float = 0.0
-    """GPUs a worker, 0 <= gpu <= 1: a worker drives one device."""
-
-    def __post_init__(self) -> None:
-        if self.cpu < 0:
-            raise ConfigError(f"cpu={self.cpu:g} must be at least 0")
-        if not 0 <= self.gpu <= 1:
-            raise ConfigError(f"gpu={self.gpu:g} must be between 0 and 1; for more GPUs raise workers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When the state is saved, and for how long."""
-
-    every_steps: int = 1000
-    """A checkpoint after every so many steps, and one at the end, >= 1."""
-    keep: RetentionConfig = field(default_factory=RetentionConfig)
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ConfigError(f"every_steps={self.every_steps} must be at least 1")
-        if self.keep.every_steps is not None and self.keep.every_steps % self.every_steps:
-            raise ConfigError(
-                f"keep.every_steps={self.keep.every_steps} is not a multiple of every_steps={self.every_steps}:"
-                " most of these steps have no checkpoint; set a multiple"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +41,7 @@ class RunConfig(TrainerConfig):
             raise ConfigError(f"seed={self.seed} is out of range; give 0 <= seed < 2**63")
         self._check_workers()
         for name in self.ema:
-            if not _SAFE_NAME.fullmatch(name) or name in _RESERVED_PROFILES:
+            if not SAFE_NAME.fullmatch(name) or name in _RESERVED_PROFILES:
                 raise ConfigError(
                     f"ema.{name} is no usable profile name; use letters, digits, '.', '_' and '-', but none of"
                     f" {', '.join(_RESERVED_PROFILES)}"
@@ -149,6 +73,10 @@ class RunConfig(TrainerConfig):
     @property
     def max_workers(self) -> int:
         return self.workers.max if isinstance(self.workers, Workers) else self.workers
+
+
+SECTIONS_OF_RUN = frozenset(f.name for f in fields(RunConfig)) - frozenset(f.name for f in fields(TrainerConfig))
+"""The top-level keys that decide no number."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -183,7 +111,7 @@ def to_dict(config: TrainerConfig) -> dict[str, Any]:
 
 def trainer_dict(config: TrainerConfig) -> dict[str, Any]:
     """The part that `trainers` needs, in JSON's types: what `torchrun -m trainers FILE.json` reads."""
-    return {name: value for name, value in to_dict(config).items() if name not in _ORCHESTRATION}
+    return {name: value for name, value in to_dict(config).items() if name not in SECTIONS_OF_RUN}
 
 
 def to_yaml(config: TrainerConfig) -> str:
@@ -191,53 +119,13 @@ def to_yaml(config: TrainerConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
-def config_hash(config: TrainerConfig) -> str:
-    """SHA-256 of what decides the numbers of a run; equal for runs that must end in the same bits."""
-    decisive = {key: value for key, value in _flatten(to_dict(config)) if not _is_free(key, config.schedule)}
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-
-
-def conflicting_keys(old: Mapping[str, Any], new: TrainerConfig) -> list[str]:
-    """The keys that decide numbers and differ between a run so far (its `to_dict`) and the config to go on with.
-
-    Workers, strategy, storage, intervals and resources may change between attempts. So may `train.num_steps`, unless
-    the learning rate depends on it.
-
-    Returns:
-        One text for each key: the key, and both values.
-    """
-    return [
-        f"{key} ({_show(before)} in the run, {_show(after)} in the config)"
-        for key, before, after in _differences(old, to_dict(new))
-        if not _is_free(key, new.schedule)
-    ]
-
-
-def _is_free(key: str, schedule: ScheduleConfig) -> bool:
-    if key == "train.num_steps":
-        return not depends_on_num_steps(schedule)
-    return key in _PLACEMENT or key.split(".")[0] in _ORCHESTRATION
-
-
-def _flatten(tree: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{where}{key}.")
+            yield from flatten(value, f"{where}{key}.")
         else:
             yield f"{where}{key}", value
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for key in {**old, **new}:
-        before, after = old.get(key, _ABSENT), new.get(key, _ABSENT)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from _differences(before, after, f"{where}{key}.")
-        elif before != after:
-            yield f"{where}{key}", before, after
-
-
-def _show(value: Any) -> str:
-    return _ABSENT if value == _ABSENT else json.dumps(value)
 
 
 def _read(path: Path) -> DictConfig:
@@ -274,7 +162,7 @@ def _merge(tree: DictConfig, overrides: DictConfig) -> DictConfig:
     try:
         merged = OmegaConf.merge(tree, overrides)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        keys = ", ".join(key for key, _ in _flatten(OmegaConf.to_container(overrides)))  # pyright: ignore[reportArgumentType]
+        keys = ", ".join(key for key, _ in flatten(OmegaConf.to_container(overrides)))  # pyright: ignore[reportArgumentType]
         reason = str(error).splitlines()[0]
         raise ConfigError(f"overrides of {keys} do not fit the file: {reason}; replace whole lists") from None
     assert isinstance(merged, DictConfig)

@@ -11,13 +11,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from orchestrator.checkpoint.attempts import claim_attempt, read_attempts
-from orchestrator.checkpoint.catalog import CheckpointInfo, newest_stable
-from orchestrator.checkpoint.probe import probe
-from orchestrator.checkpoint.retention import claim_fields
 from orchestrator.checkpoint.store import Store
-from orchestrator.errors import SupersededError, UnbrokenError
-from orchestrator.failures import MAX_ATTEMPTS_WITHOUT_PROGRESS, Action, Failure, classify, decide
+from orchestrator.errors import GaveUpError, SupersededError, UnbrokenError
+from orchestrator.failures import Action, Failure, classify, decide
 from orchestrator.messages import (
     Down,
     Ending,
@@ -33,14 +29,14 @@ from orchestrator.messages import (
     Receipt,
     Rendezvous,
     Restored,
-    SaveEnded,
     SaveFailed,
     Started,
     Stepped,
 )
-from orchestrator.restore_point import newest_sound, set_aside
+from orchestrator.opening import Opener, Opening
+from orchestrator.restore_point import set_aside
 from orchestrator.run_spec import RunSpec
-from orchestrator.shard_collection import ShardCollection
+from orchestrator.save_round import SaveRound
 from trainers.progress import Progress
 
 _MAX_LAUNCH_FAILURES = 10
@@ -69,19 +65,17 @@ class Coordinator:
         self._notify = notify
         self._prune = prune
         self._history: list[Failure] = []
-        self._attempt = 0
-        self._checkpoint: CheckpointInfo | None = None
+        self._opener = Opener(spec, store, world_size, self._event)
+        self._opening = Opening(attempt=0)
         self._reached = Progress()
         self._joined: set[int] = set()
         self._ready: set[int] = set()
         self._finished: set[int] = set()
         self._down: dict[int, Down] = {}
         self._stopping = False
-        self._shards = ShardCollection(spec, store, world_size)
-        self._ended_save: SaveEnded | None = None
+        self._save = SaveRound(spec, store, world_size)
         self._launch_at: float | None = None
         self._launch_failures = 0
-        self._probed = False
         self._cause = "start"
         self.outcome: Outcome | None = None
         """Set when there is nothing left to do; every agent has been told."""
@@ -99,16 +93,8 @@ class Coordinator:
                 self._event("trainer", rank=rank, pid=message.pid, agent_pid=message.agent_pid, attempt=message.attempt)
             case FromTrainer(attempt=attempt, message=inner) if attempt == self._attempt and not self._stopping:
                 self._from_trainer(rank, inner)
-            case Receipt() | SaveFailed() if message.attempt != self._attempt:
-                pass
-            case Receipt() | SaveFailed() if self._ended_save and message.progress == self._ended_save.progress:
-                # Another rank's failure has ended this save, maybe before this rank took its snapshot: it has to be
-                # told (again), or it waits for ever.
-                self._send(rank, self._ended_save)
-            case Receipt():
-                self._take_receipt(rank, message)
-            case SaveFailed(progress=progress, error=error):
-                self._save_ended(progress, f"rank {rank}: {error}")
+            case Receipt() | SaveFailed() if message.attempt == self._attempt:
+                self._hear_of_save(rank, message)
             case Down(attempt=attempt) if attempt == self._attempt:
                 self._take_down(rank, message)
 
@@ -133,6 +119,8 @@ class Coordinator:
         """Launch, or try again in a while if storage does not answer; the trainers are down and lose nothing."""
         try:
             self._launch(cause)
+        except GaveUpError as error:
+            self._end(Ending.GAVE_UP, str(error))
         except UnbrokenError as error:
             self._launch_failures += 1
             if self._launch_failures >= _MAX_LAUNCH_FAILURES:
@@ -145,39 +133,18 @@ class Coordinator:
             self._launch_failures = 0
 
     def _launch(self, cause: str) -> None:
-        if not self._probed:
-            facts, self._probed = probe(self._store), True
-            self._event("store", kind=facts.kind, conditional_create=facts.conditional_create, warning=facts.warning)
-        seen = _name(newest_stable(self._store))
-        if cause == "start" and self._gives_up_at_start(seen):
-            return
-        info = {"session": self._spec.session, "cause": cause, "from": seen, "world_size": self._world_size}
-        self._attempt = claim_attempt(self._store, info | claim_fields(self._spec.keep))
-        self._checkpoint = newest_sound(self._store, self._attempt, self._quarantined)
-        self._reached = self._restored
+        self._opening = self._opener.open(cause)
+        self._reached = self._opening.progress
         self._ready, self._finished, self._down = set(), set(), {}
-        self._shards.clear()
-        self._stopping, self._ended_save = False, None
-        restore = _name(self._checkpoint)
-        self._event("attempt", attempt=self._attempt, restore=restore, cause=cause, world_size=self._world_size)
-        self._to_all(Launch(attempt=self._attempt, restore=restore))
+        self._save.begin_attempt()
+        self._stopping = False
+        attempt, restore = self._opening.attempt, self._opening.restore
+        self._event("attempt", attempt=attempt, restore=restore, cause=cause, world_size=self._world_size)
+        self._to_all(Launch(attempt=attempt, restore=restore))
 
     @property
-    def _restored(self) -> Progress:
-        """Where this attempt began."""
-        return self._checkpoint.manifest.progress if self._checkpoint and self._checkpoint.manifest else Progress()
-
-    def _gives_up_at_start(self, newest: str | None) -> bool:
-        """Groups of agents that die one after the other leave nothing in memory; count them in storage."""
-        stalled = 0
-        for record in reversed(read_attempts(self._store)):
-            if record.get("session") != self._spec.session or record.get("from") != newest:
-                break
-            stalled += 1
-        if stalled < MAX_ATTEMPTS_WITHOUT_PROGRESS:
-            return False
-        self._end(Ending.GAVE_UP, f"{stalled} attempts in a row made no newer checkpoint than {newest}")
-        return True
+    def _attempt(self) -> int:
+        return self._opening.attempt
 
     def _from_trainer(self, rank: int, message: object) -> None:
         match message:
@@ -197,26 +164,27 @@ class Coordinator:
                 if len(self._finished) == self._world_size:
                     self._end(Ending.FINISHED, f"step {self._spec.num_steps} is done and committed")
 
-    def _take_receipt(self, rank: int, receipt: Receipt) -> None:
+    def _hear_of_save(self, rank: int, message: Receipt | SaveFailed) -> None:
+        if self._save.has_ended(message.progress):
+            # Another rank's failure has ended this save, maybe before this rank took its snapshot: it has to be told
+            # (again), or it waits for ever.
+            self._send(rank, self._save.ended)
+            return
         try:
-            manifest = self._shards.add(rank, receipt)
+            manifest = self._save.take(rank, message)
         except SupersededError as error:
             self._end(Ending.SUPERSEDED, str(error))
-        except UnbrokenError as error:
-            self._save_ended(receipt.progress, str(error))
+            return
+        if not self._save.has_ended(message.progress):
+            return
+        assert self._save.ended
+        if manifest is not None:
+            size = sum(file.size_bytes for file in manifest.files)
+            self._event("saved", step=message.progress.step, attempt=self._attempt, bytes=size)
+            self._prune(self._attempt)
         else:
-            if manifest is not None:
-                size = sum(file.size_bytes for file in manifest.files)
-                self._event("saved", step=receipt.progress.step, attempt=self._attempt, bytes=size)
-                self._save_ended(receipt.progress, None)
-                self._prune(self._attempt)
-
-    def _save_ended(self, progress: Progress, error: str | None) -> None:
-        self._shards.clear()
-        self._ended_save = SaveEnded(progress=progress, error=error)
-        if error is not None:
-            self._event("save_failed", step=progress.step, error=error)
-        self._to_all(self._ended_save)
+            self._event("save_failed", step=message.progress.step, error=self._save.ended.error)
+        self._to_all(self._save.ended)
         if self._stopping and len(self._down) == self._world_size and self._launch_at is None:
             self._decide()
 
@@ -230,8 +198,7 @@ class Coordinator:
             return
         pending = {down.pending for down in self._down.values()}
         # An agent may not have read yet that the save it names has ended: that one is nothing to wait for.
-        ended = self._ended_save.progress if self._ended_save else None
-        if len(pending) == 1 and pending.isdisjoint({None, ended}):
+        if len(pending) == 1 and (progress := pending.pop()) and not self._save.has_ended(progress):
             return  # every rank's snapshot of one step outlived its trainer: it is still committed
         self._decide()
 
@@ -242,7 +209,7 @@ class Coordinator:
             rank=rank,
             message=cause.message,
             details=cause.details,
-            restored_step=self._restored.step,
+            restored_step=self._opening.progress.step,
             reached_step=self._reached.step,
         )
         self._history.append(failure)
@@ -262,13 +229,11 @@ class Coordinator:
         elif decision.action is Action.GIVE_UP:
             self._end(Ending.GAVE_UP, decision.reason)
         else:
-            if decision.action is Action.QUARANTINE and self._checkpoint is not None:
+            if decision.action is Action.QUARANTINE and self._opening.checkpoint is not None:
                 # The file with the damage, where a full check finds it; else what the loading rank saw.
-                set_aside(self._store, self._checkpoint, decision.reason, self._attempt, self._quarantined)
+                report = self._opener.report_quarantine
+                set_aside(self._store, self._opening.checkpoint, decision.reason, self._attempt, report)
             self._launch_at, self._cause = time.monotonic() + decision.delay_s, cause.kind.value
-
-    def _quarantined(self, checkpoint: CheckpointInfo, reason: str) -> None:
-        self._event("quarantined", checkpoint=str(checkpoint.ref), reason=reason)
 
     def broken(self, error: BaseException) -> None:
         """The coordinator itself failed: end the run with the trace, rather than have everything restarted for ever."""
@@ -285,7 +250,3 @@ class Coordinator:
 
     def _event(self, kind: str, /, **fields: Any) -> None:
         self._notify(Event(kind=kind, fields=fields, time_s=time.time()))
-
-
-def _name(checkpoint: CheckpointInfo | None) -> str | None:
-    return str(checkpoint.ref) if checkpoint else None

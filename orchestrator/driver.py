@@ -22,9 +22,6 @@ from orchestrator.checkpoint.run_record import RunRecord, open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import (
     RunConfig,
-    Workers,
-    config_hash,
-    conflicting_keys,
     run_url,
     to_dict,
     to_yaml,
@@ -39,6 +36,8 @@ from orchestrator.errors import (
     UnbrokenError,
 )
 from orchestrator.messages import Ending, Event
+from orchestrator.run_identity import config_hash, conflicting_keys
+from orchestrator.sections import Workers
 from trainers.errors import ConfigError
 
 # Ray reads these when it is imported or when a worker group starts. Each moved a measured recovery time.

@@ -40,8 +40,9 @@ def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
     Keys, values, the model's arguments, and whether the model fits the data. Exit code 2 and one line if it cannot run.
     """
-    from orchestrator.config import config_hash, load_config, run_url
+    from orchestrator.config import load_config, run_url
     from orchestrator.preflight import check_trainable
+    from orchestrator.run_identity import config_hash
 
     loaded = load_config(config, overrides)
     check_trainable(loaded)

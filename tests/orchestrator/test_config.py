@@ -7,15 +7,14 @@ import pytest
 
 from orchestrator.config import (
     RunConfig,
-    Workers,
-    config_hash,
-    conflicting_keys,
     load_config,
     run_url,
     to_dict,
     to_yaml,
     trainer_dict,
 )
+from orchestrator.run_identity import config_hash, conflicting_keys
+from orchestrator.sections import Workers
 from trainers.config import TrainerConfig
 from trainers.decode import decode
 from trainers.errors import ConfigError

@@ -1,0 +1,59 @@
+"""Which keys make a run the same run: what decides numbers, and what may change between two attempts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from orchestrator.config import SECTIONS_OF_RUN, flatten, to_dict
+from trainers.config import TrainerConfig
+from trainers.schedules import ScheduleConfig, depends_on_num_steps
+
+_ABSENT = "not set"
+
+# What changes no number, and so may differ between two attempts of one run. (With `parallel.reduction: fast` the number
+# of workers and the strategy do change numbers: that is what choosing it means.)
+_PLACEMENT = frozenset({"parallel.strategy", "parallel.shard_size"})
+
+
+def config_hash(config: TrainerConfig) -> str:
+    """SHA-256 of what decides the numbers of a run; equal for runs that must end in the same bits."""
+    decisive = {key: value for key, value in flatten(to_dict(config)) if not _is_free(key, config.schedule)}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def conflicting_keys(old: Mapping[str, Any], new: TrainerConfig) -> list[str]:
+    """The keys that decide numbers and differ between a run so far (its `to_dict`) and the config to go on with.
+
+    Workers, strategy, storage, intervals and resources may change between attempts. So may `train.num_steps`, unless
+    the learning rate depends on it.
+
+    Returns:
+        One text for each key: the key, and both values.
+    """
+    return [
+        f"{key} ({_show(before)} in the run, {_show(after)} in the config)"
+        for key, before, after in _differences(old, to_dict(new))
+        if not _is_free(key, new.schedule)
+    ]
+
+
+def _is_free(key: str, schedule: ScheduleConfig) -> bool:
+    if key == "train.num_steps":
+        return not depends_on_num_steps(schedule)
+    return key in _PLACEMENT or key.split(".")[0] in SECTIONS_OF_RUN
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in {**old, **new}:
+        before, after = old.get(key, _ABSENT), new.get(key, _ABSENT)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(before, after, f"{where}{key}.")
+        elif before != after:
+            yield f"{where}{key}", before, after
+
+
+def _show(value: Any) -> str:
+    return _ABSENT if value == _ABSENT else json.dumps(value)
