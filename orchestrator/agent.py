@@ -10,10 +10,10 @@ import ray.train
 import ray.train.collective
 
 from orchestrator.checkpoint.store import Store
+from orchestrator.committing import BackgroundChores
 from orchestrator.coordinator import Coordinator
 from orchestrator.hub import Hub, connect
 from orchestrator.messages import Event
-from orchestrator.pruning import BackgroundPruner
 from orchestrator.run_spec import RunSpec
 from orchestrator.supervisor import Supervisor
 
@@ -40,7 +40,8 @@ def agent(arguments: dict[str, Any]) -> None:
         def notify(event: Event) -> None:
             mailbox.put.remote(event)  # not waited for: a driver that is slow to listen must not hold up a decision
 
-        prune = BackgroundPruner(spec, notify).request
-        hub.start(lambda send: Coordinator(spec, Store.open(spec.run_url), world_size, host, send, notify, prune))
+        store = Store.open(spec.run_url)
+        chores = BackgroundChores(spec, store, notify)
+        hub.start(lambda send: Coordinator(spec, store, world_size, host, send, notify, chores), chores.results)
     address, key = cast(tuple[tuple[str, int], bytes], ray.train.collective.broadcast_from_rank_zero(wire))
     Supervisor(spec, rank, world_size, connect(address, key, rank)).run()

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.checkpoint.store import Store
-from orchestrator.errors import GaveUpError, SupersededError, UnbrokenError
+from orchestrator.committing import Chores, CommitEnded
+from orchestrator.errors import GaveUpError, UnbrokenError
 from orchestrator.failures import Action, Failure, classify, decide
 from orchestrator.messages import (
     Down,
@@ -29,11 +30,13 @@ from orchestrator.messages import (
     Receipt,
     Rendezvous,
     Restored,
+    SaveDelayed,
     SaveFailed,
+    Skipped,
     Started,
     Stepped,
 )
-from orchestrator.opening import Opener, Opening
+from orchestrator.opening import Opener, Opening, Remembered
 from orchestrator.restore_point import set_aside
 from orchestrator.run_spec import RunSpec
 from orchestrator.save_round import SaveRound
@@ -54,16 +57,16 @@ class Coordinator:
         host: str,
         send: Callable[[int, object], None],
         notify: Callable[[Event], None],
-        prune: Callable[[int], None],
+        chores: Chores,
     ) -> None:
-        """Args: prune: called with the attempt after each commit; must not block."""
+        """Args: chores: must not block; a commit is answered through `handle`."""
         self._spec = spec
         self._store = store
         self._world_size = world_size
         self._host = host
         self._send = send
         self._notify = notify
-        self._prune = prune
+        self._chores = chores
         self._history: list[Failure] = []
         self._opener = Opener(spec, store, world_size, self._event)
         self._opening = Opening(attempt=0)
@@ -74,6 +77,8 @@ class Coordinator:
         self._down: dict[int, Down] = {}
         self._stopping = False
         self._save = SaveRound(spec, store, world_size)
+        self._memory: Progress | None = None
+        self._last_words: tuple[Ending, str] | None = None
         self._launch_at: float | None = None
         self._launch_failures = 0
         self._cause = "start"
@@ -95,6 +100,12 @@ class Coordinator:
                 self._from_trainer(rank, inner)
             case Receipt() | SaveFailed() if message.attempt == self._attempt:
                 self._hear_of_save(rank, message)
+            case SaveDelayed() if message.attempt == self._attempt:
+                self._event("save_delayed", rank=rank, step=message.progress.step, error=message.error)
+            case CommitEnded() if (
+                message.attempt == self._attempt
+            ):  # of an older one, this very group has superseded it
+                self._hear_of_commit(message)
             case Down(attempt=attempt) if attempt == self._attempt:
                 self._take_down(rank, message)
 
@@ -133,14 +144,23 @@ class Coordinator:
             self._launch_failures = 0
 
     def _launch(self, cause: str) -> None:
-        self._opening = self._opener.open(cause)
-        self._reached = self._opening.progress
+        self._opening = opening = self._opener.open(cause, self._remembered())
+        self._reached = opening.progress
         self._ready, self._finished, self._down = set(), set(), {}
-        self._save.begin_attempt()
+        self._save.begin_attempt(opening)
         self._stopping = False
-        attempt, restore = self._opening.attempt, self._opening.restore
-        self._event("attempt", attempt=attempt, restore=restore, cause=cause, world_size=self._world_size)
-        self._to_all(Launch(attempt=attempt, restore=restore))
+        attempt, restore, memory = opening.attempt, opening.restore, opening.memory
+        in_memory = memory and memory.step
+        self._event(
+            "attempt", attempt=attempt, restore=restore, memory=in_memory, cause=cause, world_size=self._world_size
+        )
+        self._to_all(Launch(attempt=attempt, restore=restore, memory=memory, committed=opening.committed))
+
+    def _remembered(self) -> Remembered | None:
+        """The snapshot that all agents hold, if the next attempt may begin from it."""
+        if self._memory is None:
+            return None
+        return Remembered(progress=self._memory, committed=self._save.committed, checkpoint=self._save.checkpoint)
 
     @property
     def _attempt(self) -> int:
@@ -159,10 +179,13 @@ class Coordinator:
             case Stepped(progress=progress, metrics=metrics):
                 self._reached = progress
                 self._event("step", attempt=self._attempt, step=progress.step, metrics=dict(metrics))
-            case Finished():
+            case Skipped(progress=progress):
+                self._event("save_skipped", step=progress.step)
+            case Finished(stopped=stopped):
                 self._finished.add(rank)
                 if len(self._finished) == self._world_size:
-                    self._end(Ending.FINISHED, f"step {self._spec.num_steps} is done and committed")
+                    finished = f"step {self._spec.num_steps} is done and committed"
+                    self._end(Ending.STORAGE if stopped else Ending.FINISHED, stopped or finished)
 
     def _hear_of_save(self, rank: int, message: Receipt | SaveFailed) -> None:
         if self._save.has_ended(message.progress):
@@ -170,23 +193,31 @@ class Coordinator:
             # (again), or it waits for ever.
             self._send(rank, self._save.ended)
             return
-        try:
-            manifest = self._save.take(rank, message)
-        except SupersededError as error:
-            self._end(Ending.SUPERSEDED, str(error))
+        job = self._save.take(rank, message)
+        if job is not None:
+            self._chores.commit(job)
+        elif self._save.has_ended(message.progress):
+            self._announce_save()
+
+    def _hear_of_commit(self, commit: CommitEnded) -> None:
+        if commit.superseded:
+            self._end(Ending.SUPERSEDED, commit.error or "")
             return
-        if not self._save.has_ended(message.progress):
-            return
-        assert self._save.ended
-        if manifest is not None:
-            size = sum(file.size_bytes for file in manifest.files)
-            self._event("saved", step=message.progress.step, attempt=self._attempt, bytes=size)
-            self._prune(self._attempt)
-        else:
-            self._event("save_failed", step=message.progress.step, error=self._save.ended.error)
-        self._to_all(self._save.ended)
-        if self._stopping and len(self._down) == self._world_size and self._launch_at is None:
-            self._decide()
+        self._save.end(commit.progress, commit.error, commit.attempt)
+        if commit.error is None:
+            self._event("saved", step=commit.progress.step, attempt=commit.attempt, bytes=commit.size_bytes)
+            self._chores.prune(commit.attempt)
+        self._announce_save()
+
+    def _announce_save(self) -> None:
+        """Tell everybody how the save in flight has ended."""
+        ended = self._save.ended
+        assert ended is not None
+        if ended.error is not None:
+            self._event("save_failed", step=ended.progress.step, error=ended.error)
+        self._to_all(ended)
+        if self._last_words is not None:
+            self._end(*self._last_words)
 
     def _take_down(self, rank: int, down: Down) -> None:
         self._down[rank] = down
@@ -194,13 +225,8 @@ class Coordinator:
             self._stopping = True
             self._event("down", rank=rank, kind=down.exit.kind.value, message=down.exit.message)
             self._to_all(Kill(attempt=self._attempt))
-        if len(self._down) < self._world_size:
-            return
-        pending = {down.pending for down in self._down.values()}
-        # An agent may not have read yet that the save it names has ended: that one is nothing to wait for.
-        if len(pending) == 1 and (progress := pending.pop()) and not self._save.has_ended(progress):
-            return  # every rank's snapshot of one step outlived its trainer: it is still committed
-        self._decide()
+        if len(self._down) == self._world_size:
+            self._decide()
 
     def _decide(self) -> None:
         rank, cause = classify({rank: down.exit for rank, down in self._down.items()})
@@ -225,10 +251,13 @@ class Coordinator:
             step=self._reached.step,
         )
         if decision.action is Action.REFUSE:
-            self._end(Ending.CONFIG, decision.reason)
+            self._end_after_save(Ending.CONFIG, decision.reason)
         elif decision.action is Action.GIVE_UP:
-            self._end(Ending.GAVE_UP, decision.reason)
+            self._end_after_save(Ending.GAVE_UP, decision.reason)
         else:
+            held = {down.held for down in self._down.values()}
+            # Only a plain restart may go on from memory: anything else distrusts what the trainers were doing.
+            self._memory = held.pop() if decision.action is Action.RESTART and len(held) == 1 else None
             if decision.action is Action.QUARANTINE and self._opening.checkpoint is not None:
                 # The file with the damage, where a full check finds it; else what the loading rank saw.
                 report = self._opener.report_quarantine
@@ -238,6 +267,15 @@ class Coordinator:
     def broken(self, error: BaseException) -> None:
         """The coordinator itself failed: end the run with the trace, rather than have everything restarted for ever."""
         self._end(Ending.BROKEN, "".join(traceback.format_exception(error)))
+
+    def _end_after_save(self, ending: Ending, message: str) -> None:
+        """A snapshot that outlived the trainers on all ranks is still committed before the run ends."""
+        pending = {down.pending for down in self._down.values()}
+        # An agent may not have read yet that the save it names has ended: that one is nothing to wait for.
+        if len(pending) == 1 and (progress := pending.pop()) and not self._save.has_ended(progress):
+            self._last_words = ending, message
+        else:
+            self._end(ending, message)
 
     def _end(self, ending: Ending, message: str) -> None:
         self.outcome = Outcome(ending=ending, message=message)

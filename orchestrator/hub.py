@@ -30,12 +30,16 @@ class Hub:
         self._world_size = world_size
         self._agents: dict[int, Connection] = {}
 
-    def start(self, make_coordinator: Callable[[Callable[[int, object], None]], Coordinator]) -> None:
+    def start(
+        self, make_coordinator: Callable[[Callable[[int, object], None]], Coordinator], results: Connection
+    ) -> None:
         """Serve until the run has an outcome or this process ends.
 
         Args:
             make_coordinator: called in the thread with the function that sends to an agent.
+            results: delivers what the coordinator's chores have come to.
         """
+        self._results = results
         threading.Thread(target=self._serve, args=(make_coordinator,), name="hub", daemon=True).start()
 
     def _send(self, rank: int, message: object) -> None:
@@ -74,8 +78,11 @@ class Hub:
 
     def _turn(self, coordinator: Coordinator) -> None:
         ranks = {connection: rank for rank, connection in self._agents.items()}
-        for connection in wait(list(ranks), timeout=coordinator.wait_s):
+        for connection in wait([*ranks, self._results], timeout=coordinator.wait_s):
             assert isinstance(connection, Connection)
+            if connection is self._results:
+                coordinator.handle(0, connection.recv())
+                continue
             rank = ranks[connection]
             try:
                 message = connection.recv()

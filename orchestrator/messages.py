@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from orchestrator.sections import CheckpointConfig
 from trainers.progress import Progress
 from trainers.shards import Chunk
 
@@ -88,13 +89,38 @@ class Snapshot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finished:
-    """The last step is done and committed."""
+class Overwriting:
+    """The trainer begins to write the next snapshot into the agent's buffer; the one before is gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A save was due and left out, on all ranks, as the one before still runs."""
 
     progress: Progress
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The last step is done and committed, or the trainer stopped at this step."""
+
+    progress: Progress
+    stopped: str | None = None
+    """Why it stopped before the last step, on all ranks alike, if so."""
+
+
 # agent -> trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySnapshot:
+    """A snapshot that outlived the trainer that took it."""
+
+    snapshot: Snapshot
+    chunks: tuple[Any, ...]
+    """A `checkpoint.writer.ChunkReceipt` for each chunk: what the buffer must still hold."""
+    pending: bool
+    """It is not committed, and on its way to storage again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +130,15 @@ class Begin:
     config: Mapping[str, Any]
     """The `TrainerConfig` as plain values."""
     run_url: str
-    every_steps: int
+    checkpoint: CheckpointConfig
     rank: int
     world_size: int
     restore: str | None
     """Name of the checkpoint to start from."""
+    memory: MemorySnapshot | None
+    """What to start from instead: it lies in the agent's buffer."""
+    committed: Progress
+    """Of the newest committed checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +197,15 @@ class SaveFailed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SaveDelayed:
+    """This rank's shard could not be stored at the first try; it is tried again."""
+
+    attempt: int
+    progress: Progress
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Down:
     """This rank's trainer is gone and its last words have been read."""
 
@@ -174,14 +213,16 @@ class Down:
     exit: TrainerExit
     pending: Progress | None
     """The snapshot that this agent still holds and will deliver."""
+    held: Progress | None = None
+    """The snapshot that is whole in this agent's buffer, whatever became of its save."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FromTrainer:
-    """A trainer's `Listening`, `Reached`, `Restored`, `Stepped` or `Finished`, passed on."""
+    """A trainer's message, passed on."""
 
     attempt: int
-    message: Listening | Reached | Restored | Stepped | Finished
+    message: Listening | Reached | Restored | Stepped | Skipped | Finished
 
 
 # coordinator -> agent
@@ -193,6 +234,11 @@ class Launch:
 
     attempt: int
     restore: str | None
+    """Name of the checkpoint to start from."""
+    memory: Progress | None = None
+    """Start from the snapshot of this progress in the agents' buffers; no other one is to be used any more."""
+    committed: Progress = field(default_factory=Progress)
+    """Of the newest committed checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)

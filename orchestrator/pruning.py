@@ -37,7 +37,7 @@ class BackgroundPruner:
             self._requested.clear()
             wait_s = None
             try:
-                pruner = pruner or Pruner(Store.open(self._spec.run_url), self._spec.keep)
+                pruner = pruner or Pruner(Store.open(self._spec.run_url), self._spec.checkpoint.keep)
                 wait_s = pruner.prune(self._attempt, self._report)
             except SupersededError:
                 pass  # the newer attempt prunes; that this one has to end is said at its next commit

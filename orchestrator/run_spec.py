@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.checkpoint.policy import RetentionConfig
+from orchestrator.sections import CheckpointConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +21,7 @@ class RunSpec:
     """The `TrainerConfig` as plain values."""
     config_hash: str
     strategy: str
-    every_steps: int
-    keep: RetentionConfig
+    checkpoint: CheckpointConfig
     num_steps: int
     versions: Mapping[str, str]
     """Of the libraries that decide numbers; recorded in every manifest."""

@@ -32,8 +32,11 @@ class Screen:
         assert line is not None, event.kind
         line(event.time_s, **event.fields)
 
-    def _attempt(self, at: float, *, attempt: int, restore: str | None, cause: str, world_size: int) -> None:
+    def _attempt(
+        self, at: float, *, attempt: int, restore: str | None, memory: int | None, cause: str, world_size: int
+    ) -> None:
         start = f"from checkpoint {restore}" if restore else "from the beginning"
+        start = f"from step {memory} in memory" if memory else start
         why = "" if cause == "start" else f", after: {cause}"
         self._write(f"attempt {attempt}: {world_size} worker{'s' * (world_size > 1)}, {start}{why}")
 
@@ -69,6 +72,12 @@ class Screen:
 
     def _save_failed(self, at: float, *, step: int, error: str) -> None:
         self._write(f"checkpoint of step {step} failed, training goes on without it: {error}")
+
+    def _save_delayed(self, at: float, *, rank: int, step: int, error: str) -> None:
+        self._write(f"checkpoint of step {step}: rank {rank} tries again: {error}")
+
+    def _save_skipped(self, at: float, *, step: int) -> None:
+        self._write(f"no checkpoint of step {step}: the one before is still being stored")
 
     def _down(self, at: float, *, rank: int, kind: str, message: str) -> None:
         self._down_at = at

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
-from orchestrator.checkpoint.policy import RetentionConfig
+from orchestrator.checkpoint.policy import RetentionConfig, Verify
 from trainers.errors import ConfigError
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -65,11 +66,26 @@ class CheckpointConfig:
 
     every_steps: int = 1000
     """A checkpoint after every so many steps, and one at the end, >= 1."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """When a save is due and the one before still runs: training waits, or this one is left out on all workers."""
+    deadline_s: float = 600.0
+    """Seconds in which a failed write, or commit, is repeated; then training goes on without this checkpoint, >= 0."""
+    max_lag_steps: int | None = None
+    """Steps without a committed checkpoint; then training waits for one, and stops if that fails. Null: no limit."""
+    verify: Verify = "full"
+    """Read back before a checkpoint counts: every byte, 1 % at random, or sizes. Loading checks all in any case."""
     keep: RetentionConfig = field(default_factory=RetentionConfig)
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise ConfigError(f"every_steps={self.every_steps} must be at least 1")
+        if not 0 <= self.deadline_s < float("inf"):
+            raise ConfigError(f"deadline_s={self.deadline_s:g} must be at least 0 and finite")
+        if self.max_lag_steps is not None and self.max_lag_steps < 2 * self.every_steps:
+            raise ConfigError(
+                f"max_lag_steps={self.max_lag_steps} is less than 2 * every_steps={2 * self.every_steps}: every save"
+                f" would be waited for; set at least {2 * self.every_steps}, or null for no limit"
+            )
         if self.keep.every_steps is not None and self.keep.every_steps % self.every_steps:
             raise ConfigError(
                 f"keep.every_steps={self.keep.every_steps} is not a multiple of every_steps={self.every_steps}:"

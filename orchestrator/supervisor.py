@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
-import queue
 import signal
 import socket
-import threading
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, wait
 
-from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.store import Store
-from orchestrator.checkpoint.writer import write_shard
-from orchestrator.errors import UnbrokenError
 from orchestrator.forkserver import ForkServer
 from orchestrator.messages import (
     Begin,
@@ -25,60 +19,20 @@ from orchestrator.messages import (
     FromTrainer,
     Kill,
     Launch,
+    MemorySnapshot,
     Outcome,
-    Receipt,
+    Overwriting,
     Rendezvous,
     SaveEnded,
-    SaveFailed,
+    Skipped,
     Snapshot,
     Started,
     Stepped,
     TrainerExit,
 )
 from orchestrator.run_spec import RunSpec
+from orchestrator.shard_writer import HeldSnapshot, ShardWriter
 from trainers.progress import Progress
-
-
-class ShardWriter:
-    """Stores snapshots in a thread: the shard goes from the shared buffer to storage without a second copy."""
-
-    def __init__(self, store: Store, buffer: int, rank: int, world_size: int) -> None:
-        self._store = store
-        self._buffer = buffer
-        self._rank = rank
-        self._world_size = world_size
-        self._jobs: queue.SimpleQueue[tuple[int, Snapshot]] = queue.SimpleQueue()
-        self.connection, self._results = Pipe(duplex=False)
-        """Delivers a `Receipt` or `SaveFailed` for each snapshot."""
-        threading.Thread(target=self._work, name="shard-writer", daemon=True).start()
-
-    def submit(self, attempt: int, snapshot: Snapshot) -> None:
-        self._jobs.put((attempt, snapshot))
-
-    def _work(self) -> None:
-        while True:
-            attempt, snapshot = self._jobs.get()
-            progress = snapshot.progress
-            try:
-                # Unmapped when nothing refers to it; to close it here fails while an error's trace holds views.
-                data = memoryview(mmap.mmap(self._buffer, snapshot.size_bytes, prot=mmap.PROT_READ))
-                key = CheckpointRef(progress.samples_seen, attempt).shard(self._rank, self._world_size)
-                shard = write_shard(self._store, key, snapshot.chunks, data, self._metadata(attempt, progress))
-            except Exception as error:  # whatever it is, the save has failed and the trainer waits to hear so
-                why = str(error) if isinstance(error, UnbrokenError) else repr(error)
-                self._results.send(SaveFailed(attempt=attempt, progress=progress, error=why))
-            else:
-                self._results.send(Receipt(attempt=attempt, progress=progress, shard=shard, scalars=snapshot.scalars))
-
-    def _metadata(self, attempt: int, progress: Progress) -> dict[str, str]:
-        """For people who find the file alone."""
-        return {
-            "format": "unbroken-1",
-            "attempt": str(attempt),
-            "step": str(progress.step),
-            "samples_seen": str(progress.samples_seen),
-            "rank": f"{self._rank} of {self._world_size}",
-        }
 
 
 class Supervisor:
@@ -100,13 +54,14 @@ class Supervisor:
         self._fork_server = start_fork_server(spec.preload)
         # Anonymous shared memory: it outlives the trainers, and cannot outlive this process.
         self._buffer = os.memfd_create("unbroken-snapshot")
-        self._writer = ShardWriter(Store.open(spec.run_url), self._buffer, rank, world_size)
+        self._writer = ShardWriter(Store.open(spec.run_url), self._buffer, rank, world_size, spec.checkpoint)
         self._attempt = 0
         self._trainer: Connection | None = None
         self._pid: int | None = None
         self._exit: TrainerExit | None = None
         self._killed = False
         self._pending: Progress | None = None
+        self._held: HeldSnapshot | None = None
 
     def run(self) -> Outcome:
         """Serve until the coordinator has an outcome.
@@ -147,20 +102,22 @@ class Supervisor:
 
     def _obey(self, message: object) -> None:
         match message:
-            case Launch(attempt=attempt, restore=restore):
-                self._launch(attempt, restore)
+            case Launch():
+                self._launch(message)
             case Kill(attempt=attempt) if attempt == self._attempt and self._pid is not None:
                 self._killed = True
                 self._fork_server.kill(self._pid)
             case SaveEnded(progress=progress):
                 if self._pending == progress:
                     self._pending = None
+                    self._writer.drop()  # another rank's shard may have failed while this one's is tried again
                     self._tell_trainer(message)
             case Rendezvous():
                 self._tell_trainer(message)
 
-    def _launch(self, attempt: int, restore: str | None) -> None:
-        self._attempt, self._exit, self._killed, self._pending = attempt, None, False, None
+    def _launch(self, launch: Launch) -> None:
+        self._attempt, self._exit, self._killed, self._pending = launch.attempt, None, False, None
+        self._writer.drop()
         ours, theirs = socket.socketpair()
         with theirs:
             self._pid = self._fork_server.fork(theirs.fileno(), self._buffer)
@@ -168,13 +125,32 @@ class Supervisor:
         begin = Begin(
             config=self._spec.config,
             run_url=self._spec.run_url,
-            every_steps=self._spec.every_steps,
+            checkpoint=self._spec.checkpoint,
             rank=self._rank,
             world_size=self._world_size,
-            restore=restore,
+            restore=launch.restore,
+            memory=self._recall(launch),
+            committed=launch.committed,
         )
         self._tell_trainer(begin)
-        self._coordinator.send(Started(attempt=attempt, pid=self._pid, agent_pid=os.getpid()))
+        self._coordinator.send(Started(attempt=launch.attempt, pid=self._pid, agent_pid=os.getpid()))
+
+    def _recall(self, launch: Launch) -> MemorySnapshot | None:
+        """The snapshot to start from, if it lies here; it is stored again, for this attempt, if it is not committed."""
+        if launch.memory is None:
+            # Whatever this attempt starts from may be older, or somebody else's: from here on the snapshot is of a past
+            # that has been given up. It must not be taken for a present one after the next death.
+            self._held = None
+            return None
+        held = self._held
+        assert held is not None and held.snapshot.progress == launch.memory, (held, launch)
+        # They are being hashed at most, which takes less than the trainer's start. None: the trainer will refuse it.
+        chunks = () if held.hashed.exception() else held.hashed.result()
+        pending = launch.memory != launch.committed
+        if pending:
+            self._pending = launch.memory
+            self._writer.submit(launch.attempt, held)
+        return MemorySnapshot(snapshot=held.snapshot, chunks=chunks, pending=pending)
 
     def _tell_trainer(self, message: object) -> None:
         # A trainer that is gone reads nothing; that it is gone is reported by the fork server.
@@ -193,10 +169,12 @@ class Supervisor:
         match message:
             case TrainerExit():
                 self._exit = message
+            case Overwriting():
+                self._held = None
             case Snapshot():
-                self._pending = message.progress
-                self._writer.submit(self._attempt, message)
-            case Stepped() if self._rank != 0:
+                self._pending, self._held = message.progress, HeldSnapshot(snapshot=message)
+                self._writer.submit(self._attempt, self._held)
+            case Stepped() | Skipped() if self._rank != 0:
                 pass  # the numbers are the same on all ranks
             case _:
                 self._coordinator.send(FromTrainer(attempt=self._attempt, message=message))
@@ -213,7 +191,9 @@ class Supervisor:
         self._pid = None
         while self._trainer is not None:  # its last words, up to the end of file
             self._hear_trainer()
-        self._coordinator.send(Down(attempt=self._attempt, exit=self._cause(ended.status), pending=self._pending))
+        held = self._held.snapshot.progress if self._held else None
+        cause = self._cause(ended.status)
+        self._coordinator.send(Down(attempt=self._attempt, exit=cause, pending=self._pending, held=held))
 
     def _cause(self, status: int) -> TrainerExit:
         if self._exit is not None:

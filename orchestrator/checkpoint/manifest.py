@@ -101,6 +101,8 @@ class Manifest:
     versions: Mapping[str, str]
     store: Mapping[str, Any] = field(default_factory=dict)
     """`kind`, and whether it has `conditional_create`, as found at the start; empty in older manifests."""
+    verify: str = "full"
+    """What was read back before the commit: full, sample (1 %), or size; older manifests do not say, and mean full."""
     scalars: Mapping[str, Any]
     """State that is no tensor. Only what the next step may depend on: `unbroken prove` compares all of it."""
     health: Mapping[str, Any]

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState
 from orchestrator.checkpoint.keys import MANIFEST_NAME, CheckpointRef
 from trainers.errors import ConfigError
+
+Verify = Literal["full", "sample", "size"]
+"""What is read back from storage before a checkpoint counts."""
 
 
 @dataclass(frozen=True, kw_only=True)

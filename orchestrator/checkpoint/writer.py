@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,9 @@ import xxhash
 
 from orchestrator.checkpoint import keys, records
 from orchestrator.checkpoint.attempts import check_not_superseded
+from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.manifest import ChunkEntry, FileEntry, Manifest, TensorEntry
+from orchestrator.checkpoint.policy import Verify
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import AlreadyExistsError, StorageError, UnbrokenError
 from trainers.fingerprint import combine, format_fingerprint, partial_fingerprint
@@ -19,6 +22,7 @@ from trainers.progress import Progress
 from trainers.shards import Chunk, TensorSpec
 
 _READ_BACK_BYTES = 16 << 20
+_SAMPLE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,38 +62,55 @@ class CommitInfo:
     scalars: Mapping[str, Any]
     health: Mapping[str, Any]
     store: Mapping[str, Any] = field(default_factory=dict)
+    verify: Verify = "full"
 
 
-def write_shard(
-    store: Store, key: str, chunks: Sequence[Chunk], data: memoryview, metadata: Mapping[str, str]
-) -> ShardReceipt:
-    """Write a rank's chunks as a safetensors file, read it back and verify it.
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A rank's file, hashed and ready to be stored. Holds no copy of the data."""
+
+    header: bytes
+    data: memoryview
+    receipt: ShardReceipt
+
+
+def prepare_shard(name: str, chunks: Sequence[Chunk], data: memoryview, metadata: Mapping[str, str]) -> Shard:
+    """Hash a rank's chunks as the safetensors file that they will be.
 
     Args:
-        key: `CheckpointRef.shard(rank, world_size)`.
+        name: `keys.shard_name(rank, world_size)`.
         chunks: back to back in `data`, at most one of each tensor. For other readers' sake put larger element
             types first: safetensors' torch reader wants every tensor aligned to its element size.
-        data: exactly the data section. Must not change meanwhile; it is written from where it lies.
+        data: exactly the data section. Must not change until it is stored: it is written from where it lies.
         metadata: the file's `__metadata__`.
-
-    Raises:
-        StorageError: writing failed, or the store returned other bytes; writing again is safe.
     """
     data = data.cast("B")
     header = _safetensors_header(chunks, len(data), metadata)
     file_hash = xxhash.xxh3_128(header)
     file_hash.update(data)
-    receipts = tuple(_receipt(chunk, data[chunk.begin : chunk.end], len(header)) for chunk in chunks)
-    store.write(key, [header, data])
-    _read_back(store, key, len(header) + len(data), file_hash.hexdigest())
     file = FileEntry(
-        name=key.rpartition("/")[2],
+        name=name,
         size_bytes=len(header) + len(data),
         hash=file_hash.hexdigest(),
         header_hash=xxhash.xxh3_128_hexdigest(header),
         header_bytes=len(header),
     )
-    return ShardReceipt(file=file, chunks=receipts)
+    receipts = tuple(_receipt(chunk, data[chunk.begin : chunk.end], len(header)) for chunk in chunks)
+    return Shard(header=header, data=data, receipt=ShardReceipt(file=file, chunks=receipts))
+
+
+def store_shard(store: Store, ref: CheckpointRef, shard: Shard, verify: Verify = "full") -> None:
+    """Write a shard, read it back and verify it. May be repeated after any error.
+
+    Args:
+        verify: how much is read back, as `CheckpointConfig.verify` says.
+
+    Raises:
+        StorageError: writing failed, or the store returned other bytes.
+    """
+    key = ref.file(shard.receipt.file.name)
+    store.write(key, [shard.header, shard.data])
+    _read_back(store, key, shard, verify)
 
 
 def commit(store: Store, receipts: Sequence[ShardReceipt], info: CommitInfo) -> Manifest:
@@ -156,16 +177,50 @@ def _receipt(chunk: Chunk, data: memoryview, header_bytes: int) -> ChunkReceipt:
     )
 
 
-def _read_back(store: Store, key: str, size_bytes: int, file_hash: str) -> None:
-    found = xxhash.xxh3_128()
-    found_bytes = store.size(key)
-    for begin in range(0, found_bytes, _READ_BACK_BYTES):
-        found.update(store.read(key, begin, min(begin + _READ_BACK_BYTES, found_bytes)))
-    if (found_bytes, found.hexdigest()) != (size_bytes, file_hash):
+def _read_back(store: Store, key: str, shard: Shard, verify: Verify) -> None:
+    """Compare what the store holds with what was written.
+
+    Raises:
+        StorageError: it differs, or could not be read; writing again is safe.
+    """
+    file, size_bytes = shard.receipt.file, store.size(key)
+    if size_bytes != file.size_bytes:
         raise StorageError(
-            f"{store.url}/{key} reads back as {found_bytes} bytes with hash {found.hexdigest()}, "
-            f"written were {size_bytes} with {file_hash}; write it again"
+            f"{store.url}/{key} reads back as {size_bytes} bytes, written were {file.size_bytes}; write it again"
         )
+    if verify == "full":
+        found = xxhash.xxh3_128()
+        for begin in range(0, size_bytes, _READ_BACK_BYTES):
+            found.update(store.read(key, begin, min(begin + _READ_BACK_BYTES, size_bytes)))
+        if found.hexdigest() != file.hash:
+            raise StorageError(
+                f"{store.url}/{key} reads back with hash {found.hexdigest()}, written was {file.hash}; write it again"
+            )
+    elif verify == "sample":
+        written = _Joined(shard.header, shard.data)
+        for begin, end in _samples(size_bytes):
+            if store.read(key, begin, end) != written[begin:end]:
+                raise StorageError(f"{store.url}/{key} reads back otherwise in bytes {begin} to {end}; write it again")
+
+
+def _samples(size_bytes: int) -> list[tuple[int, int]]:
+    """Ranges of `_SAMPLE_BYTES`: both ends, and one of every hundred places between, at random."""
+    places = range(_SAMPLE_BYTES, max(_SAMPLE_BYTES, size_bytes - _SAMPLE_BYTES), _SAMPLE_BYTES)
+    chosen = random.sample(places, -(-len(places) // 100))
+    begins = sorted({0, *chosen, max(0, size_bytes - _SAMPLE_BYTES)})
+    return [(begin, min(begin + _SAMPLE_BYTES, size_bytes)) for begin in begins]
+
+
+class _Joined:
+    """Header and data as the bytes of one file, of which slices can be taken without a copy of all."""
+
+    def __init__(self, header: bytes, data: memoryview) -> None:
+        self._header, self._data = header, data
+
+    def __getitem__(self, wanted: slice) -> bytes:
+        size = len(self._header)
+        data = self._data[max(0, wanted.start - size) : max(0, wanted.stop - size)]
+        return self._header[wanted.start : wanted.stop] + bytes(data)
 
 
 def _manifest(receipts: Sequence[ShardReceipt], info: CommitInfo) -> Manifest:
@@ -196,6 +251,7 @@ def _manifest(receipts: Sequence[ShardReceipt], info: CommitInfo) -> Manifest:
         scalars=info.scalars,
         health=info.health,
         store=info.store,
+        verify=info.verify,
         created_at=records.now(),
         files=tuple(receipt.file for receipt in receipts),
         tensors=tensors,

@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
+from orchestrator.committing import BackgroundChores
 from orchestrator.coordinator import Coordinator
 from orchestrator.forkserver import ForkServer
 from orchestrator.hub import Hub, connect
 from orchestrator.messages import Event, Outcome
-from orchestrator.pruning import BackgroundPruner
 from orchestrator.run_spec import RunSpec
+from orchestrator.sections import CheckpointConfig
 from orchestrator.supervisor import Supervisor
 
 PRELOAD = ("torch", "diffusers:UNet2DModel", "trainers.build", "orchestrator.checkpoint.reader", "sklearn.datasets")
@@ -36,8 +36,8 @@ def _fork_server(preload: Sequence[str]) -> ForkServer:
     return _SHELF.pop() if _SHELF else _KeptForkServer(preload)
 
 
-def make_spec(run: Path, config: Mapping[str, Any], every_steps: int) -> RunSpec:
-    """The spec of a run in the folder `run`."""
+def make_spec(run: Path | str, config: Mapping[str, Any], every_steps: int, **checkpoint: Any) -> RunSpec:
+    """The spec of a run at `run`; `checkpoint` are other keys of that section."""
     record = open_or_create(Store.open(str(run)), config)
     return RunSpec(
         run_id=record.run_id,
@@ -46,8 +46,7 @@ def make_spec(run: Path, config: Mapping[str, Any], every_steps: int) -> RunSpec
         config=config,
         config_hash="test",
         strategy=config["parallel"]["strategy"],
-        every_steps=every_steps,
-        keep=RetentionConfig(),
+        checkpoint=CheckpointConfig(every_steps=every_steps, **checkpoint),
         num_steps=config["train"]["num_steps"],
         versions={},
         preload=PRELOAD,
@@ -59,8 +58,9 @@ def run_agents(
 ) -> Outcome | None:
     """Run to the end. `on_event` is called in the coordinator's thread; what it does happens before what follows."""
     hub = Hub("127.0.0.1", key := b"test", world_size)
-    prune = BackgroundPruner(spec, on_event).request
-    hub.start(lambda send: Coordinator(spec, Store.open(spec.run_url), world_size, "127.0.0.1", send, on_event, prune))
+    store = Store.open(spec.run_url)
+    chores = BackgroundChores(spec, store, on_event)
+    hub.start(lambda send: Coordinator(spec, store, world_size, "127.0.0.1", send, on_event, chores), chores.results)
     outcomes: dict[int, Outcome] = {}
 
     def serve(rank: int) -> None:

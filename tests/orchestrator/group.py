@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from orchestrator.checkpoint.keys import CheckpointRef
-from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpoint.store import Store
-from orchestrator.checkpoint.writer import write_shard
+from orchestrator.committing import CommitEnded, CommitJob, carry_out
 from orchestrator.coordinator import Coordinator
 from orchestrator.messages import (
     Down,
@@ -19,6 +19,8 @@ from orchestrator.messages import (
     TrainerExit,
 )
 from orchestrator.run_spec import RunSpec
+from orchestrator.sections import CheckpointConfig
+from tests.orchestrator.checkpoint.shards import write_shard
 from trainers.progress import Progress
 from trainers.shards import Chunk, TensorSpec
 
@@ -33,13 +35,31 @@ def make_spec(run_url: str, **changes: Any) -> RunSpec:
         "config": {},
         "config_hash": "h",
         "strategy": "fsdp",
-        "every_steps": 5,
-        "keep": RetentionConfig(),
+        "checkpoint": CheckpointConfig(every_steps=5),
         "num_steps": 20,
         "versions": {},
         "preload": (),
     }
     return RunSpec(**(fields | changes))
+
+
+class PromptChores:
+    """Done at once; a commit is tried once, and its end is to be handed over by whoever tests."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.prunings: list[int] = []
+        self.jobs: list[CommitJob] = []
+        self.hand_over: Callable[[CommitEnded], None] | None = None
+        """None: commits are only collected in `jobs`."""
+
+    def commit(self, job: CommitJob) -> None:
+        self.jobs.append(job)
+        if self.hand_over is not None:
+            self.hand_over(carry_out(self._store, job, lambda: False))
+
+    def prune(self, attempt: int) -> None:
+        self.prunings.append(attempt)
 
 
 class Group:
@@ -49,7 +69,8 @@ class Group:
         self.store = store
         self.orders: list[tuple[int, object]] = []
         self.events: list[Event] = []
-        self.prunings: list[int] = []
+        self.chores = PromptChores(store)
+        self.prunings = self.chores.prunings
         self.coordinator = Coordinator(
             make_spec(store.url, session=session),
             store,
@@ -57,8 +78,9 @@ class Group:
             "host",
             lambda rank, order: self.orders.append((rank, order)),
             self.events.append,
-            self.prunings.append,
+            self.chores,
         )
+        self.chores.hand_over = lambda ended: self.coordinator.handle(0, ended)
 
     def join(self) -> Group:
         self.both(Joined(rank=0), Joined(rank=1))
@@ -91,9 +113,11 @@ class Group:
     def save(self, step: int) -> None:
         self.both(self.receipt(0, step), self.receipt(1, step))
 
-    def down(self, rank: int, kind: ExitKind, pending: Progress | None = None, message: str = "m") -> None:
-        end = TrainerExit(kind=kind, message=message)
-        self.coordinator.handle(rank, Down(attempt=self.attempt, exit=end, pending=pending))
+    def down(self, rank: int, kind: ExitKind, pending: Progress | None = None, **fields: Any) -> None:
+        """Args: fields: `message`, and `held`, which without is what is pending."""
+        end = TrainerExit(kind=kind, message=fields.get("message", "m"))
+        held = fields.get("held", pending)
+        self.coordinator.handle(rank, Down(attempt=self.attempt, exit=end, pending=pending, held=held))
 
     def kinds(self) -> list[str]:
         return [event.kind for event in self.events]

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 
 from orchestrator.checkpoint.store import Store
-from orchestrator.checkpoint.writer import ShardReceipt, write_shard
-from orchestrator.errors import StorageError
 from orchestrator.messages import Ending, Event
 from orchestrator.prove import prove
 from tests.orchestrator.agents import make_spec, run_agents
@@ -169,26 +167,3 @@ def test_an_exception_at_one_step_ends_the_run_with_its_trace(tmp_path: Path) ->
     outcome = run_agents(make_spec(tmp_path / "run", broken, EVERY), 2, script)
     assert outcome.ending in (Ending.GAVE_UP, Ending.CONFIG)
     assert "a.png" in outcome.message or "b.png" in outcome.message
-
-
-def test_a_store_that_fails_for_a_while_costs_a_checkpoint_and_nothing_else(
-    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing = {"0000000000144-0001/shard-00001": StorageError("disk full"), "0000000000216-0001": OSError("odd")}
-
-    def flaky(store: Store, key: str, *rest: Any) -> ShardReceipt:
-        for part, error in failing.items():
-            if part in key:
-                raise error
-        return write_shard(store, key, *rest)
-
-    monkeypatch.setattr("orchestrator.supervisor.write_shard", flaky)
-    script = Script()
-    outcome = run_agents(make_spec(tmp_path / "run", config(), EVERY), 2, script)
-    assert outcome.ending is Ending.FINISHED
-    assert [(event["step"], "disk full" in event["error"]) for event in script.of("save_failed")] == [
-        (6, True),
-        (9, False),
-    ]
-    assert len(script.of("attempt")) == 1
-    assert_same_state(tmp_path / "run", straight)

@@ -117,27 +117,16 @@ def test_a_death_ends_all_and_starts_all_from_the_newest(store: Store) -> None:
     assert group.last(Kill) == Kill(attempt=1) and group.count(Launch) == 2
     group.down(0, ExitKind.PEER_LOST)
     group.coordinator.tick()
-    assert group.last(Launch) == Launch(attempt=2, restore="0000000000050-0001")
+    assert group.last(Launch) == Launch(attempt=2, restore="0000000000050-0001", committed=Progress(5, 50))
 
 
-def test_a_snapshot_that_all_ranks_took_is_committed_before_the_restart(store: Store) -> None:
+def test_a_run_that_may_not_go_on_without_a_checkpoint_stops_as_storage_failure(store: Store) -> None:
     group = Group(store).join()
-    pending = Progress(5, 50)
-    group.down(1, ExitKind.KILLED, pending)
-    group.down(0, ExitKind.PEER_LOST, pending)
-    group.coordinator.tick()
-    assert group.attempt == 1, "waits for the shards"
-    group.save(5)
-    group.coordinator.tick()
-    assert group.last(Launch) == Launch(attempt=2, restore="0000000000050-0001")
-
-
-def test_a_save_that_ended_unheard_is_not_waited_for(store: Store) -> None:
-    group = Group(store).join()
-    group.save(5)
-    for rank in (0, 1):  # both trainers died before their agents read that the save had ended
-        group.down(rank, ExitKind.KILLED, pending=Progress(5, 50))
-    assert "failure" in group.kinds() and group.coordinator.wait_s is not None
+    end = FromTrainer(attempt=1, message=Finished(progress=Progress(5, 50), stopped="stopped at step 5: unreachable"))
+    group.coordinator.handle(0, end)
+    assert group.coordinator.outcome is None
+    group.coordinator.handle(1, end)
+    assert group.last(Outcome) == Outcome(ending=Ending.STORAGE, message="stopped at step 5: unreachable")
 
 
 def test_a_failed_save_of_one_rank_counts_no_second_failure(store: Store) -> None:

@@ -9,8 +9,9 @@ import torch
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
-from orchestrator.checkpoint.writer import CommitInfo, commit, write_shard
+from orchestrator.checkpoint.writer import CommitInfo, commit
 from orchestrator.config import RunConfig, to_dict
+from tests.orchestrator.checkpoint.shards import write_shard
 from trainers.decode import decode
 from trainers.models import build_model
 from trainers.progress import Progress

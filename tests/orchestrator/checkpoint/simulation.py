@@ -38,6 +38,7 @@ from orchestrator.errors import (
 )
 from orchestrator.restore_point import newest_sound, set_aside
 from tests.orchestrator.checkpoint.serial_reads import serial_reads
+from tests.orchestrator.checkpoint.shards import write_shard
 from tests.orchestrator.checkpoint.states import make_info
 from tests.orchestrator.checkpoint.virtual_store import NO_FAULTS, Faults, Process, VirtualTime, World, virtual_store
 from trainers.errors import ConfigError
@@ -153,7 +154,7 @@ class Simulation:
         for rank in range(WORLD_SIZE):
             chunk = Chunk(spec=SPEC, row_offset=rank * 2, num_rows=2, begin=0, end=4)
             part = memoryview(data)[rank * 4 :][:4]
-            receipts.append(writer.write_shard(store, ref.shard(rank, WORLD_SIZE), [chunk], part, {}))
+            receipts.append(write_shard(store, ref.shard(rank, WORLD_SIZE), [chunk], part, {}))
         writer.commit(store, receipts, info)
 
     def prune(self, pruner: Pruner, process: Process) -> None:

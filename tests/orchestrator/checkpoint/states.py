@@ -8,8 +8,9 @@ from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.checkpoint.reader import Destination, expected_fingerprints, read_rows
 from orchestrator.checkpoint.store import Store
-from orchestrator.checkpoint.writer import CommitInfo, ShardReceipt, commit, write_shard
+from orchestrator.checkpoint.writer import CommitInfo, ShardReceipt, commit
 from orchestrator.errors import DamagedCheckpointError
+from tests.orchestrator.checkpoint.shards import write_shard
 from trainers.fingerprint import combine, format_fingerprint, partial_fingerprint
 from trainers.progress import Progress
 from trainers.shards import Chunk, TensorSpec

@@ -12,8 +12,9 @@ from orchestrator.checkpoint.catalog import load_manifest
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.reader import Destination, read_rows, verify
 from orchestrator.checkpoint.store import Store
-from orchestrator.checkpoint.writer import commit, write_shard
+from orchestrator.checkpoint.writer import commit
 from orchestrator.errors import DamagedCheckpointError, MissingObjectError, RunMismatchError, StorageError
+from tests.orchestrator.checkpoint.shards import write_shard
 from tests.orchestrator.checkpoint.states import SPECS, equal, load, make_info, make_state, save, write_shards
 from trainers.shards import Chunk, TensorSpec
 

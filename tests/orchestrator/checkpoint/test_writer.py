@@ -12,8 +12,9 @@ from orchestrator.checkpoint.attempts import claim_attempt
 from orchestrator.checkpoint.catalog import newest_stable
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.store import Store
-from orchestrator.checkpoint.writer import commit, write_shard
+from orchestrator.checkpoint.writer import commit
 from orchestrator.errors import AlreadyExistsError, StorageError, SupersededError, UnbrokenError
+from tests.orchestrator.checkpoint.shards import write_shard
 from tests.orchestrator.checkpoint.states import SPECS, make_info, make_state, rows_of, save, snapshot, write_shards
 from trainers.shards import Chunk, TensorSpec
 

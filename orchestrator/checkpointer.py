@@ -1,0 +1,219 @@
+"""The trainer's side of saving and restoring: when, and from and into which memory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.checkpoint.catalog import load_manifest
+from orchestrator.checkpoint.keys import CheckpointRef
+from orchestrator.checkpoint.manifest import Manifest
+from orchestrator.checkpoint.reader import Destination, expected_fingerprints, read_rows
+from orchestrator.checkpoint.store import Store
+from orchestrator.errors import StorageError
+from orchestrator.memory_restore import fill_from_memory
+from orchestrator.messages import Begin, Overwriting, Restored, SaveEnded, Skipped, Snapshot
+from trainers.errors import StateMismatchError
+from trainers.fingerprint import format_fingerprint
+from trainers.ports import Directive
+from trainers.progress import Progress
+from trainers.shards import Chunk
+from trainers.state import LocalTensor, TrainState, fingerprints
+
+
+class LaggingError(StorageError):
+    """Training may not get further ahead of the newest committed checkpoint. All ranks raise it, at one step."""
+
+
+class SaveSchedule:
+    """A `Control`: saves every so many steps, and at the end."""
+
+    def __init__(self, checkpointer: SharedMemoryCheckpointer, every_steps: int, num_steps: int) -> None:
+        self._checkpointer = checkpointer
+        self._every_steps = every_steps
+        self._num_steps = num_steps
+
+    def poll(self, progress: Progress) -> Directive:
+        if progress.step == self._num_steps:
+            return Directive(save=True)
+        if progress.step % self._every_steps:
+            return Directive()
+        return Directive(save=self._checkpointer.may_save(progress))
+
+
+class SharedMemoryCheckpointer:
+    """Copies this rank's rows into the agent's buffer and trains on; the agent stores them."""
+
+    def __init__(self, agent: Connection, buffer: int, begin: Begin) -> None:
+        """Args: buffer: file descriptor of the shared memory that the agent keeps over the life of trainers."""
+        self._agent = agent
+        self._buffer_handle = buffer
+        self._buffer: mmap.mmap | None = None
+        self._begin = begin
+        self._config = begin.checkpoint
+        self._pending: Progress | None = None
+        self._committed = begin.committed
+        """Of the newest committed checkpoint that this rank has heard of."""
+        self._agreed = begin.committed
+        """What all ranks had heard of when the last snapshot was taken."""
+        self._undecided = False
+        """A snapshot was taken that not all ranks are known to have heard the end of; alike on all ranks."""
+
+    def restore(self, state: TrainState) -> None:
+        memory = self._begin.memory
+        if memory is not None:
+            state.load_scalars(memory.snapshot.scalars)
+            expected = fill_from_memory(state, memory, self._room(memory.snapshot.size_bytes))
+            state.progress = memory.snapshot.progress
+            _check_fingerprints(fingerprints(state), expected, f"the snapshot of {state.progress} in memory")
+            state.generators.apply()
+            self._pending = state.progress if memory.pending else None
+            self._undecided = memory.pending
+        elif self._begin.restore is not None:
+            self._restore_from_storage(state, self._begin.restore)
+        self._agent.send(Restored(progress=state.progress))
+
+    def may_save(self, progress: Progress) -> bool:
+        """Whether the save that is due now is made; `checkpoint.when_busy` says what it does if one still runs.
+
+        Collective: all ranks, and all get the same answer. Who has heard already that the save before has ended is
+        chance, so for `skip` they ask each other: one integer, and only after a snapshot.
+        """
+        if self._config.when_busy == "wait":
+            self._settle()
+            return True
+        if not self._undecided:
+            return True
+        if self._agent.poll():
+            self._settle()
+        if not _any_rank(self._pending is not None):
+            self._undecided = False
+            return True
+        if self._lags(progress, self._agreed):
+            self._settle()
+            return True
+        self._agent.send(Skipped(progress=progress))
+        return False
+
+    def save(self, state: TrainState) -> None:
+        self._settle()  # a failed save was reported by the coordinator; this newer one takes its place
+        self._agreed = self._committed
+        lags = self._lags(state.progress, self._agreed)
+        self._take_snapshot(state)
+        if lags and (error := self._settle()) is not None:
+            raise LaggingError(
+                f"stopped at step {state.progress.step}: the newest committed checkpoint is of step"
+                f" {self._agreed.step}, checkpoint.max_lag_steps={self._config.max_lag_steps} allows no more, and"
+                f" saving fails: {error}; mend the storage, then run the same command again"
+            )
+
+    def _take_snapshot(self, state: TrainState) -> None:
+        state.generators.capture()
+        chunks, pieces, end = [], [], 0
+        for local in sorted(state.tensors(), key=_element_bytes, reverse=True):
+            start, stop = local.owned_rows()
+            if stop == start or not local.tensor.numel():
+                continue
+            begin, end = end, end + (stop - start) * local.spec.row_bytes
+            offset = local.row_offset + start
+            chunks.append(Chunk(spec=local.spec, row_offset=offset, num_rows=stop - start, begin=begin, end=end))
+            pieces.append(local.tensor[start:stop] if local.tensor.ndim else local.tensor)
+        self._agent.send(Overwriting())
+        target = torch.frombuffer(self._room(end), dtype=torch.uint8)
+        for chunk, piece in zip(chunks, pieces, strict=True):
+            target[chunk.begin : chunk.end].copy_(piece.detach().contiguous().view(-1).view(torch.uint8))
+        self._pending, self._undecided = state.progress, True
+        self._agent.send(
+            Snapshot(progress=state.progress, chunks=tuple(chunks), size_bytes=end, scalars=state.scalars())
+        )
+
+    def wait(self) -> None:
+        if (error := self._settle()) is not None:
+            raise StorageError(error)
+
+    def _settle(self) -> str | None:
+        """Wait for the save in flight, if there is one; why it failed, if it did."""
+        if self._pending is None:
+            return None
+        ended = self._agent.recv()
+        assert isinstance(ended, SaveEnded) and ended.progress == self._pending, ended
+        self._pending = None
+        if ended.error is None:
+            self._committed = ended.progress
+        return ended.error
+
+    def _lags(self, progress: Progress, committed: Progress) -> bool:
+        """Whether training must not go on to the next save before this one is committed."""
+        most = self._config.max_lag_steps
+        return most is not None and progress.step + self._config.every_steps - committed.step > most
+
+    def _restore_from_storage(self, state: TrainState, name: str) -> None:
+        store = Store.open(self._begin.run_url)
+        manifest = _manifest(store, name)
+        state.load_scalars(manifest.scalars)
+        destinations = [_Destination(local) for local in state.tensors() if local.tensor.numel()]
+        expected = expected_fingerprints(manifest)
+        read_rows(store, manifest, [destination.wanted for destination in destinations])
+        for destination in destinations:
+            destination.finish()
+        state.progress = manifest.progress
+        _check_fingerprints(fingerprints(state), expected, name)
+        state.generators.apply()
+
+    def _room(self, size_bytes: int) -> mmap.mmap:
+        """The buffer, at least this large. It only grows and is reused over trainers, so its pages are warm."""
+        if self._buffer is None or len(self._buffer) < size_bytes:
+            size_bytes = max(size_bytes, os.fstat(self._buffer_handle).st_size)
+            os.ftruncate(self._buffer_handle, size_bytes)
+            self._buffer = mmap.mmap(self._buffer_handle, size_bytes)
+        return self._buffer
+
+
+def _element_bytes(local: LocalTensor) -> int:
+    """Larger elements go first in a shard file, so that every tensor in it is aligned."""
+    return local.tensor.element_size()
+
+
+class _Destination:
+    """Where the rows of one tensor are read to: its own memory on a CPU, a staging copy for a GPU."""
+
+    def __init__(self, local: LocalTensor) -> None:
+        self._target = local.tensor.detach()
+        direct = self._target.device.type == "cpu" and self._target.is_contiguous()
+        self._host = self._target if direct else torch.empty_like(self._target, device="cpu").contiguous()
+        self.wanted = Destination(
+            spec=local.spec,
+            row_offset=local.row_offset,
+            num_rows=len(self._target) if self._target.ndim else 1,
+            out=self._host.reshape(-1).view(torch.uint8).numpy().data,
+        )
+
+    def finish(self) -> None:
+        if self._host is not self._target:
+            self._target.copy_(self._host)
+
+
+def _manifest(store: Store, name: str) -> Manifest:
+    ref = CheckpointRef.parse(name)
+    assert ref is not None, name
+    return load_manifest(store, ref)
+
+
+def _check_fingerprints(actual: Mapping[str, int], expected: Mapping[str, str], checkpoint: str) -> None:
+    """Collective in effect: all ranks hold the same values, so all raise or none."""
+    if missing := sorted(set(expected) ^ set(actual)):
+        raise StateMismatchError(f"{checkpoint}: {missing[0]} is in the checkpoint or in this run's state, not in both")
+    if wrong := sorted(name for name, value in actual.items() if expected[name] != format_fingerprint(value)):
+        raise StateMismatchError(f"{checkpoint}: {wrong[0]} does not have its recorded fingerprint after loading")
+
+
+def _any_rank(value: bool) -> bool:
+    """Whether it is true anywhere. Collective: all ranks."""
+    answer = torch.tensor(int(value), device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(answer, dist.ReduceOp.MAX)
+    return bool(answer)

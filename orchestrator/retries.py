@@ -1,0 +1,28 @@
+"""How long, and how often, something that failed is tried again."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 30.0
+
+
+class Retries:
+    """The tries of one undertaking: pauses that double, until a deadline. May be ended from another thread."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self._end_s = time.monotonic() + deadline_s
+        self._pause_s = _FIRST_PAUSE_S
+        self._ended = threading.Event()
+
+    def pause(self) -> bool:
+        """Wait before another try; False, at once, if there is to be none."""
+        if time.monotonic() + self._pause_s > self._end_s or self._ended.wait(self._pause_s):
+            return False
+        self._pause_s = min(_LONGEST_PAUSE_S, 2 * self._pause_s)
+        return True
+
+    def end(self) -> None:
+        """No further try."""
+        self._ended.set()

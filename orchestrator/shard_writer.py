@@ -1,0 +1,130 @@
+"""An agent's snapshots on their way to storage: in a thread, from the shared buffer, without a second copy."""
+
+from __future__ import annotations
+
+import mmap
+import queue
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from multiprocessing.connection import Pipe
+
+from orchestrator.checkpoint.keys import CheckpointRef, shard_name
+from orchestrator.checkpoint.store import Store
+from orchestrator.checkpoint.writer import ChunkReceipt, Shard, prepare_shard, store_shard
+from orchestrator.errors import DamagedCheckpointError, StorageError, UnbrokenError
+from orchestrator.messages import Receipt, SaveDelayed, SaveFailed, Snapshot
+from orchestrator.retries import Retries
+from orchestrator.sections import CheckpointConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldSnapshot:
+    """What lies in the agent's buffer."""
+
+    snapshot: Snapshot
+    hashed: Future[tuple[ChunkReceipt, ...]] = field(default_factory=Future)
+    """Hashes and fingerprints of its rows, taken right after the snapshot: who reads the buffer later can tell whether
+    it still holds the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    attempt: int
+    held: HeldSnapshot
+    retries: Retries
+
+
+class ShardWriter:
+    """Stores one snapshot after the other; what fails is repeated from the same buffer until its deadline."""
+
+    def __init__(self, store: Store, buffer: int, rank: int, world_size: int, config: CheckpointConfig) -> None:
+        self._store = store
+        self._buffer = buffer
+        self._rank = rank
+        self._world_size = world_size
+        self._config = config
+        self._snapshots: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._shards: queue.SimpleQueue[tuple[_Job, Shard]] = queue.SimpleQueue()
+        self._retries = Retries(0.0)
+        self.connection, self._results = Pipe(duplex=False)
+        """Delivers a `Receipt` or `SaveFailed` for each snapshot, and before that a `SaveDelayed` if a try failed."""
+        # Two, so that a snapshot is hashed at once, even while the upload of one that failed hangs.
+        threading.Thread(target=self._hash, name="shard-hasher", daemon=True).start()
+        threading.Thread(target=self._write, name="shard-writer", daemon=True).start()
+
+    def submit(self, attempt: int, held: HeldSnapshot) -> None:
+        """Store it for `attempt`. The buffer must not change until the result is there, or `drop` was called."""
+        self._retries = Retries(self._config.deadline_s)
+        self._snapshots.put(_Job(attempt=attempt, held=held, retries=self._retries))
+
+    def drop(self) -> None:
+        """Do not try the last one again: nobody waits for it any more."""
+        self._retries.end()
+
+    def _hash(self) -> None:
+        while True:
+            job = self._snapshots.get()
+            try:
+                shard = self._prepare(job)
+            except Exception as error:  # whatever it is, the save has failed and the trainer waits to hear so
+                if not job.held.hashed.done():
+                    job.held.hashed.set_exception(error)
+                self._fail(job, error)
+            else:
+                self._shards.put((job, shard))
+
+    def _write(self) -> None:
+        while True:
+            job, shard = self._shards.get()
+            snapshot = job.held.snapshot
+            try:
+                self._store_shard(job, shard)
+            except Exception as error:  # as above
+                self._fail(job, error)
+            else:
+                receipt = Receipt(
+                    attempt=job.attempt, progress=snapshot.progress, shard=shard.receipt, scalars=snapshot.scalars
+                )
+                self._results.send(receipt)
+            del shard  # lets go of the buffer
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        why = str(error) if isinstance(error, UnbrokenError) else repr(error)
+        self._results.send(SaveFailed(attempt=job.attempt, progress=job.held.snapshot.progress, error=why))
+
+    def _prepare(self, job: _Job) -> Shard:
+        snapshot = job.held.snapshot
+        # Unmapped when nothing refers to it; to close it here fails while an error's trace holds views.
+        data = memoryview(mmap.mmap(self._buffer, snapshot.size_bytes, prot=mmap.PROT_READ))
+        shard = prepare_shard(shard_name(self._rank, self._world_size), snapshot.chunks, data, self._metadata(job))
+        if not job.held.hashed.done():
+            job.held.hashed.set_result(shard.receipt.chunks)
+        elif [chunk.hash for chunk in job.held.hashed.result()] != [chunk.hash for chunk in shard.receipt.chunks]:
+            # What is hashed anew would pass for sound ever after.
+            raise DamagedCheckpointError(f"rank {self._rank}: the snapshot of {snapshot.progress} changed in memory")
+        return shard
+
+    def _store_shard(self, job: _Job, shard: Shard) -> None:
+        progress, delayed = job.held.snapshot.progress, False
+        while True:
+            try:
+                store_shard(self._store, CheckpointRef(progress.samples_seen, job.attempt), shard, self._config.verify)
+                return
+            except StorageError as error:
+                if not delayed:
+                    self._results.send(SaveDelayed(attempt=job.attempt, progress=progress, error=str(error)))
+                delayed = True
+                if not job.retries.pause():
+                    raise
+
+    def _metadata(self, job: _Job) -> dict[str, str]:
+        """For people who find the file alone."""
+        progress = job.held.snapshot.progress
+        return {
+            "format": "unbroken-1",
+            "attempt": str(job.attempt),
+            "step": str(progress.step),
+            "samples_seen": str(progress.samples_seen),
+            "rank": f"{self._rank} of {self._world_size}",
+        }

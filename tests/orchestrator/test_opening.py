@@ -1,0 +1,146 @@
+"""What the next attempt begins from when every agent still holds a snapshot."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+
+from orchestrator.checkpoint.attempts import claim_attempt
+from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints
+from orchestrator.checkpoint.store import Store
+from orchestrator.committing import carry_out
+from orchestrator.errors import StorageError, UnknownOutcomeError
+from orchestrator.messages import Ending, ExitKind, Launch, Outcome
+from tests.orchestrator.checkpoint.states import make_state, save
+from tests.orchestrator.group import Group
+from trainers.progress import Progress
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store.open(f"memory://{uuid.uuid4().hex}")
+
+
+def stable_steps(store: Store) -> list[int]:
+    return [info.step for info in list_checkpoints(store) if info.state is CheckpointState.STABLE]
+
+
+FIVE, TEN = Progress(5, 50), Progress(10, 100)
+
+
+def test_all_begin_again_from_the_snapshot_that_all_of_them_hold(store: Store) -> None:
+    group = Group(store).join()
+    group.save(5)
+    group.coordinator.handle(0, stale := group.receipt(0, 10))  # rank 1's is still on its way
+    group.down(1, ExitKind.KILLED, pending=TEN)
+    group.down(0, ExitKind.PEER_LOST, pending=TEN)
+    group.coordinator.tick()
+    assert group.last(Launch) == Launch(attempt=2, restore=None, memory=TEN, committed=FIVE)
+    group.coordinator.handle(0, stale)
+    group.save(10)  # the agents stored it again, for the new attempt
+    assert stable_steps(store) == [10, 5]
+    for rank in (0, 1):  # and once more, now that it is committed
+        group.down(rank, ExitKind.KILLED, held=TEN)
+    group.coordinator.tick()
+    assert group.last(Launch) == Launch(attempt=3, restore=None, memory=TEN, committed=TEN)
+
+
+def test_memory_is_not_used_unless_all_hold_the_same(store: Store) -> None:
+    for held in ((TEN, FIVE), (TEN, None)):
+        group = Group(store).join()
+        group.down(0, ExitKind.KILLED, held=held[0])
+        group.down(1, ExitKind.PEER_LOST, held=held[1])
+        group.coordinator.tick()
+        assert group.last(Launch).memory is None
+
+
+def test_memory_is_not_used_if_somebody_else_claimed_an_attempt_in_between(store: Store) -> None:
+    """That one may have gone on from an older checkpoint: two pasts, of which storage has one."""
+    group = Group(store).join()
+    group.save(5)
+    claim_attempt(store, {})
+    for rank in (0, 1):
+        group.down(rank, ExitKind.KILLED, held=TEN)
+    group.coordinator.tick()
+    assert group.last(Launch) == Launch(attempt=3, restore="0000000000050-0001", committed=FIVE)
+
+
+def test_memory_is_not_used_if_storage_lists_anything_newer(store: Store) -> None:
+    group = Group(store).join()
+    save(store, make_state(0), step=20, attempt=1, world_size=2)
+    for rank in (0, 1):
+        group.down(rank, ExitKind.KILLED, held=TEN)
+    group.coordinator.tick()
+    assert group.last(Launch).memory is None and group.last(Launch).restore == "0000000000200-0001"
+
+
+def test_memory_that_a_trainer_refuses_is_not_offered_again(store: Store) -> None:
+    group = Group(store).join()
+    group.save(5)
+    for rank in (0, 1):
+        group.down(rank, ExitKind.KILLED, held=TEN)
+    group.coordinator.tick()
+    group.down(0, ExitKind.DAMAGED, held=TEN)
+    group.down(1, ExitKind.DAMAGED, held=TEN)
+    group.coordinator.tick()
+    assert group.last(Launch) == Launch(attempt=3, restore="0000000000050-0001", committed=FIVE)
+    assert "quarantined" not in group.kinds(), "the checkpoint is not to blame"
+
+
+def test_from_memory_only_names_are_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(store).join()
+    group.save(5)
+    monkeypatch.setattr(Store, "read", lambda *_: pytest.fail("storage is read"))
+    for rank in (0, 1):
+        group.down(rank, ExitKind.KILLED, held=FIVE)
+    group.coordinator.tick()
+    assert group.last(Launch).memory == FIVE
+
+
+def test_a_snapshot_that_all_ranks_took_is_committed_before_the_run_gives_up(store: Store) -> None:
+    group = Group(store).join()
+    for rank in (0, 1):
+        group.down(rank, ExitKind.CONFIG, pending=FIVE)
+    assert group.coordinator.outcome is None
+    group.save(5)
+    assert group.last(Outcome).ending is Ending.CONFIG and stable_steps(store) == [5]
+
+
+def test_a_save_that_ended_unheard_is_not_waited_for(store: Store) -> None:
+    group = Group(store).join()
+    group.save(5)
+    for rank in (0, 1):  # both trainers died before their agents read that the save had ended
+        group.down(rank, ExitKind.CONFIG, pending=FIVE)
+    assert group.last(Outcome).ending is Ending.CONFIG
+
+
+def test_a_commit_of_an_attempt_that_this_group_has_superseded_ends_nothing(store: Store) -> None:
+    group = Group(store).join()
+    group.chores.hand_over = None  # the store is slow
+    group.save(5)
+    for rank in (0, 1):
+        group.down(rank, ExitKind.KILLED, pending=FIVE)
+    group.coordinator.tick()
+    ended = carry_out(store, group.chores.jobs[0], lambda: False)
+    assert ended.superseded
+    group.coordinator.handle(0, ended)
+    assert group.coordinator.outcome is None and group.last(Launch).memory == FIVE
+
+
+def test_a_commit_is_tried_again_and_looks_first(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(store).join()
+    group.chores.hand_over = None
+    group.save(5)
+    real, outcomes = Store.create, [StorageError("unreachable"), UnknownOutcomeError("no answer"), None]
+
+    def unlucky(self: Store, key: str, data: bytes) -> None:
+        error = outcomes.pop(0)
+        if not isinstance(error, StorageError):
+            real(self, key, data)  # the second one happens, and nobody learns it
+        if error:
+            raise error
+
+    monkeypatch.setattr(Store, "create", unlucky)
+    ended = carry_out(store, group.chores.jobs[0], lambda: True)
+    assert ended.error is None and outcomes == [] and stable_steps(store) == [5]
