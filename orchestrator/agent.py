@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import secrets
+import time
 from typing import Any, cast
 
 import ray
 import ray.train
 import ray.train.collective
 
-from orchestrator.checkpoint.store import Store
+from orchestrator.checkpoint.peer_objects import PeerRing
 from orchestrator.committing import BackgroundChores
 from orchestrator.coordinator import Coordinator
 from orchestrator.hub import Hub, connect
 from orchestrator.messages import Event
+from orchestrator.peer_memory import home
 from orchestrator.run_spec import RunSpec
+from orchestrator.stores import Stores
 from orchestrator.supervisor import Supervisor
 
 
@@ -25,23 +28,29 @@ def agent(arguments: dict[str, Any]) -> None:
     the driver through `mailbox`.
 
     Args:
-        arguments: `spec`, the `RunSpec`; `mailbox`, the actor handle that takes `Event`s.
+        arguments: `spec`, the `RunSpec`; `mailbox`, the actor handle that takes `Event`s; `directory`, the one that
+            knows the memory of the nodes, or None.
     """
     spec: RunSpec = arguments["spec"]
-    mailbox = arguments["mailbox"]
+    mailbox, directory = arguments["mailbox"], arguments["directory"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     wire = None
     if rank == 0:
         host = ray.util.get_node_ip_address()
         hub = Hub(host, key := secrets.token_bytes(32), world_size)
-        wire = (hub.address, key)
+        ring = cast(PeerRing, ray.get(directory.ring.remote())) if directory is not None else None
+        wire = (hub.address, key, ring)
 
         def notify(event: Event) -> None:
             mailbox.put.remote(event)  # not waited for: a driver that is slow to listen must not hold up a decision
 
-        store = Store.open(spec.run_url)
-        chores = BackgroundChores(spec, store, notify)
-        hub.start(lambda send: Coordinator(spec, store, world_size, host, send, notify, chores), chores.results)
-    address, key = cast(tuple[tuple[str, int], bytes], ray.train.collective.broadcast_from_rank_zero(wire))
-    Supervisor(spec, rank, world_size, connect(address, key, rank)).run()
+        stores = Stores.open(spec.run_url, home(ring))
+        if ring is not None:
+            notify(Event(kind="peers", fields={"num_nodes": len(ring.peers)}, time_s=time.time()))
+        chores = BackgroundChores(spec, stores, notify)
+        hub.start(lambda send: Coordinator(spec, stores, world_size, host, send, notify, chores), chores.results)
+    address, key, ring = cast(
+        tuple[tuple[str, int], bytes, PeerRing | None], ray.train.collective.broadcast_from_rank_zero(wire)
+    )
+    Supervisor(spec, rank, world_size, connect(address, key, rank), ring=home(ring)).run()

@@ -18,6 +18,7 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError
 from orchestrator.memory_restore import fill_from_memory
 from orchestrator.messages import Begin, Overwriting, Restored, SaveEnded, Skipped, Snapshot
+from orchestrator.sections import CheckpointConfig
 from trainers.errors import StateMismatchError
 from trainers.fingerprint import format_fingerprint
 from trainers.ports import Directive
@@ -33,29 +34,29 @@ class LaggingError(StorageError):
 class SaveSchedule:
     """A `Control`: saves every so many steps, and at the end."""
 
-    def __init__(self, checkpointer: SharedMemoryCheckpointer, every_steps: int, num_steps: int) -> None:
+    def __init__(self, checkpointer: SharedMemoryCheckpointer, config: CheckpointConfig, num_steps: int) -> None:
         self._checkpointer = checkpointer
-        self._every_steps = every_steps
+        self._config = config
         self._num_steps = num_steps
 
     def poll(self, progress: Progress) -> Directive:
         if progress.step == self._num_steps:
             return Directive(save=True)
-        if progress.step % self._every_steps:
-            return Directive()
-        return Directive(save=self._checkpointer.may_save(progress))
+        due = self._config.tiers_due(progress.step, self._num_steps)
+        return Directive(save=bool(due) and self._checkpointer.may_save(progress))
 
 
 class SharedMemoryCheckpointer:
     """Copies this rank's rows into the agent's buffer and trains on; the agent stores them."""
 
-    def __init__(self, agent: Connection, buffer: int, begin: Begin) -> None:
+    def __init__(self, agent: Connection, buffer: int, begin: Begin, num_steps: int) -> None:
         """Args: buffer: file descriptor of the shared memory that the agent keeps over the life of trainers."""
         self._agent = agent
         self._buffer_handle = buffer
         self._buffer: mmap.mmap | None = None
         self._begin = begin
         self._config = begin.checkpoint
+        self._num_steps = num_steps
         self._pending: Progress | None = None
         self._committed = begin.committed
         """Of the newest committed checkpoint that this rank has heard of."""
@@ -143,17 +144,19 @@ class SharedMemoryCheckpointer:
         ended = self._agent.recv()
         assert isinstance(ended, SaveEnded) and ended.progress == self._pending, ended
         self._pending = None
-        if ended.error is None:
+        if ended.error is None and ended.tier == "storage":
             self._committed = ended.progress
         return ended.error
 
     def _lags(self, progress: Progress, committed: Progress) -> bool:
         """Whether training must not go on to the next save before this one is committed."""
         most = self._config.max_lag_steps
-        return most is not None and progress.step + self._config.every_steps - committed.step > most
+        if most is None or "storage" not in self._config.tiers_due(progress.step, self._num_steps):
+            return False
+        return progress.step + self._config.interval_steps - committed.step > most
 
     def _restore_from_storage(self, state: TrainState, name: str) -> None:
-        store = Store.open(self._begin.run_url)
+        store = self._begin.peers.open() if self._begin.peers else Store.open(self._begin.run_url)
         manifest = _manifest(store, name)
         state.load_scalars(manifest.scalars)
         destinations = [_Destination(local) for local in state.tensors() if local.tensor.numel()]

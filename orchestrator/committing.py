@@ -8,10 +8,11 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe
 from typing import Protocol, cast
 
+from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import CommitInfo, ShardReceipt, commit
 from orchestrator.errors import StorageError, SupersededError, UnbrokenError, UnknownOutcomeError
@@ -19,6 +20,8 @@ from orchestrator.messages import Event
 from orchestrator.pruning import BackgroundPruner
 from orchestrator.retries import Retries
 from orchestrator.run_spec import RunSpec
+from orchestrator.sections import TierName
+from orchestrator.stores import Stores
 from trainers.progress import Progress
 
 
@@ -28,6 +31,7 @@ class CommitJob:
 
     shards: Sequence[ShardReceipt]
     info: CommitInfo
+    tier: TierName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,7 @@ class CommitEnded:
 
     attempt: int
     progress: Progress
+    tier: TierName
     size_bytes: int = 0
     error: str | None = None
     """None: it is committed."""
@@ -50,21 +55,26 @@ class Chores(Protocol):
         """Answered by a `CommitEnded`, which the coordinator is to be handed."""
         ...
 
-    def prune(self, attempt: int) -> None: ...
+    def prune(self, attempt: int, tier: TierName) -> None: ...
 
 
 class BackgroundChores:
     """Commits and prunes in threads with clients of their own."""
 
-    def __init__(self, spec: RunSpec, store: Store, notify: Callable[[Event], None]) -> None:
+    def __init__(self, spec: RunSpec, stores: Stores, notify: Callable[[Event], None]) -> None:
         """Args: notify: told, from the pruning thread, what it removes."""
-        self._store = store
+        self._stores = stores
         self._deadline_s = spec.checkpoint.deadline_s
         self._retries = Retries(0.0)
         self._jobs: queue.SimpleQueue[tuple[CommitJob, Retries]] = queue.SimpleQueue()
         self.results, self._send = cast(tuple[Connection, Connection], Pipe(duplex=False))
         """Delivers a `CommitEnded` for each job."""
-        self._pruner = BackgroundPruner(spec, notify)
+        config = spec.checkpoint
+        self._pruners = {"storage": BackgroundPruner(lambda: Store.open(spec.run_url), config.retention, notify)}
+        if (peer := stores.peer) is not None and config.peer is not None:
+            # Memory is dear, and nobody but trainers that start reads it: what is superfluous goes at once, unreported.
+            keep = RetentionConfig(last=config.peer.keep, grace_s=0.0)
+            self._pruners["peer"] = BackgroundPruner(lambda: peer, keep, lambda _: None)
         threading.Thread(target=self._work, name="committer", daemon=True).start()
 
     def commit(self, job: CommitJob) -> None:
@@ -73,13 +83,14 @@ class BackgroundChores:
         self._retries = Retries(self._deadline_s)
         self._jobs.put((job, self._retries))
 
-    def prune(self, attempt: int) -> None:
-        self._pruner.request(attempt)
+    def prune(self, attempt: int, tier: TierName) -> None:
+        self._pruners[tier].request(attempt)
 
     def _work(self) -> None:
         while True:
             job, retries = self._jobs.get()
-            self._send.send(carry_out(self._store, job, retries.pause))
+            pause = retries.pause if job.tier == "storage" else lambda: False
+            self._send.send(carry_out(self._stores.of(job.tier), job, pause))
 
 
 def carry_out(store: Store, job: CommitJob, pause: Callable[[], bool]) -> CommitEnded:
@@ -88,18 +99,16 @@ def carry_out(store: Store, job: CommitJob, pause: Callable[[], bool]) -> Commit
     A commit whose outcome is unknown is repeated like one that failed: creating the same manifest a second time looks
     first. If nobody knows to the end, the error says so; the files stay, and whatever took effect is found by listing.
     """
-    attempt, progress = job.info.attempt, job.info.progress
+    ended = CommitEnded(attempt=job.info.attempt, progress=job.info.progress, tier=job.tier)
     while True:
         try:
             manifest = commit(store, job.shards, job.info)
         except SupersededError as error:
-            return CommitEnded(attempt=attempt, progress=progress, error=str(error), superseded=True)
+            return replace(ended, error=str(error), superseded=True)
         except (StorageError, UnknownOutcomeError) as error:
             if not pause():
-                return CommitEnded(attempt=attempt, progress=progress, error=str(error))
+                return replace(ended, error=str(error))
         except Exception as error:  # not to be repeated; a bug here fails the save, and must not go unnoticed
-            why = str(error) if isinstance(error, UnbrokenError) else repr(error)
-            return CommitEnded(attempt=attempt, progress=progress, error=why)
+            return replace(ended, error=str(error) if isinstance(error, UnbrokenError) else repr(error))
         else:
-            size = sum(file.size_bytes for file in manifest.files)
-            return CommitEnded(attempt=attempt, progress=progress, size_bytes=size)
+            return replace(ended, size_bytes=sum(file.size_bytes for file in manifest.files))

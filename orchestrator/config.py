@@ -39,6 +39,9 @@ class RunConfig(TrainerConfig):
             raise ConfigError('storage="" is empty; give a folder or a URL such as s3://bucket/prefix')
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed} is out of range; give 0 <= seed < 2**63")
+        tier = self.checkpoint.storage
+        if tier is not None and self.storage not in ("runs", tier.url):
+            raise ConfigError(f"storage={self.storage!r} and the tier {tier.url!r} name two places; give one of them")
         self._check_workers()
         for name in self.ema:
             if not SAFE_NAME.fullmatch(name) or name in _RESERVED_PROFILES:
@@ -98,7 +101,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def run_url(config: RunConfig) -> str:
     """Where the run lives: `<storage>/<run.name>`. A local path is made absolute: workers start in other folders."""
-    storage = config.storage
+    storage = config.checkpoint.storage.url if config.checkpoint.storage else config.storage
     if "://" not in storage:
         storage = os.path.abspath(os.path.expanduser(storage))
     return f"{storage}{'' if storage.endswith('/') else '/'}{config.run.name}"

@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from orchestrator.checkpoint.store import Store
 from orchestrator.committing import Chores, CommitEnded
 from orchestrator.errors import GaveUpError, UnbrokenError
 from orchestrator.failures import Action, Failure, classify, decide
@@ -40,6 +39,8 @@ from orchestrator.opening import Opener, Opening, Remembered
 from orchestrator.restore_point import set_aside
 from orchestrator.run_spec import RunSpec
 from orchestrator.save_round import SaveRound
+from orchestrator.sections import TierName
+from orchestrator.stores import Stores
 from trainers.progress import Progress
 
 _MAX_LAUNCH_FAILURES = 10
@@ -52,7 +53,7 @@ class Coordinator:
     def __init__(
         self,
         spec: RunSpec,
-        store: Store,
+        stores: Stores,
         world_size: int,
         host: str,
         send: Callable[[int, object], None],
@@ -61,14 +62,14 @@ class Coordinator:
     ) -> None:
         """Args: chores: must not block; a commit is answered through `handle`."""
         self._spec = spec
-        self._store = store
+        self._stores = stores
         self._world_size = world_size
         self._host = host
         self._send = send
         self._notify = notify
         self._chores = chores
         self._history: list[Failure] = []
-        self._opener = Opener(spec, store, world_size, self._event)
+        self._opener = Opener(spec, stores, world_size, self._event)
         self._opening = Opening(attempt=0)
         self._reached = Progress()
         self._joined: set[int] = set()
@@ -76,7 +77,7 @@ class Coordinator:
         self._finished: set[int] = set()
         self._down: dict[int, Down] = {}
         self._stopping = False
-        self._save = SaveRound(spec, store, world_size)
+        self._save = SaveRound(spec, stores, world_size)
         self._memory: Progress | None = None
         self._last_words: tuple[Ending, str] | None = None
         self._launch_at: float | None = None
@@ -151,10 +152,10 @@ class Coordinator:
         self._stopping = False
         attempt, restore, memory = opening.attempt, opening.restore, opening.memory
         in_memory = memory and memory.step
-        self._event(
-            "attempt", attempt=attempt, restore=restore, memory=in_memory, cause=cause, world_size=self._world_size
-        )
-        self._to_all(Launch(attempt=attempt, restore=restore, memory=memory, committed=opening.committed))
+        where = {"restore": restore, "tier": opening.tier, "memory": in_memory}
+        self._event("attempt", attempt=attempt, **where, cause=cause, world_size=self._world_size)
+        launch = Launch(attempt=attempt, restore=restore, tier=opening.tier, memory=memory, committed=opening.committed)
+        self._to_all(launch)
 
     def _remembered(self) -> Remembered | None:
         """The snapshot that all agents hold, if the next attempt may begin from it."""
@@ -188,34 +189,36 @@ class Coordinator:
                     self._end(Ending.STORAGE if stopped else Ending.FINISHED, stopped or finished)
 
     def _hear_of_save(self, rank: int, message: Receipt | SaveFailed) -> None:
-        if self._save.has_ended(message.progress):
+        if self._save.has_ended(message.progress, message.tier):
             # Another rank's failure has ended this save, maybe before this rank took its snapshot: it has to be told
             # (again), or it waits for ever.
-            self._send(rank, self._save.ended)
+            if self._save.ended is not None:
+                self._send(rank, self._save.ended)
             return
         job = self._save.take(rank, message)
         if job is not None:
             self._chores.commit(job)
-        elif self._save.has_ended(message.progress):
-            self._announce_save()
+        elif isinstance(message, SaveFailed):
+            self._announce_save(message.progress, message.tier, f"rank {rank}: {message.error}")
 
     def _hear_of_commit(self, commit: CommitEnded) -> None:
         if commit.superseded:
             self._end(Ending.SUPERSEDED, commit.error or "")
             return
-        self._save.end(commit.progress, commit.error, commit.attempt)
+        self._save.end(commit.progress, commit.tier, commit.error, commit.attempt)
         if commit.error is None:
-            self._event("saved", step=commit.progress.step, attempt=commit.attempt, bytes=commit.size_bytes)
-            self._chores.prune(commit.attempt)
-        self._announce_save()
+            size, step = commit.size_bytes, commit.progress.step
+            self._event("saved", step=step, attempt=commit.attempt, bytes=size, tier=commit.tier)
+            self._chores.prune(commit.attempt, commit.tier)
+        self._announce_save(commit.progress, commit.tier, commit.error)
 
-    def _announce_save(self) -> None:
-        """Tell everybody how the save in flight has ended."""
-        ended = self._save.ended
-        assert ended is not None
-        if ended.error is not None:
-            self._event("save_failed", step=ended.progress.step, error=ended.error)
-        self._to_all(ended)
+    def _announce_save(self, progress: Progress, tier: TierName, error: str | None) -> None:
+        """Report a failure, and tell everybody if the save is over in all tiers."""
+        if error is not None:
+            self._event("save_failed", step=progress.step, tier=tier, error=error)
+        if not self._save.has_ended(progress):
+            return
+        self._to_all(self._save.ended)
         if self._last_words is not None:
             self._end(*self._last_words)
 
@@ -261,7 +264,13 @@ class Coordinator:
             if decision.action is Action.QUARANTINE and self._opening.checkpoint is not None:
                 # The file with the damage, where a full check finds it; else what the loading rank saw.
                 report = self._opener.report_quarantine
-                set_aside(self._store, self._opening.checkpoint, decision.reason, self._attempt, report)
+                set_aside(
+                    self._stores.of(self._opening.tier),
+                    self._opening.checkpoint,
+                    decision.reason,
+                    self._attempt,
+                    report,
+                )
             self._launch_at, self._cause = time.monotonic() + decision.delay_s, cause.kind.value
 
     def broken(self, error: BaseException) -> None:

@@ -49,8 +49,10 @@ import ray
 import ray.train
 from ray.exceptions import RayError
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.agent import agent
+from orchestrator.peer_memory import PeerDirectory
 from orchestrator.run_spec import RunSpec
 
 _MAX_CONTROLLER_DEATHS = 5
@@ -181,10 +183,15 @@ def _connect_ray(config: RunConfig) -> None:
 def _supervise(spec: RunSpec, config: RunConfig, store: Store, show: Callable[[Event], None]) -> dict[str, Any]:
     """Call Ray Train until the coordinator reports an outcome; Ray restarts agents and nodes by itself."""
     deaths, stalled_at = 0, None
+    # Where this driver is, and as long as it lives: the memory outlasts groups of agents and Ray Train's controller.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    directory = None
+    if config.checkpoint.peer is not None:
+        directory = PeerDirectory.options(scheduling_strategy=here).remote(config.resources.cpu)
     while True:
         mailbox = _Mailbox.remote()
         listener = _Listener(mailbox, show)
-        error = _fit(_trainer(spec, config, mailbox))
+        error = _fit(_trainer(spec, config, {"mailbox": mailbox, "directory": directory}))
         outcome = listener.finish()
         if outcome is not None:
             return outcome
@@ -225,14 +232,14 @@ def _terminate(*_: object) -> None:
     raise SystemExit(128 + signal.SIGTERM)
 
 
-def _trainer(spec: RunSpec, config: RunConfig, mailbox: Any) -> DataParallelTrainer:
+def _trainer(spec: RunSpec, config: RunConfig, actors: dict[str, Any]) -> DataParallelTrainer:
     workers = (config.workers.min, config.workers.max) if isinstance(config.workers, Workers) else config.workers
     resources = {"CPU": config.resources.cpu}
     if config.resources.gpu:
         resources["GPU"] = config.resources.gpu
     return DataParallelTrainer(
         agent,
-        train_loop_config={"spec": spec, "mailbox": mailbox},
+        train_loop_config={"spec": spec, **actors},
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=config.resources.gpu > 0, resources_per_worker=resources
         ),

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from orchestrator.sections import CheckpointConfig
+from orchestrator.checkpoint.peer_objects import PeerRing
+from orchestrator.sections import CheckpointConfig, TierName
 from trainers.progress import Progress
 from trainers.shards import Chunk
 
@@ -135,6 +136,8 @@ class Begin:
     world_size: int
     restore: str | None
     """Name of the checkpoint to start from."""
+    peers: PeerRing | None
+    """Where that checkpoint is; None: in storage."""
     memory: MemorySnapshot | None
     """What to start from instead: it lies in the agent's buffer."""
     committed: Progress
@@ -151,10 +154,12 @@ class Rendezvous:
 
 @dataclass(frozen=True, kw_only=True)
 class SaveEnded:
-    """The snapshot of `progress` is committed, or its save failed for the reason in `error`."""
+    """The snapshot of `progress` is committed, or its save failed for the reason in `error`; the buffer is free."""
 
     progress: Progress
     error: str | None = None
+    tier: TierName = "storage"
+    """The last one that it was meant for."""
 
 
 # agent -> coordinator
@@ -182,6 +187,7 @@ class Receipt:
 
     attempt: int
     progress: Progress
+    tier: TierName = "storage"
     shard: Any
     """A `checkpoint.writer.ShardReceipt`."""
     scalars: Mapping[str, Any]
@@ -193,6 +199,7 @@ class SaveFailed:
 
     attempt: int
     progress: Progress
+    tier: TierName = "storage"
     error: str
 
 
@@ -235,6 +242,8 @@ class Launch:
     attempt: int
     restore: str | None
     """Name of the checkpoint to start from."""
+    tier: TierName = "storage"
+    """Where that checkpoint is."""
     memory: Progress | None = None
     """Start from the snapshot of this progress in the agents' buffers; no other one is to be used any more."""
     committed: Progress = field(default_factory=Progress)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from orchestrator.checkpoint.attempts import claim_attempt, read_attempts
-from orchestrator.checkpoint.catalog import CheckpointInfo, newest_stable
-from orchestrator.checkpoint.keys import CHECKPOINTS, CheckpointRef
+from orchestrator.checkpoint.catalog import (
+    CheckpointInfo,
+    CheckpointState,
+    newest_stable,
+    scan_checkpoints,
+    take_over,
+)
+from orchestrator.checkpoint.keys import CHECKPOINTS, CheckpointRef, attempt_key
 from orchestrator.checkpoint.probe import probe
+from orchestrator.checkpoint.records import encode
 from orchestrator.checkpoint.retention import claim_fields
-from orchestrator.checkpoint.store import Store
-from orchestrator.errors import GaveUpError
+from orchestrator.errors import GaveUpError, UnbrokenError
 from orchestrator.failures import MAX_ATTEMPTS_WITHOUT_PROGRESS
 from orchestrator.restore_point import newest_sound
 from orchestrator.run_spec import RunSpec
+from orchestrator.sections import TierName
+from orchestrator.stores import Stores
 from trainers.progress import Progress
 
 
@@ -36,6 +46,8 @@ class Opening:
     attempt: int
     checkpoint: CheckpointInfo | None = None
     """Where it begins, unless in `memory`; None: at step 0."""
+    tier: TierName = "storage"
+    """Where that checkpoint is."""
     memory: Progress | None = None
     """Begin from the snapshot of this progress in the agents' buffers."""
     committed: Progress = field(default_factory=Progress)
@@ -55,10 +67,11 @@ class Opening:
 class Opener:
     """Opens one attempt after the other."""
 
-    def __init__(self, spec: RunSpec, store: Store, world_size: int, event: Callable[..., None]) -> None:
+    def __init__(self, spec: RunSpec, stores: Stores, world_size: int, event: Callable[..., None]) -> None:
         """Args: event: reports; called with the event's kind and its fields."""
         self._spec = spec
-        self._store = store
+        self._store = stores.storage
+        self._peer = stores.peer
         self._world_size = world_size
         self._event = event
         self._probed = False
@@ -90,22 +103,71 @@ class Opener:
             GaveUpError: groups of agents have died one after the other without a newer checkpoint.
             UnbrokenError: storage does not do it.
         """
-        if not self._probed:
-            facts, self._probed = probe(self._store), True
-            self._event("store", kind=facts.kind, conditional_create=facts.conditional_create, warning=facts.warning)
-        seen = remembered.checkpoint if remembered else _name(newest_stable(self._store))
+        self._probe()
+        seen = remembered.checkpoint if remembered else _name(self._newest_in_memory() or newest_stable(self._store))
         if cause == "start":
             self._check_progress_since(seen)
         info = {"session": self._spec.session, "cause": cause, "from": seen, "world_size": self._world_size}
+        info["conditional_create"] = self._store.conditional_create
         previous = self._claimed
-        self._claimed = attempt = claim_attempt(self._store, info | claim_fields(self._spec.checkpoint.keep))
+        info |= claim_fields(self._spec.checkpoint.retention)
+        self._claimed = attempt = claim_attempt(self._store, info)
+        self._tell_peers(attempt, info)
         if remembered and attempt == previous + 1 and not self._lists_newer(remembered.progress):
             return Opening(attempt=attempt, memory=remembered.progress, committed=remembered.committed)
+        near = self._newest_in_memory(attempt)
+        if near is not None and not self._lists_newer(near.progress):
+            return Opening(attempt=attempt, checkpoint=near, tier="peer", committed=near.progress)
         checkpoint = newest_sound(self._store, attempt, self.report_quarantine)
-        progress = checkpoint.manifest.progress if checkpoint and checkpoint.manifest else Progress()
+        if near is not None and (checkpoint is None or checkpoint.progress.step < near.progress.step):
+            return Opening(attempt=attempt, checkpoint=near, tier="peer", committed=near.progress)
+        progress = checkpoint.progress if checkpoint else Progress()
         return Opening(attempt=attempt, checkpoint=checkpoint, committed=progress)
 
+    def _probe(self) -> None:
+        """Once for each group of agents; what an earlier group found is remembered by the peers."""
+        if self._probed:
+            return
+        if records := self._records_in_memory():
+            self._store.conditional_create = records[-1]["conditional_create"]
+        else:
+            facts = probe(self._store)
+            self._event("store", kind=facts.kind, conditional_create=facts.conditional_create, warning=facts.warning)
+        self._probed = True
+
+    def _records_in_memory(self) -> list[dict[str, Any]]:
+        """What the attempts of this driver said at their claim, as far as the nodes remember."""
+        try:
+            return read_attempts(self._peer) if self._peer is not None else []
+        except UnbrokenError:  # no memory is left: there is storage
+            return []
+
+    def _newest_in_memory(self, attempt: int = 0) -> CheckpointInfo | None:
+        """The newest whole checkpoint in the memory of the nodes; one that lacks what a lost node held counts not.
+
+        Args:
+            attempt: 0, or the one that takes over: older ones cannot commit anything newer any more.
+        """
+        if self._peer is None:
+            return None
+        try:
+            found = take_over(self._peer, attempt) if attempt else scan_checkpoints(self._peer)
+            return next((info for info in found if info.state is CheckpointState.STABLE), None)
+        except UnbrokenError as error:  # no memory is left: there is storage
+            self._event("peers_lost", error=str(error))
+            return None
+
+    def _tell_peers(self, attempt: int, info: Mapping[str, Any]) -> None:
+        """The same claim in the memory of the nodes, so that an older attempt commits nothing there either."""
+        if self._peer is not None:
+            claim = {"attempt": attempt, "token": uuid.uuid4().hex, **info}
+            try:
+                self._peer.create(attempt_key(attempt), encode(claim))
+            except UnbrokenError as error:
+                self._event("peers_lost", error=str(error))
+
     def _lists_newer(self, progress: Progress) -> bool:
+        """Whether storage has a folder of a later checkpoint; asked without reading any."""
         refs = [CheckpointRef.parse(name) for name in self._store.list(CHECKPOINTS)]
         return any(ref is not None and ref.samples_seen > progress.samples_seen for ref in refs)
 
@@ -115,7 +177,7 @@ class Opener:
     def _check_progress_since(self, newest: str | None) -> None:
         """Groups of agents that die one after the other leave nothing in memory; count them in storage."""
         stalled = 0
-        for record in reversed(read_attempts(self._store)):
+        for record in reversed(self._records_in_memory() or read_attempts(self._store)):
             if record.get("session") != self._spec.session or record.get("from") != newest:
                 break
             stalled += 1

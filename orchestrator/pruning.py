@@ -6,19 +6,20 @@ import threading
 import time
 from collections.abc import Callable
 
+from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpoint.retention import Pruner, Removal
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import SupersededError, UnbrokenError
 from orchestrator.messages import Event
-from orchestrator.run_spec import RunSpec
 
 
 class BackgroundPruner:
     """Prunes when asked to, and again when what it marked may go. One pass at a time; requests meanwhile are one."""
 
-    def __init__(self, spec: RunSpec, notify: Callable[[Event], None]) -> None:
+    def __init__(self, open_store: Callable[[], Store], keep: RetentionConfig, notify: Callable[[Event], None]) -> None:
         """Args: notify: told of each removal and each failed pass, from the thread."""
-        self._spec = spec
+        self._open_store = open_store
+        self._keep = keep
         self._notify = notify
         self._attempt = 0
         self._requested = threading.Event()
@@ -37,7 +38,7 @@ class BackgroundPruner:
             self._requested.clear()
             wait_s = None
             try:
-                pruner = pruner or Pruner(Store.open(self._spec.run_url), self._spec.checkpoint.keep)
+                pruner = pruner or Pruner(self._open_store(), self._keep)
                 wait_s = pruner.prune(self._attempt, self._report)
             except SupersededError:
                 pass  # the newer attempt prunes; that this one has to end is said at its next commit

@@ -33,10 +33,11 @@ class Screen:
         line(event.time_s, **event.fields)
 
     def _attempt(
-        self, at: float, *, attempt: int, restore: str | None, memory: int | None, cause: str, world_size: int
+        self, at: float, *, attempt: int, restore: str | None, cause: str, world_size: int, **where: Any
     ) -> None:
         start = f"from checkpoint {restore}" if restore else "from the beginning"
-        start = f"from step {memory} in memory" if memory else start
+        start += " in the memory of the nodes" if where["tier"] == "peer" else ""
+        start = f"from step {where['memory']} in the agents' memory" if where["memory"] else start
         why = "" if cause == "start" else f", after: {cause}"
         self._write(f"attempt {attempt}: {world_size} worker{'s' * (world_size > 1)}, {start}{why}")
 
@@ -67,11 +68,19 @@ class Screen:
             f"  ETA {eta}  attempt {attempt}  newest stable checkpoint: {stable}"
         )
 
-    def _saved(self, at: float, *, step: int, attempt: int, bytes: int) -> None:
+    def _saved(self, at: float, *, step: int, attempt: int, bytes: int, tier: str) -> None:
         self._stable = step
 
-    def _save_failed(self, at: float, *, step: int, error: str) -> None:
-        self._write(f"checkpoint of step {step} failed, training goes on without it: {error}")
+    def _save_failed(self, at: float, *, step: int, tier: str, error: str) -> None:
+        place = "" if tier == "storage" else " in the memory of the nodes"
+        self._write(f"checkpoint of step {step}{place} failed, training goes on without it: {error}")
+
+    def _peers_lost(self, at: float, *, error: str) -> None:
+        self._write(f"the memory of the nodes is not used: {error}")
+
+    def _peers(self, at: float, *, num_nodes: int) -> None:
+        if num_nodes == 1:
+            self._write("warning: with one node, checkpoints in memory survive the death of agents, not of the node")
 
     def _save_delayed(self, at: float, *, rank: int, step: int, error: str) -> None:
         self._write(f"checkpoint of step {step}: rank {rank} tries again: {error}")

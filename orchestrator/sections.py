@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from orchestrator.checkpoint.policy import RetentionConfig, Verify
 from trainers.errors import ConfigError
+
+PEER_URL = "peer://"
+TierName = Literal["peer", "storage"]
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -61,6 +64,23 @@ class Resources:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tier:
+    """One place for checkpoints."""
+
+    url: str
+    """peer:// for the memory of the nodes, else a folder or URL, which takes the place of `storage`."""
+    every: int
+    """A checkpoint there after every so many steps, >= 1."""
+    keep: int
+    """Number of newest checkpoints that stay there, >= 1."""
+
+    def __post_init__(self) -> None:
+        for key in ("every", "keep"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key}={getattr(self, key)} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When the state is saved, and for how long."""
 
@@ -75,19 +95,68 @@ class CheckpointConfig:
     verify: Verify = "full"
     """Read back before a checkpoint counts: every byte, 1 % at random, or sizes. Loading checks all in any case."""
     keep: RetentionConfig = field(default_factory=RetentionConfig)
+    tiers: tuple[Tier, ...] = ()
+    """Instead of storage, every_steps and keep.last: one tier peer:// and one on storage; empty: only storage."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise ConfigError(f"every_steps={self.every_steps} must be at least 1")
         if not 0 <= self.deadline_s < float("inf"):
             raise ConfigError(f"deadline_s={self.deadline_s:g} must be at least 0 and finite")
-        if self.max_lag_steps is not None and self.max_lag_steps < 2 * self.every_steps:
+        self._check_tiers()
+        every = self.interval_steps
+        if self.max_lag_steps is not None and self.max_lag_steps < 2 * every:
             raise ConfigError(
-                f"max_lag_steps={self.max_lag_steps} is less than 2 * every_steps={2 * self.every_steps}: every save"
-                f" would be waited for; set at least {2 * self.every_steps}, or null for no limit"
+                f"max_lag_steps={self.max_lag_steps} is less than two intervals: every save would be waited for; set"
+                f" at least {2 * every}, or null for no limit"
             )
-        if self.keep.every_steps is not None and self.keep.every_steps % self.every_steps:
+        if self.keep.every_steps is not None and self.keep.every_steps % every:
             raise ConfigError(
-                f"keep.every_steps={self.keep.every_steps} is not a multiple of every_steps={self.every_steps}:"
+                f"keep.every_steps={self.keep.every_steps} is not a multiple of every_steps={every}:"
                 " most of these steps have no checkpoint; set a multiple"
             )
+
+    def _check_tiers(self) -> None:
+        if not self.tiers:
+            return
+        names = ", ".join(tier.url for tier in self.tiers)
+        if [tier.url == PEER_URL for tier in self.tiers].count(False) != 1 or len(self.tiers) > 2:
+            raise ConfigError(
+                f"tiers={names}: give at most one {PEER_URL}, and exactly one tier that outlives the nodes"
+            )
+        if self.every_steps != 1000 or self.keep.last != RetentionConfig().last:
+            raise ConfigError(
+                f"every_steps={self.every_steps} and keep.last={self.keep.last} are given by the tiers ({names});"
+                " remove them here"
+            )
+        if self.peer is not None and self.peer.every >= self.interval_steps:
+            raise ConfigError(
+                f"tiers: {PEER_URL} has every={self.peer.every}, which is not more often than"
+                f" every={self.interval_steps} of the other tier; set less"
+            )
+
+    @property
+    def peer(self) -> Tier | None:
+        """The tier in the memory of the nodes."""
+        return next((tier for tier in self.tiers if tier.url == PEER_URL), None)
+
+    @property
+    def storage(self) -> Tier | None:
+        """The tier that outlives the nodes, if tiers are given."""
+        return next((tier for tier in self.tiers if tier.url != PEER_URL), None)
+
+    @property
+    def interval_steps(self) -> int:
+        """Steps between two checkpoints in storage."""
+        return self.storage.every if self.storage else self.every_steps
+
+    @property
+    def retention(self) -> RetentionConfig:
+        """Of the checkpoints in storage."""
+        return replace(self.keep, last=self.storage.keep) if self.storage else self.keep
+
+    def tiers_due(self, step: int, num_steps: int) -> tuple[TierName, ...]:
+        """Where the state of `step` is saved, nearest first; nowhere for most steps."""
+        peer = self.peer is not None and step % self.peer.every == 0 and step != num_steps
+        storage = step % self.interval_steps == 0 or step == num_steps
+        return (*(("peer",) if peer else ()), *(("storage",) if storage else ()))

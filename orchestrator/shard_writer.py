@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Pipe
 
 from orchestrator.checkpoint.keys import CheckpointRef, shard_name
-from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import ChunkReceipt, Shard, prepare_shard, store_shard
 from orchestrator.errors import DamagedCheckpointError, StorageError, UnbrokenError
 from orchestrator.messages import Receipt, SaveDelayed, SaveFailed, Snapshot
 from orchestrator.retries import Retries
-from orchestrator.sections import CheckpointConfig
+from orchestrator.sections import CheckpointConfig, TierName
+from orchestrator.stores import Stores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +32,15 @@ class HeldSnapshot:
 class _Job:
     attempt: int
     held: HeldSnapshot
+    tiers: tuple[TierName, ...]
     retries: Retries
 
 
 class ShardWriter:
     """Stores one snapshot after the other; what fails is repeated from the same buffer until its deadline."""
 
-    def __init__(self, store: Store, buffer: int, rank: int, world_size: int, config: CheckpointConfig) -> None:
-        self._store = store
+    def __init__(self, stores: Stores, buffer: int, rank: int, world_size: int, config: CheckpointConfig) -> None:
+        self._stores = stores
         self._buffer = buffer
         self._rank = rank
         self._world_size = world_size
@@ -53,10 +54,13 @@ class ShardWriter:
         threading.Thread(target=self._hash, name="shard-hasher", daemon=True).start()
         threading.Thread(target=self._write, name="shard-writer", daemon=True).start()
 
-    def submit(self, attempt: int, held: HeldSnapshot) -> None:
-        """Store it for `attempt`. The buffer must not change until the result is there, or `drop` was called."""
+    def submit(self, attempt: int, held: HeldSnapshot, tiers: tuple[TierName, ...] = ("storage",)) -> None:
+        """Store it for `attempt` in one tier after the other.
+
+        The buffer must not change until the last result is there, or until nobody wants it any more: see `drop`.
+        """
         self._retries = Retries(self._config.deadline_s)
-        self._snapshots.put(_Job(attempt=attempt, held=held, retries=self._retries))
+        self._snapshots.put(_Job(attempt=attempt, held=held, tiers=tiers, retries=self._retries))
 
     def drop(self) -> None:
         """Do not try the last one again: nobody waits for it any more."""
@@ -70,28 +74,35 @@ class ShardWriter:
             except Exception as error:  # whatever it is, the save has failed and the trainer waits to hear so
                 if not job.held.hashed.done():
                     job.held.hashed.set_exception(error)
-                self._fail(job, error)
+                for tier in job.tiers:
+                    self._fail(job, error, tier)
             else:
                 self._shards.put((job, shard))
 
     def _write(self) -> None:
         while True:
             job, shard = self._shards.get()
-            snapshot = job.held.snapshot
-            try:
-                self._store_shard(job, shard)
-            except Exception as error:  # as above
-                self._fail(job, error)
-            else:
-                receipt = Receipt(
-                    attempt=job.attempt, progress=snapshot.progress, shard=shard.receipt, scalars=snapshot.scalars
-                )
-                self._results.send(receipt)
+            for tier in job.tiers:
+                try:
+                    self._store_shard(job, shard, tier)
+                except Exception as error:  # as above; the next tier may work
+                    self._fail(job, error, tier)
+                else:
+                    self._results.send(
+                        Receipt(
+                            attempt=job.attempt,
+                            progress=job.held.snapshot.progress,
+                            tier=tier,
+                            shard=shard.receipt,
+                            scalars=job.held.snapshot.scalars,
+                        )
+                    )
             del shard  # lets go of the buffer
 
-    def _fail(self, job: _Job, error: Exception) -> None:
+    def _fail(self, job: _Job, error: Exception, tier: TierName) -> None:
         why = str(error) if isinstance(error, UnbrokenError) else repr(error)
-        self._results.send(SaveFailed(attempt=job.attempt, progress=job.held.snapshot.progress, error=why))
+        progress = job.held.snapshot.progress
+        self._results.send(SaveFailed(attempt=job.attempt, progress=progress, tier=tier, error=why))
 
     def _prepare(self, job: _Job) -> Shard:
         snapshot = job.held.snapshot
@@ -105,13 +116,16 @@ class ShardWriter:
             raise DamagedCheckpointError(f"rank {self._rank}: the snapshot of {snapshot.progress} changed in memory")
         return shard
 
-    def _store_shard(self, job: _Job, shard: Shard) -> None:
+    def _store_shard(self, job: _Job, shard: Shard, tier: TierName) -> None:
         progress, delayed = job.held.snapshot.progress, False
+        ref, store = CheckpointRef(progress.samples_seen, job.attempt), self._stores.of(tier)
         while True:
             try:
-                store_shard(self._store, CheckpointRef(progress.samples_seen, job.attempt), shard, self._config.verify)
+                store_shard(store, ref, shard, self._config.verify)
                 return
             except StorageError as error:
+                if tier == "peer":
+                    raise  # there is a next time soon, and storage must not wait for it
                 if not delayed:
                     self._results.send(SaveDelayed(attempt=job.attempt, progress=progress, error=str(error)))
                 delayed = True

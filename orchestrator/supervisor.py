@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 
-from orchestrator.checkpoint.store import Store
+from orchestrator.checkpoint.peer_objects import PeerRing
 from orchestrator.forkserver import ForkServer
 from orchestrator.messages import (
     Begin,
@@ -32,6 +32,7 @@ from orchestrator.messages import (
 )
 from orchestrator.run_spec import RunSpec
 from orchestrator.shard_writer import HeldSnapshot, ShardWriter
+from orchestrator.stores import Stores
 from trainers.progress import Progress
 
 
@@ -45,7 +46,9 @@ class Supervisor:
         world_size: int,
         coordinator: Connection,
         start_fork_server: Callable[[Sequence[str]], ForkServer] = ForkServer,
+        ring: PeerRing | None = None,
     ) -> None:
+        """Args: ring: the memory of the nodes, as seen from this one, if the run uses it."""
         self._spec = spec
         self._rank = rank
         self._world_size = world_size
@@ -54,7 +57,9 @@ class Supervisor:
         self._fork_server = start_fork_server(spec.preload)
         # Anonymous shared memory: it outlives the trainers, and cannot outlive this process.
         self._buffer = os.memfd_create("unbroken-snapshot")
-        self._writer = ShardWriter(Store.open(spec.run_url), self._buffer, rank, world_size, spec.checkpoint)
+        self._ring = ring
+        stores = Stores.open(spec.run_url, ring)
+        self._writer = ShardWriter(stores, self._buffer, rank, world_size, spec.checkpoint)
         self._attempt = 0
         self._trainer: Connection | None = None
         self._pid: int | None = None
@@ -129,6 +134,7 @@ class Supervisor:
             rank=self._rank,
             world_size=self._world_size,
             restore=launch.restore,
+            peers=self._ring if launch.tier == "peer" else None,
             memory=self._recall(launch),
             committed=launch.committed,
         )
@@ -149,8 +155,13 @@ class Supervisor:
         pending = launch.memory != launch.committed
         if pending:
             self._pending = launch.memory
-            self._writer.submit(launch.attempt, held)
+            self._store(launch.attempt, held)
         return MemorySnapshot(snapshot=held.snapshot, chunks=chunks, pending=pending)
+
+    def _store(self, attempt: int, held: HeldSnapshot) -> None:
+        tiers = self._spec.checkpoint.tiers_due(held.snapshot.progress.step, self._spec.num_steps)
+        # A snapshot at no such step was taken for a reason of its own, and is to last.
+        self._writer.submit(attempt, held, tiers or ("storage",))
 
     def _tell_trainer(self, message: object) -> None:
         # A trainer that is gone reads nothing; that it is gone is reported by the fork server.
@@ -173,7 +184,7 @@ class Supervisor:
                 self._held = None
             case Snapshot():
                 self._pending, self._held = message.progress, HeldSnapshot(snapshot=message)
-                self._writer.submit(self._attempt, self._held)
+                self._store(self._attempt, self._held)
             case Stepped() | Skipped() if self._rank != 0:
                 pass  # the numbers are the same on all ranks
             case _:

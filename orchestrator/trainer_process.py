@@ -96,8 +96,8 @@ def main(pipe: int, buffer: int) -> int:
         agent.send(Reached(stage="process group"))
         state, task = build(config, device)
         agent.send(Reached(stage="built"))
-        checkpointer = SharedMemoryCheckpointer(agent, buffer, begin)
-        control = SaveSchedule(checkpointer, begin.checkpoint.every_steps, config.train.num_steps)
+        checkpointer = SharedMemoryCheckpointer(agent, buffer, begin, config.train.num_steps)
+        control = SaveSchedule(checkpointer, begin.checkpoint, config.train.num_steps)
         stopped = None
         try:
             train(state, task, control, checkpointer, PipeSink(agent))

@@ -17,7 +17,12 @@ DOORS = {
     "fsspec": {"orchestrator/checkpoint/store.py"},
     "s3fs": set(),
     "wandb": {"orchestrator/tracking/wandb_sink.py"},
-    "ray": {"orchestrator/driver.py", "orchestrator/agent.py", "orchestrator/control.py"},
+    "ray": {
+        "orchestrator/driver.py",
+        "orchestrator/agent.py",
+        "orchestrator/control.py",
+        "orchestrator/peer_memory.py",
+    },
 }
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "util", "helper"}
 MAX_LINES = {ast.FunctionDef: 50, ast.AsyncFunctionDef: 50, ast.ClassDef: 250}

@@ -13,6 +13,7 @@ from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import AlreadyExistsError, DamagedCheckpointError, MissingObjectError, UnbrokenError
+from trainers.progress import Progress
 
 _ABANDONED = b'{\n  "abandoned_by": '
 """How what `abandon` puts in the place of a manifest begins."""
@@ -55,6 +56,12 @@ class CheckpointInfo:
         """Of a stable or unhealthy one."""
         assert self.manifest is not None, self.ref
         return self.manifest.progress.step
+
+    @property
+    def progress(self) -> Progress:
+        """Of a stable or unhealthy one."""
+        assert self.manifest is not None, self.ref
+        return self.manifest.progress
 
     @property
     def expired(self) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.checkpoint.peer_objects import PeerRing
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.committing import BackgroundChores
@@ -17,6 +19,7 @@ from orchestrator.hub import Hub, connect
 from orchestrator.messages import Event, Outcome
 from orchestrator.run_spec import RunSpec
 from orchestrator.sections import CheckpointConfig
+from orchestrator.stores import Stores
 from orchestrator.supervisor import Supervisor
 
 PRELOAD = ("torch", "diffusers:UNet2DModel", "trainers.build", "orchestrator.checkpoint.reader", "sklearn.datasets")
@@ -54,17 +57,23 @@ def make_spec(run: Path | str, config: Mapping[str, Any], every_steps: int, **ch
 
 
 def run_agents(
-    spec: RunSpec, world_size: int, on_event: Callable[[Event], None], timeout_s: float = 240
+    spec: RunSpec,
+    world_size: int,
+    on_event: Callable[[Event], None],
+    timeout_s: float = 240,
+    ring: PeerRing | None = None,
 ) -> Outcome | None:
     """Run to the end. `on_event` is called in the coordinator's thread; what it does happens before what follows."""
     hub = Hub("127.0.0.1", key := b"test", world_size)
-    store = Store.open(spec.run_url)
-    chores = BackgroundChores(spec, store, on_event)
-    hub.start(lambda send: Coordinator(spec, store, world_size, "127.0.0.1", send, on_event, chores), chores.results)
+    stores = Stores.open(spec.run_url, ring)
+    chores = BackgroundChores(spec, stores, on_event)
+    hub.start(lambda send: Coordinator(spec, stores, world_size, "127.0.0.1", send, on_event, chores), chores.results)
     outcomes: dict[int, Outcome] = {}
 
     def serve(rank: int) -> None:
-        outcomes[rank] = Supervisor(spec, rank, world_size, connect(hub.address, key, rank), _fork_server).run()
+        wire = connect(hub.address, key, rank)
+        home = ring and replace(ring, home=ring.peers[rank % len(ring.peers)].node)
+        outcomes[rank] = Supervisor(spec, rank, world_size, wire, _fork_server, home).run()
 
     threads = [threading.Thread(target=serve, args=(rank,), daemon=True) for rank in range(world_size)]
     for thread in threads:

@@ -20,6 +20,7 @@ from orchestrator.messages import (
 )
 from orchestrator.run_spec import RunSpec
 from orchestrator.sections import CheckpointConfig
+from orchestrator.stores import Stores
 from tests.orchestrator.checkpoint.shards import write_shard
 from trainers.progress import Progress
 from trainers.shards import Chunk, TensorSpec
@@ -58,7 +59,7 @@ class PromptChores:
         if self.hand_over is not None:
             self.hand_over(carry_out(self._store, job, lambda: False))
 
-    def prune(self, attempt: int) -> None:
+    def prune(self, attempt: int, tier: str) -> None:
         self.prunings.append(attempt)
 
 
@@ -73,7 +74,7 @@ class Group:
         self.prunings = self.chores.prunings
         self.coordinator = Coordinator(
             make_spec(store.url, session=session),
-            store,
+            Stores(storage=store),
             2,
             "host",
             lambda rank, order: self.orders.append((rank, order)),

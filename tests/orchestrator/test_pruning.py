@@ -14,9 +14,7 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError
 from orchestrator.messages import Event
 from orchestrator.pruning import BackgroundPruner
-from orchestrator.sections import CheckpointConfig
 from tests.orchestrator.checkpoint.states import make_state, save
-from tests.orchestrator.group import make_spec
 
 
 @pytest.fixture
@@ -27,7 +25,7 @@ def store() -> Store:
 def start(store: Store, grace_s: float) -> tuple[BackgroundPruner, queue.Queue[Event]]:
     events: queue.Queue[Event] = queue.Queue()
     keep = RetentionConfig(last=1, grace_s=grace_s)
-    return BackgroundPruner(make_spec(store.url, checkpoint=CheckpointConfig(keep=keep)), events.put), events
+    return BackgroundPruner(lambda: Store.open(store.url), keep, events.put), events
 
 
 def test_removes_on_request_and_comes_back_by_itself_after_the_grace_period(store: Store) -> None:

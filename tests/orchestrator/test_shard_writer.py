@@ -9,6 +9,7 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.messages import Receipt, SaveDelayed, SaveFailed, Snapshot
 from orchestrator.sections import CheckpointConfig
 from orchestrator.shard_writer import HeldSnapshot, ShardWriter
+from orchestrator.stores import Stores
 from trainers.progress import Progress
 from trainers.shards import Chunk, TensorSpec
 
@@ -28,7 +29,9 @@ def held() -> HeldSnapshot:
 
 
 def make_writer(folder, buffer: int, deadline_s: float) -> ShardWriter:
-    return ShardWriter(Store.open(str(folder / "run")), buffer, 0, 1, CheckpointConfig(deadline_s=deadline_s))
+    return ShardWriter(
+        Stores(storage=Store.open(str(folder / "run"))), buffer, 0, 1, CheckpointConfig(deadline_s=deadline_s)
+    )
 
 
 def hear(writer: ShardWriter) -> object:
