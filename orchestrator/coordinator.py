@@ -35,7 +35,7 @@ from orchestrator.messages import (
     Started,
     Stepped,
 )
-from orchestrator.opening import Opener, Opening, Remembered
+from orchestrator.opening import Opener, Opening
 from orchestrator.restore_point import set_aside
 from orchestrator.run_spec import RunSpec
 from orchestrator.save_round import SaveRound
@@ -145,7 +145,7 @@ class Coordinator:
             self._launch_failures = 0
 
     def _launch(self, cause: str) -> None:
-        self._opening = opening = self._opener.open(cause, self._remembered())
+        self._opening = opening = self._opener.open(cause, self._save.remembered(self._memory))
         self._reached = opening.progress
         self._ready, self._finished, self._down = set(), set(), {}
         self._save.begin_attempt(opening)
@@ -156,12 +156,6 @@ class Coordinator:
         self._event("attempt", attempt=attempt, **where, cause=cause, world_size=self._world_size)
         launch = Launch(attempt=attempt, restore=restore, tier=opening.tier, memory=memory, committed=opening.committed)
         self._to_all(launch)
-
-    def _remembered(self) -> Remembered | None:
-        """The snapshot that all agents hold, if the next attempt may begin from it."""
-        if self._memory is None:
-            return None
-        return Remembered(progress=self._memory, committed=self._save.committed, checkpoint=self._save.checkpoint)
 
     @property
     def _attempt(self) -> int:
@@ -179,6 +173,7 @@ class Coordinator:
                     self._event("training", attempt=self._attempt, step=progress.step)
             case Stepped(progress=progress, metrics=metrics):
                 self._reached = progress
+                self._save.note(progress, metrics)
                 self._event("step", attempt=self._attempt, step=progress.step, metrics=dict(metrics))
             case Skipped(progress=progress):
                 self._event("save_skipped", step=progress.step)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.writer import CommitInfo
 from orchestrator.committing import CommitJob
 from orchestrator.messages import Receipt, SaveEnded, SaveFailed
-from orchestrator.opening import Opening
+from orchestrator.opening import Opening, Remembered
 from orchestrator.run_spec import RunSpec
 from orchestrator.sections import TierName
 from orchestrator.stores import Stores
@@ -28,12 +31,23 @@ class SaveRound:
         """Of the newest checkpoint committed in storage."""
         self.checkpoint: str | None = None
         """Its name."""
+        self._metrics: tuple[Progress, Mapping[str, float]] = (Progress(), {})
 
     def begin_attempt(self, opening: Opening) -> None:
         """Forget an incomplete set; its files stay behind as a checkpoint that was never committed."""
         self._receipts, self._over, self.ended = {}, {}, None
         if opening.memory is None:
             self.committed, self.checkpoint = opening.committed, opening.restore
+
+    def remembered(self, held: Progress | None) -> Remembered | None:
+        """What the agents hold, if it is a snapshot that all of them have."""
+        return held and Remembered(progress=held, committed=self.committed, checkpoint=self.checkpoint)
+
+    def note(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        """The numbers of a step; they go into its checkpoint, if it gets one."""
+        if self._spec.checkpoint.tiers_due(progress.step, self._spec.num_steps):
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            self._metrics = progress, finite
 
     def has_ended(self, progress: Progress, tier: TierName | None = None) -> bool:
         """Whether the save of `progress` is over, in `tier` or in all; steps only grow within an attempt."""
@@ -80,6 +94,7 @@ class SaveRound:
             versions=self._spec.versions,
             store={"kind": store.backend.kind, "conditional_create": store.conditional_create},
             verify=self._spec.checkpoint.verify,
+            metrics=self._metrics[1] if self._metrics[0] == receipt.progress else {},
             scalars=receipt.scalars,
             health={"ok": True},  # a step that is not finite is never taken, so never saved
         )

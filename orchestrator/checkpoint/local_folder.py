@@ -43,6 +43,8 @@ class LocalFolder:
     def delete(self, path: str) -> None:
         with suppress(FileNotFoundError):
             os.unlink(path)
+        with suppress(OSError):  # a folder with nothing in it means nothing, as on an object store
+            os.rmdir(os.path.dirname(path))
 
     def abort_unfinished(self, path: str, older_than_s: float) -> int:
         begun_before = time.time() - older_than_s

@@ -107,6 +107,8 @@ class Manifest:
     """State that is no tensor. Only what the next step may depend on: `unbroken prove` compares all of it."""
     health: Mapping[str, Any]
     """`{"ok": true}`, or `{"ok": false, "reason": ...}`: such a checkpoint is never resumed from."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The numbers of the step, as far as they are finite; empty in older manifests."""
     created_at: str
     """UTC, ISO 8601. Informative."""
     files: tuple[FileEntry, ...]

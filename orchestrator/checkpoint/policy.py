@@ -22,6 +22,24 @@ Verify = Literal["full", "sample", "size"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestConfig:
+    """Checkpoints that stay because a number was best at their step."""
+
+    metric: str = "loss"
+    """Which of the step's numbers: loss or grad_norm. Those of one step; a loss varies much from batch to batch."""
+    mode: Literal["min", "max"] = "min"
+    """Whether less or more is better."""
+    num: int = 1
+    """How many stay, >= 1."""
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("loss", "grad_norm"):
+            raise ConfigError(f"metric={self.metric!r} is no number of a step; give loss or grad_norm")
+        if self.num < 1:
+            raise ConfigError(f"num={self.num} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetentionConfig:
     """Which checkpoints are kept; pinned ones always are."""
 
@@ -29,6 +47,8 @@ class RetentionConfig:
     """Number of newest stable checkpoints, >= 1; null keeps all."""
     every_steps: int | None = None
     """Checkpoints of steps that are a multiple of this are kept for good, >= 1; null: none."""
+    best: BestConfig | None = None
+    """The best stable ones by a number of their step are kept too; null: none."""
     grace_s: float = 600.0
     """Seconds that a checkpoint still exists after it was marked as expired, so that its readers can finish, >= 0."""
 
@@ -58,7 +78,28 @@ def judge(checkpoints: Iterable[CheckpointInfo], config: RetentionConfig, attemp
     """
     checkpoints = list(checkpoints)
     stable = sorted((info.ref for info in checkpoints if info.state is CheckpointState.STABLE), reverse=True)
-    return [_judge(info, stable, config, attempt) for info in checkpoints]
+    best = _best(checkpoints, config.best) if config.best else set()
+    return [_keep_best(_judge(info, stable, config, attempt), best, config.best) for info in checkpoints]
+
+
+def _best(checkpoints: Iterable[CheckpointInfo], config: BestConfig) -> set[CheckpointRef]:
+    """The best stable ones; of equals, the newer."""
+    sign = 1.0 if config.mode == "min" else -1.0
+    found = [
+        (sign * value, info.ref)
+        for info in checkpoints
+        if info.state is CheckpointState.STABLE and info.manifest is not None
+        if (value := info.manifest.metrics.get(config.metric)) is not None
+    ]
+    found.sort(key=lambda item: item[1], reverse=True)
+    found.sort(key=lambda item: item[0])
+    return {ref for _, ref in found[: config.num]}
+
+
+def _keep_best(verdict: Verdict, best: set[CheckpointRef], config: BestConfig | None) -> Verdict:
+    if verdict.keep or config is None or verdict.info.ref not in best:
+        return verdict
+    return Verdict(info=verdict.info, keep=True, reason=f"best {config.metric}")
 
 
 def _judge(info: CheckpointInfo, stable: list[CheckpointRef], config: RetentionConfig, attempt: int) -> Verdict:

@@ -63,6 +63,7 @@ class CommitInfo:
     health: Mapping[str, Any]
     store: Mapping[str, Any] = field(default_factory=dict)
     verify: Verify = "full"
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +253,7 @@ def _manifest(receipts: Sequence[ShardReceipt], info: CommitInfo) -> Manifest:
         health=info.health,
         store=info.store,
         verify=info.verify,
+        metrics=info.metrics,
         created_at=records.now(),
         files=tuple(receipt.file for receipt in receipts),
         tensors=tensors,

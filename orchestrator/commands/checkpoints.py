@@ -212,13 +212,21 @@ def pin(run: str, step: int, reason: str, as_json: bool) -> None:
 @_JSON
 def unpin(run: str, step: int, as_json: bool) -> None:
     """Leave the checkpoint of STEP to checkpoint.keep again."""
+    from contextlib import suppress
+
     from orchestrator.checkpoint import retention
-    from orchestrator.checkpoint.catalog import list_checkpoints
-    from orchestrator.checkpoint.selection import select_checkpoint
+    from orchestrator.checkpoint.catalog import list_checkpoints, load_manifest
+    from orchestrator.errors import UnbrokenError
 
     store = _open_run(run)
-    progress = select_checkpoint(store, step).ref.samples_seen
-    pinned = [info.ref for info in list_checkpoints(store) if info.ref.samples_seen == progress and info.pinned]
+    infos = list_checkpoints(store)
+    # By the samples that intact ones of this step have seen, so that a damaged one is found too.
+    seen = {info.ref.samples_seen for info in infos if info.manifest is not None and info.step == step}
+    for info in infos:
+        with suppress(UnbrokenError):
+            if info.pinned and info.manifest is None and load_manifest(store, info.ref).progress.step == step:
+                seen.add(info.ref.samples_seen)
+    pinned = [info.ref for info in infos if info.ref.samples_seen in seen and info.pinned]
     for ref in pinned:
         retention.unpin(store, ref)
     _say_pins(pinned, "is no longer pinned", bool(pinned), as_json)

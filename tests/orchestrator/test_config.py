@@ -62,6 +62,8 @@ def test_a_range_of_workers(path: Path):
     assert load_config(path, ["workers.min=2", "workers.max=2"]).max_workers == 2
 
 
+PEER, DISK = "{url: peer://, every: 20, keep: 2}", "{url: /data/runs, every: 100, keep: 5}"
+
 REFUSED = [
     (["train.num_step=5"], "train.num_step=5 is not a known key; did you mean train.num_steps?"),
     (["trian.num_steps=5"], "is not a known key; did you mean train?"),
@@ -94,6 +96,14 @@ REFUSED = [
     (["checkpoint.every_steps=0"], "checkpoint.every_steps=0 must be at least 1"),
     (["checkpoint.keep.last=0"], "checkpoint.keep.last=0 must be at least 1, or null to keep all"),
     (["checkpoint.keep.every_steps=1500"], "checkpoint.keep.every_steps=1500 is not a multiple of every_steps=1000"),
+    (["checkpoint.deadline_s=-1"], "checkpoint.deadline_s=-1 must be at least 0"),
+    (["checkpoint.max_lag_steps=1999"], "checkpoint.max_lag_steps=1999 is less than two intervals"),
+    (["checkpoint.when_busy=drop"], 'checkpoint.when_busy="drop" is not one of wait, skip'),
+    (["checkpoint.keep.best.metric=fid"], "checkpoint.keep.best.metric='fid' is no number of a step"),
+    (["checkpoint.tiers=[{url: peer://, every: 5, keep: 1}]"], "and exactly one tier that outlives the nodes"),
+    ([f"checkpoint.tiers=[{PEER}, {DISK}]", "checkpoint.every_steps=7"], "are given by the tiers"),
+    ([f"checkpoint.tiers=[{PEER}, {DISK}]", "storage=/other"], "name two places; give one of them"),
+    ([f"checkpoint.tiers=[{PEER}, {{url: /a, every: 5, keep: 1}}]"], "which is not more often than every=5"),
     (["optimizer.lr=.nan"], "optimizer.lr=NaN is not finite"),
     (["model.args.scale=.inf"], "model.args.scale=Infinity is not finite"),
     (["ema.raw.decay=0.9"], "ema.raw is no usable profile name"),
@@ -255,3 +265,13 @@ def test_the_order_of_keys_in_a_file_changes_no_hash(path: Path):
     first = config_hash(load_config(path))
     path.write_text(BASE.replace("seed: 3\n", "") + "seed: 3\n")
     assert config_hash(load_config(path)) == first
+
+
+def test_tiers_take_the_place_of_storage_interval_and_number(path: Path):
+    path.write_text(BASE)
+    config = load_config(path, [f"checkpoint.tiers=[{PEER}, {DISK}]", "checkpoint.keep.grace_s=1"])
+    assert run_url(config) == "/data/runs/digits"
+    checkpoint = config.checkpoint
+    assert (checkpoint.interval_steps, checkpoint.retention.last, checkpoint.retention.grace_s) == (100, 5, 1.0)
+    due = {step: checkpoint.tiers_due(step, 1010) for step in (19, 20, 100, 1000, 1010)}
+    assert due == {19: (), 20: ("peer",), 100: ("peer", "storage"), 1000: ("peer", "storage"), 1010: ("storage",)}

@@ -72,7 +72,7 @@ def test_old_checkpoints_are_pruned_after_a_commit_and_only_then(store: Store) -
     assert group.prunings == []
     group.coordinator.handle(1, group.receipt(1, 5))
     assert group.prunings == [1] and group.last(SaveEnded) == SaveEnded(progress=Progress(5, 50))
-    assert read_attempts(store)[0]["keep"] == {"last": 10, "every_steps": None, "grace_s": 600.0}
+    assert read_attempts(store)[0]["keep"] == {"last": 10, "every_steps": None, "best": None, "grace_s": 600.0}
     claim_attempt(store, {})
     group.save(10)
     assert group.prunings == [1]
@@ -272,3 +272,13 @@ def test_storage_that_stays_away_ends_the_run(store: Store, monkeypatch: pytest.
         monkeypatch.setattr("orchestrator.coordinator.time.monotonic", lambda now=now: now)
         group.coordinator.tick()
     assert group.last(Outcome) == Outcome(ending=Ending.STORAGE, message="unreachable")
+
+
+def test_a_checkpoint_has_the_numbers_of_its_step(store: Store) -> None:
+    group = Group(store).join()
+    for step, loss in ((4, 0.4), (5, 0.5), (6, 0.6)):
+        stepped = Stepped(progress=Progress(step, step * 10), metrics={"loss": loss, "grad_norm": float("inf")})
+        group.coordinator.handle(0, FromTrainer(attempt=1, message=stepped))
+    group.save(5)
+    (info,) = list_checkpoints(store)
+    assert info.manifest is not None and info.manifest.metrics == {"loss": 0.5}

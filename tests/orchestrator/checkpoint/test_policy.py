@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState
 from orchestrator.checkpoint.keys import MANIFEST_NAME, CheckpointRef
 from orchestrator.checkpoint.manifest import Manifest
-from orchestrator.checkpoint.policy import RetentionConfig, judge
+from orchestrator.checkpoint.policy import BestConfig, RetentionConfig, judge
 from trainers.errors import ConfigError
 from trainers.progress import Progress
 
@@ -29,7 +29,7 @@ STATES = {
 }
 
 
-def make_manifest(step: int) -> Manifest:
+def make_manifest(step: int, **metrics: float) -> Manifest:
     return Manifest(
         run_id="r",
         attempt=1,
@@ -41,6 +41,7 @@ def make_manifest(step: int) -> Manifest:
         versions={},
         scalars={},
         health={"ok": True},
+        metrics=metrics,
         created_at="",
         files=(),
         tensors={},
@@ -136,3 +137,26 @@ def test_reasons_say_which_rule():
 def test_limits(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         RetentionConfig(**bad)
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        (BestConfig(), [3, 5]),
+        (BestConfig(num=2), [3, 4, 5]),
+        (BestConfig(mode="max"), [1, 5]),
+        (BestConfig(metric="grad_norm"), [5]),
+    ],
+)
+def test_the_best_are_kept(config, kept):
+    losses = {1: 0.9, 2: 0.7, 3: 0.2, 4: 0.2001, 5: 0.5}
+    infos = [
+        CheckpointInfo(
+            ref=CheckpointRef(step * 10, 1),
+            state=CheckpointState.STABLE,
+            manifest=make_manifest(step, loss=loss),
+        )
+        for step, loss in losses.items()
+    ]
+    verdicts = judge(infos, RetentionConfig(last=1, best=config), ATTEMPT)
+    assert [verdict.info.step for verdict in verdicts if verdict.keep] == kept

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import pickle
+import uuid
 from dataclasses import replace
 
 import numpy as np
@@ -150,3 +152,25 @@ def test_a_large_shard_is_read_back_in_ranges(any_store, monkeypatch):
     chunks = [Chunk(spec=spec, row_offset=0, num_rows=5500, begin=0, end=5500)]
     receipt = write_shard(any_store, REF.shard(0, 1), chunks, memoryview(data), {})
     assert receipt.file.size_bytes == any_store.size(REF.shard(0, 1))
+
+
+@pytest.mark.parametrize(("verify", "reads", "finds"), [("full", 1, True), ("sample", 2, True), ("size", 0, False)])
+def test_how_much_is_read_back(verify, reads, finds):
+    """The file is of two sample ranges; a bit at its end flips on the way."""
+    for damaged in (False, True):
+        store, count = Store.open(f"memory://{uuid.uuid4().hex}"), []
+        spec = TensorSpec(name="a", dtype="U8", shape=(100_000,))
+        chunk = Chunk(spec=spec, row_offset=0, num_rows=100_000, begin=0, end=100_000)
+        write, read = store.write, store.read
+
+        def corrupt(key, parts, write=write, damaged=damaged):
+            data = bytearray(b"".join(map(bytes, parts)))
+            data[-1] ^= damaged
+            write(key, [data])
+
+        store.write = corrupt
+        store.read = lambda *args, count=count, read=read: count.append(args) or read(*args)
+        expected = pytest.raises(StorageError) if damaged and finds else contextlib.nullcontext()
+        with expected:
+            write_shard(store, REF.shard(0, 1), [chunk], memoryview(bytes(100_000)), {}, verify)
+        assert len(count) == reads

@@ -7,7 +7,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from orchestrator.checkpoint.attempts import claim_attempt
-from orchestrator.checkpoint.catalog import list_checkpoints
+from orchestrator.checkpoint.catalog import list_checkpoints, quarantine
+from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.cli import main
@@ -139,6 +140,15 @@ def test_pin_keeps_and_unpin_lets_go(run: str):
     unbroken("checkpoints", "prune", run, "--last", "1", "--grace-s", "0")
     assert stable_steps(run) == [2]
     assert unbroken("checkpoints", "pin", run, "1").exit_code == 2
+
+
+def test_a_quarantined_checkpoint_can_be_unpinned_and_leaves_no_folder(run: str):
+    unbroken("checkpoints", "pin", run, "1")
+    ref = CheckpointRef(10, 1)
+    quarantine(Store.open(run), ref, "rotten", attempt=1)
+    assert unbroken("checkpoints", "unpin", run, "1").stdout == f"{ref} is no longer pinned\n"
+    unbroken("checkpoints", "prune", run, "--last", "1", "--grace-s", "0")
+    assert not (Path(run) / ref.folder).exists()
 
 
 def test_prove_says_the_same_or_names_the_first_difference(run: str, tmp_path: Path):
