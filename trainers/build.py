@@ -41,7 +41,7 @@ def build(config: TrainerConfig, device: torch.device) -> tuple[TrainState, Task
         num_classes=source.num_classes,
         label_drop=config.objective.label_drop,
     )
-    rounds = Rounds(config.train.num_microbatches, topology.world_size)
+    rounds = Rounds(config.train.num_microbatches, topology.world_size, local=config.parallel.accumulation == "local")
     parameters = shard_model(model, config.parallel, topology, mesh, rounds, config.train.precision == "bf16")
     state = TrainState(
         model=model,

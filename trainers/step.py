@@ -47,10 +47,10 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
     """
     train, optimizer = task.config.train, task.config.optimizer
     losses = torch.zeros(train.num_microbatches, device=task.device)
-    for round_index in task.rounds:
+    for _ in task.rounds:
         begin_round(state.model, task.config.parallel, task.rounds)
-        index = round_index * state.topology.world_size + state.topology.rank
-        if index < train.num_microbatches:
+        index = task.rounds.microbatch(state.topology.rank)
+        if index is not None:
             losses[index] = _backward(state, task, index, scale=1.0 / train.num_microbatches)
         else:
             # The others need this rank's part of the collectives. The tree leaves the gradient out; `fast` adds zeros.
