@@ -25,6 +25,7 @@ from orchestrator.messages import (
     Launch,
     Listening,
     Outcome,
+    Paused,
     Reached,
     Receipt,
     Rendezvous,
@@ -159,6 +160,8 @@ class Coordinator:
             case Stepped(progress=progress, metrics=metrics):
                 self._reached = progress
                 self._event("step", attempt=self._attempt, step=progress.step, metrics=dict(metrics))
+            case Paused(progress=progress, stall_s=stall_s):
+                self._event("snapshot", attempt=self._attempt, step=progress.step, stall_s=stall_s)
             case Finished():
                 self._finished.add(rank)
                 if len(self._finished) == self._world_size:
@@ -241,8 +244,8 @@ class Coordinator:
 
     def _end(self, ending: Ending, message: str) -> None:
         self.outcome = Outcome(ending=ending, message=message)
+        self._event("outcome", ending=ending.value, message=message)  # first: those who are told end
         self._to_all(self.outcome)
-        self._event("outcome", ending=ending.value, message=message)
 
     def _to_all(self, message: object) -> None:
         for rank in range(self._world_size):

@@ -85,6 +85,18 @@ class Screen:
     def _controller_lost(self, at: float, *, reason: str) -> None:
         self._write(f"{reason}; starting Ray Train again")
 
+    def _started(self, at: float, **facts: Any) -> None:
+        pass  # for the record
+
+    def _snapshot(self, at: float, *, attempt: int, step: int, stall_s: float) -> None:
+        pass  # for the account of goodput
+
+    def _record_failed(self, at: float, *, error: str) -> None:
+        self._write(f"the run's record cannot be written now and is held in memory, training goes on: {error}")
+
+    def _record_resumed(self, at: float, *, dropped: int) -> None:
+        self._write(f"the run's record is written again{f'; {dropped} rows are lost' if dropped else ', with no gap'}")
+
     def _store(self, at: float, *, kind: str, conditional_create: bool, warning: str | None) -> None:
         if warning is not None:
             self._write(f"warning: {warning}")
