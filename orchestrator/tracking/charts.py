@@ -57,7 +57,7 @@ class _Axis:
     """Where a value lies between the least and the greatest; logarithmic if they are far apart."""
 
     def __init__(self, low: float, high: float) -> None:
-        self.logarithmic = low > 0 and high / low > 30
+        self.logarithmic = low > 0 and high / low > 10
         if not self.logarithmic:
             margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
             low, high = low - margin, high + margin

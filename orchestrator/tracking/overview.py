@@ -202,6 +202,8 @@ def told(events: Iterable[Event], num_steps: int, global_batch_size: int) -> Ite
         if event.kind in _QUIET:
             continue
         fields = {key: value for key, value in event.fields.items() if key not in ("session", "writer")}
+        if event.kind == "saved" and "bytes" in fields:
+            fields["size"] = f"{fields['bytes'] / 1e6:,.1f} MB"
         lines.clear()
         if event.kind in _TEXTS:
             lines.append(_TEXTS[event.kind].format_map(_Lenient(fields)))
@@ -215,7 +217,7 @@ def told(events: Iterable[Event], num_steps: int, global_batch_size: int) -> Ite
 
 _TEXTS = {
     "started": "a driver starts on {host}, process {pid}: {num_steps} steps, workers {workers}",
-    "saved": "checkpoint of step {step} is committed: {bytes} bytes, by attempt {attempt}",
+    "saved": "checkpoint of step {step} is committed: {size}, by attempt {attempt}",
     "outcome": "{ending}: {message}",
 }
 

@@ -51,6 +51,7 @@ i { display: inline-block; width: .8rem; height: .8rem; border-radius: .2rem; ma
 table { border-collapse: collapse; font-size: .9rem; width: 100%; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--dim); font-weight: 500; white-space: nowrap; }
+td:first-child, td.w { white-space: nowrap; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { background: var(--card); border-radius: .5rem; padding: .8rem; overflow-x: auto; font-size: .82rem; }
 summary { cursor: pointer; color: var(--accent); }
@@ -85,9 +86,10 @@ def cards(facts: Sequence[tuple[str, str]]) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Text in cells. A column whose name ends in `#` holds numbers."""
-    classes = [' class="n"' if column.endswith("#") else "" for column in columns]
-    head = "".join(f"<th{kind}>{_(name.rstrip('#'))}</th>" for kind, name in zip(classes, columns, strict=True))
+    """Text in cells. A column whose name ends in `#` holds numbers, in `_` what is better not broken into lines."""
+    kinds = {"#": ' class="n"', "_": ' class="w"'}
+    classes = [kinds.get(column[-1:], "") for column in columns]
+    head = "".join(f"<th{kind}>{_(name.rstrip('#_'))}</th>" for kind, name in zip(classes, columns, strict=True))
     body = "".join(
         "<tr>" + "".join(f"<td{kind}>{_(cell)}</td>" for kind, cell in zip(classes, row, strict=True)) + "</tr>"
         for row in rows

@@ -100,8 +100,8 @@ class RowsReader:
     def _pass(self, enough: int | None) -> list[Row]:
         refs = [ref for name in self._store.list(self._folder) if (ref := RowsRef.parse(name))]
         refs.sort(reverse=True)
-        self._read = {ref: self._read[ref] for ref in refs if ref in self._read}
         found: list[Row] = []
+        used: set[RowsRef] = set()
         with ThreadPoolExecutor(_PARALLEL_READS) as pool:
             while refs and (enough is None or len(found) < enough):
                 some, refs = refs[:_PARALLEL_READS], refs[_PARALLEL_READS:]
@@ -110,6 +110,8 @@ class RowsReader:
                     self._read[ref] = content
                 for ref in some:
                     found += self._read[ref][0]
+                used.update(some)
+        self._read = {ref: self._read[ref] for ref in used}
         self.complete = not refs
         return found
 

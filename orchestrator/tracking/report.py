@@ -160,7 +160,7 @@ def _checkpoints(seen: Overview) -> str:
     stable = f"newest stable: step {newest.step:,}" if newest else "none is stable"
     more = seen.num_checkpoints - len(seen.checkpoints)
     rest = f"; {more:,} older ones are not shown" if more > 0 else ""
-    columns = ("checkpoint", "step#", "state", "workers#", "MB#", "made")
+    columns = ("checkpoint", "step#", "state", "workers#", "MB#", "made_")
     return section("Checkpoints", table(columns, map(_cells, seen.checkpoints)), paragraph(f"{stable}{rest}", "note"))
 
 

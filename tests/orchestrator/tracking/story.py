@@ -12,7 +12,7 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.messages import Event
 from orchestrator.tracking.record import encode, event_row, step_row
 
-T0 = 1_800_000_000.0
+T0 = 1_700_000_000.0
 CONFIG = {"run": {"name": "tale"}, "train": {"num_steps": 100, "global_batch_size": 8}}
 
 
