@@ -192,7 +192,7 @@ def _checkpoints(seen: Overview) -> RenderableType:
     newest = seen.newest_stable
     stable = f"newest stable: step {newest.step:,}" if newest else "none is stable"
     table = Table(
-        title=f"{seen.num_checkpoints} checkpoints, {stable}", box=None, title_justify="left", title_style="bold"
+        title=f"checkpoints: {seen.num_checkpoints}, {stable}", box=None, title_justify="left", title_style="bold"
     )
     for name in ("checkpoint", "step", "state", "made"):
         table.add_column(name, justify="right" if name == "step" else "left", header_style="dim")
