@@ -11,6 +11,7 @@ import click
 from orchestrator.commands.checkpoints import checkpoints
 from orchestrator.commands.config import config
 from orchestrator.commands.doctor import doctor
+from orchestrator.commands.ema import ema
 from orchestrator.commands.prove import prove
 from orchestrator.commands.train import train
 from orchestrator.commands.weights import export, sample
@@ -102,5 +103,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (train, prove, sample, export, checkpoints, config, doctor):
+for command in (train, prove, sample, export, ema, checkpoints, config, doctor):
     main.add_command(command)
