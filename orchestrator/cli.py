@@ -11,6 +11,7 @@ import click
 from orchestrator.commands.checkpoints import checkpoints
 from orchestrator.commands.config import config
 from orchestrator.commands.doctor import doctor
+from orchestrator.commands.ema import ema
 from orchestrator.commands.prove import prove
 from orchestrator.commands.status import report, status
 from orchestrator.commands.train import train
@@ -104,5 +105,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (train, status, report, prove, sample, export, checkpoints, config, doctor):
+for command in (train, status, report, prove, sample, export, ema, checkpoints, config, doctor):
     main.add_command(command)

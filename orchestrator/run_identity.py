@@ -16,6 +16,7 @@ _ABSENT = "not set"
 # What changes no number, and so may differ between two attempts of one run. (With `parallel.reduction: fast` the number
 # of workers and the strategy do change numbers: that is what choosing it means.)
 _PLACEMENT = frozenset({"parallel.strategy", "parallel.shard_size", "parallel.accumulation"})
+_OBSERVATION = frozenset({"train.ema_health_every"})
 
 
 def config_hash(config: TrainerConfig) -> str:
@@ -43,7 +44,7 @@ def conflicting_keys(old: Mapping[str, Any], new: TrainerConfig) -> list[str]:
 def _is_free(key: str, schedule: ScheduleConfig) -> bool:
     if key == "train.num_steps":
         return not depends_on_num_steps(schedule)
-    return key in _PLACEMENT or key.split(".")[0] in SECTIONS_OF_RUN
+    return key in _PLACEMENT | _OBSERVATION or key.split(".")[0] in SECTIONS_OF_RUN
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -94,6 +94,13 @@ REFUSED = [
     (["checkpoint.every_steps=0"], "checkpoint.every_steps=0 must be at least 1"),
     (["checkpoint.keep.last=0"], "checkpoint.keep.last=0 must be at least 1, or null to keep all"),
     (["checkpoint.keep.every_steps=1500"], "checkpoint.keep.every_steps=1500 is not a multiple of every_steps=1000"),
+    (["train.ema_health_every=0"], "train.ema_health_every=0 must be at least 1, or null"),
+    (
+        ["objective.prediction_type=flow", "objective.contrastive=0.1", "train.microbatch_size=1"],
+        "objective.contrastive=0.1 pairs the samples of a microbatch, and train.microbatch_size=1",
+    ),
+    (["optimizer.name=muon"], 'optimizer.name="muon" is not one of adamw, adam, sgd, rmsprop'),
+    (["optimizer.groups=[{match: (}]"], "optimizer.groups[0].match=( is no regular expression"),
     (["optimizer.lr=.nan"], "optimizer.lr=NaN is not finite"),
     (["model.args.scale=.inf"], "model.args.scale=Infinity is not finite"),
     (["ema.raw.decay=0.9"], "ema.raw is no usable profile name"),
@@ -199,6 +206,7 @@ FREE = [
     "parallel.strategy=ddp",
     "parallel.shard_size=1",
     "train.num_steps=200",
+    "train.ema_health_every=7",
 ]
 DECISIVE = [
     "seed=4",
@@ -211,6 +219,7 @@ DECISIVE = [
     "data.flip=true",
     "objective.prediction_type=flow",
     "optimizer.lr=2e-3",
+    "optimizer.groups=[{match: bias}]",
     "optimizer.clip_norm=null",
     "schedule.warmup_steps=10",
     "ema.slow.decay=0.99",
