@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
-from orchestrator.config import SECTIONS_OF_RUN, flatten, to_dict
+from orchestrator.config import SECTIONS_OF_RUN, RunConfig, flatten, to_dict
 from trainers.config import TrainerConfig
+from trainers.decode import decode
+from trainers.errors import ConfigError
 from trainers.schedules import ScheduleConfig, depends_on_num_steps
 
 _ABSENT = "not set"
@@ -34,6 +37,8 @@ def conflicting_keys(old: Mapping[str, Any], new: TrainerConfig) -> list[str]:
     Returns:
         One text for each key: the key, and both values.
     """
+    with suppress(ConfigError):  # a key that has been removed or renamed since shows up as a difference
+        old = to_dict(decode(RunConfig, old))  # keys that are newer than the run have their defaults
     return [
         f"{key} ({_show(before)} in the run, {_show(after)} in the config)"
         for key, before, after in _differences(old, to_dict(new))

@@ -245,6 +245,16 @@ def test_what_decides_numbers_is_named_when_it_changes(path: Path, override: str
     assert config_hash(old) != config_hash(new)
 
 
+def test_a_key_that_is_newer_than_the_run_had_its_default(path: Path):
+    new = load_config(path)
+    old = to_dict(new)
+    del old["optimizer"]["weight_decay"], old["parallel"]["accumulation"]
+    assert conflicting_keys(old, new) == []
+    assert conflicting_keys(old, load_config(path, ["optimizer.weight_decay=0.1"])) == [
+        "optimizer.weight_decay (0.0 in the run, 0.1 in the config)"
+    ]
+
+
 def test_a_conflict_names_both_values(path: Path):
     old, new = load_config(path), load_config(path, ["seed=4", "model.args.dropout=0.1"])
     assert set(conflicting_keys(to_dict(old), new)) == {
