@@ -19,6 +19,8 @@ from orchestrator.peer_memory import home
 from orchestrator.run_spec import RunSpec
 from orchestrator.stores import Stores
 from orchestrator.supervisor import Supervisor
+from orchestrator.tracking.recorder import Recorder
+from orchestrator.tracking.sinks import Sink
 
 
 def agent(arguments: dict[str, Any]) -> None:
@@ -36,15 +38,22 @@ def agent(arguments: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     wire = None
+    sinks: list[Sink] = []
     if rank == 0:
         host = ray.util.get_node_ip_address()
         hub = Hub(host, key := secrets.token_bytes(32), world_size)
         ring = cast(PeerRing, ray.get(directory.ring.remote())) if directory is not None else None
         wire = (hub.address, key, ring)
 
-        def notify(event: Event) -> None:
+        def tell(event: Event) -> None:
             mailbox.put.remote(event)  # not waited for: a driver that is slow to listen must not hold up a decision
 
+        def notify(event: Event) -> None:
+            tell(event)
+            for sink in sinks:
+                sink.take(event)
+
+        sinks.append(Recorder(spec.run_url, spec.session, report=tell))
         stores = Stores.open(spec.run_url, home(ring))
         if ring is not None:
             notify(Event(kind="peers", fields={"num_nodes": len(ring.peers)}, time_s=time.time()))
@@ -53,4 +62,8 @@ def agent(arguments: dict[str, Any]) -> None:
     address, key, ring = cast(
         tuple[tuple[str, int], bytes, PeerRing | None], ray.train.collective.broadcast_from_rank_zero(wire)
     )
-    Supervisor(spec, rank, world_size, connect(address, key, rank), ring=home(ring)).run()
+    try:
+        Supervisor(spec, rank, world_size, connect(address, key, rank), ring=home(ring)).run()
+    finally:
+        for sink in sinks:
+            sink.close()

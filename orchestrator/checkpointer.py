@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
@@ -17,7 +18,7 @@ from orchestrator.checkpoint.reader import Destination, expected_fingerprints, r
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError
 from orchestrator.memory_restore import fill_from_memory
-from orchestrator.messages import Begin, Overwriting, Restored, SaveEnded, Skipped, Snapshot
+from orchestrator.messages import Begin, Overwriting, Paused, Restored, SaveEnded, Skipped, Snapshot
 from orchestrator.sections import CheckpointConfig
 from trainers.errors import StateMismatchError
 from trainers.fingerprint import format_fingerprint
@@ -85,10 +86,7 @@ class SharedMemoryCheckpointer:
         Collective: all ranks, and all get the same answer. Who has heard already that the save before has ended is
         chance, so for `skip` they ask each other: one integer, and only after a snapshot.
         """
-        if self._config.when_busy == "wait":
-            self._settle()
-            return True
-        if not self._undecided:
+        if self._config.when_busy == "wait" or not self._undecided:
             return True
         if self._agent.poll():
             self._settle()
@@ -102,10 +100,12 @@ class SharedMemoryCheckpointer:
         return False
 
     def save(self, state: TrainState) -> None:
+        begun_s = time.monotonic()
         self._settle()  # a failed save was reported by the coordinator; this newer one takes its place
         self._agreed = self._committed
         lags = self._lags(state.progress, self._agreed)
         self._take_snapshot(state)
+        self._agent.send(Paused(progress=state.progress, stall_s=time.monotonic() - begun_s))
         if lags and (error := self._settle()) is not None:
             raise LaggingError(
                 f"stopped at step {state.progress.step}: the newest committed checkpoint is of step"

@@ -35,6 +35,7 @@ class RunConfig(TrainerConfig):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.storage:
             raise ConfigError('storage="" is empty; give a folder or a URL such as s3://bucket/prefix')
         if not 0 <= self.seed < 2**63:

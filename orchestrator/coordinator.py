@@ -25,6 +25,7 @@ from orchestrator.messages import (
     Launch,
     Listening,
     Outcome,
+    Paused,
     Reached,
     Receipt,
     Rendezvous,
@@ -177,6 +178,8 @@ class Coordinator:
                 self._event("step", attempt=self._attempt, step=progress.step, metrics=dict(metrics))
             case Skipped(progress=progress):
                 self._event("save_skipped", step=progress.step)
+            case Paused(progress=progress, stall_s=stall_s):
+                self._event("snapshot", attempt=self._attempt, step=progress.step, stall_s=stall_s)
             case Finished(stopped=stopped):
                 self._finished.add(rank)
                 if len(self._finished) == self._world_size:
@@ -283,8 +286,8 @@ class Coordinator:
 
     def _end(self, ending: Ending, message: str) -> None:
         self.outcome = Outcome(ending=ending, message=message)
+        self._event("outcome", ending=ending.value, message=message)  # first: those who are told end
         self._to_all(self.outcome)
-        self._event("outcome", ending=ending.value, message=message)
 
     def _to_all(self, message: object) -> None:
         for rank in range(self._world_size):

@@ -102,6 +102,15 @@ class Skipped:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Paused:
+    """The loop goes on after handing over a snapshot."""
+
+    progress: Progress
+    stall_s: float
+    """Seconds that it stood still: waiting for the save before this one, and copying."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finished:
     """The last step is done and committed, or the trainer stopped at this step."""
 
@@ -229,7 +238,7 @@ class FromTrainer:
     """A trainer's message, passed on."""
 
     attempt: int
-    message: Listening | Reached | Restored | Stepped | Skipped | Finished
+    message: Listening | Reached | Restored | Stepped | Skipped | Paused | Finished
 
 
 # coordinator -> agent

@@ -30,7 +30,7 @@ class _Holder:
 
 
 @ray.remote(num_cpus=0)
-class PeerDirectory:
+class _Directory:
     """Owns the holders, so that they live as long as this actor, which belongs to the driver."""
 
     def __init__(self, cpus: float) -> None:
@@ -64,3 +64,15 @@ class PeerDirectory:
 def home(ring: PeerRing | None) -> PeerRing | None:
     """The same, seen from the node of this worker."""
     return ring and replace(ring, home=ray.get_runtime_context().get_node_id())
+
+
+def start_directory(cpus: float) -> Any:
+    """The actor that knows the memory of the nodes: `ring.remote()` gives a `PeerRing`.
+
+    It lives where this driver is, as long as the driver: the memory outlasts groups of agents and Ray's controller.
+
+    Args:
+        cpus: what a worker needs.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return _Directory.options(scheduling_strategy=here).remote(cpus)

@@ -33,11 +33,19 @@ class Screen:
         line(event.time_s, **event.fields)
 
     def _attempt(
-        self, at: float, *, attempt: int, restore: str | None, cause: str, world_size: int, **where: Any
+        self,
+        at: float,
+        *,
+        attempt: int,
+        restore: str | None,
+        cause: str,
+        world_size: int,
+        tier: str = "storage",
+        memory: int | None = None,
     ) -> None:
         start = f"from checkpoint {restore}" if restore else "from the beginning"
-        start += " in the memory of the nodes" if where["tier"] == "peer" else ""
-        start = f"from step {where['memory']} in the agents' memory" if where["memory"] else start
+        start += " in the memory of the nodes" if tier == "peer" else ""
+        start = f"from step {memory} in the agents' memory" if memory else start
         why = "" if cause == "start" else f", after: {cause}"
         self._write(f"attempt {attempt}: {world_size} worker{'s' * (world_size > 1)}, {start}{why}")
 
@@ -68,10 +76,10 @@ class Screen:
             f"  ETA {eta}  attempt {attempt}  newest stable checkpoint: {stable}"
         )
 
-    def _saved(self, at: float, *, step: int, attempt: int, bytes: int, tier: str) -> None:
+    def _saved(self, at: float, *, step: int, attempt: int, bytes: int, tier: str = "storage") -> None:
         self._stable = step
 
-    def _save_failed(self, at: float, *, step: int, tier: str, error: str) -> None:
+    def _save_failed(self, at: float, *, step: int, error: str, tier: str = "storage") -> None:
         place = "" if tier == "storage" else " in the memory of the nodes"
         self._write(f"checkpoint of step {step}{place} failed, training goes on without it: {error}")
 
@@ -102,6 +110,18 @@ class Screen:
 
     def _controller_lost(self, at: float, *, reason: str) -> None:
         self._write(f"{reason}; starting Ray Train again")
+
+    def _started(self, at: float, **facts: Any) -> None:
+        pass  # for the record
+
+    def _snapshot(self, at: float, *, attempt: int, step: int, stall_s: float) -> None:
+        pass  # for the account of goodput
+
+    def _record_failed(self, at: float, *, error: str) -> None:
+        self._write(f"the run's record cannot be written now and is held in memory, training goes on: {error}")
+
+    def _record_resumed(self, at: float, *, dropped: int) -> None:
+        self._write(f"the run's record is written again{f'; {dropped} rows are lost' if dropped else ', with no gap'}")
 
     def _store(self, at: float, *, kind: str, conditional_create: bool, warning: str | None) -> None:
         if warning is not None:

@@ -22,6 +22,7 @@ from orchestrator.messages import (
     MemorySnapshot,
     Outcome,
     Overwriting,
+    Paused,
     Rendezvous,
     SaveEnded,
     Skipped,
@@ -185,8 +186,8 @@ class Supervisor:
             case Snapshot():
                 self._pending, self._held = message.progress, HeldSnapshot(snapshot=message)
                 self._store(self._attempt, self._held)
-            case Stepped() | Skipped() if self._rank != 0:
-                pass  # the numbers are the same on all ranks
+            case Stepped() | Skipped() | Paused() if self._rank != 0:
+                pass  # the numbers are the same on all ranks, and they wait for each other
             case _:
                 self._coordinator.send(FromTrainer(attempt=self._attempt, message=message))
 

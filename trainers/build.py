@@ -12,10 +12,11 @@ from trainers.generators import GeneratorStates
 from trainers.models import build_model, check_fits, null_label
 from trainers.norm import StepSums
 from trainers.objectives import Objective
+from trainers.optimizers import make_optimizer
 from trainers.parallel import make_topology, shard_model
 from trainers.progress import Progress
 from trainers.reduction import Rounds
-from trainers.state import TrainState, make_optimizer
+from trainers.state import TrainState
 from trainers.step import Task
 
 
@@ -41,18 +42,13 @@ def build(config: TrainerConfig, device: torch.device) -> tuple[TrainState, Task
         num_classes=source.num_classes,
         label_drop=config.objective.label_drop,
     )
-    rounds = Rounds(config.train.num_microbatches, topology.world_size)
+    rounds = Rounds(config.train.num_microbatches, topology.world_size, local=config.parallel.accumulation == "local")
     parameters = shard_model(model, config.parallel, topology, mesh, rounds, config.train.precision == "bf16")
     state = TrainState(
         model=model,
         parameters=parameters,
-        optimizer=make_optimizer(
-            parameters,
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-        ),
+        optimizer=make_optimizer(parameters, config.optimizer),
+        moments=config.optimizer.moments,
         ema=EMA(config.ema, {p.name: p.local for p in parameters}, config.train.global_batch_size),
         generators=GeneratorStates(),
         topology=topology,

@@ -33,6 +33,10 @@ class ParallelConfig:
     """Workers in one shard group of hsdp, >= 1; the world size must be a multiple of it."""
     reduction: Literal["invariant", "fast"] = "invariant"
     """invariant: bitwise the same numbers at every world size; fast: torch's own, the same at equal world size only."""
+    accumulation: Literal["local", "sharded"] = "local"
+    """Of several microbatches a worker. local: added up before they are exchanged, which takes the memory of one to
+    log2(microbatches of the worker) whole gradients in float32; sharded: exchanged one by one, memory of shards only.
+    Both give the same bits."""
     cpu_threads: int = 1
     """torch threads a worker on CPU, >= 1. CPU kernels split sums by thread, so this decides numbers."""
 
@@ -161,8 +165,8 @@ def _local_parameters(model: torch.nn.Module, topology: Topology) -> list[LocalP
 
 
 def begin_round(model: torch.nn.Module, config: ParallelConfig, rounds: Rounds) -> None:
-    """Tell FSDP whether this round's gradients are reduced: every round in the tree, only the last one in `fast`."""
-    if config.reduction == "fast":
+    """Tell FSDP whether this round's gradients are reduced. `InvariantReduction` takes every round's."""
+    if config.reduction == "fast" and rounds.local:
         cast(FSDPModule, model).set_requires_gradient_sync(rounds.is_last)
 
 

@@ -40,17 +40,18 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
     """Train on the next global batch and advance `state.progress`. Collective: all ranks.
 
     Returns:
-        loss, grad_norm and lr: the same bits on all ranks and for every world size.
+        loss, grad_norm, lr, and every `train.ema_health_every` steps the health of each EMA profile that has begun; the
+        same bits on all ranks and for every world size.
 
     Raises:
         NonFiniteError: loss or gradient norm is NaN or infinite; no update was made.
     """
     train, optimizer = task.config.train, task.config.optimizer
     losses = torch.zeros(train.num_microbatches, device=task.device)
-    for round_index in task.rounds:
+    for _ in task.rounds:
         begin_round(state.model, task.config.parallel, task.rounds)
-        index = round_index * state.topology.world_size + state.topology.rank
-        if index < train.num_microbatches:
+        index = task.rounds.microbatch(state.topology.rank)
+        if index is not None:
             losses[index] = _backward(state, task, index, scale=1.0 / train.num_microbatches)
         else:
             # The others need this rank's part of the collectives. The tree leaves the gradient out; `fast` adds zeros.
@@ -66,7 +67,17 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
     state.progress = state.progress.advance(train.global_batch_size)
     state.ema.update(state.progress.step)
     settle(task.config.seed, state.progress.step, train.num_microbatches)
-    return {**values, "lr": lr}
+    return {**values, "lr": lr, **_ema_health(state, task)}
+
+
+def _ema_health(state: TrainState, task: Task) -> dict[str, float]:
+    """Relative distance to the weights, which grows from 0 and levels off, and missed updates, which must stay 0."""
+    step, every = state.progress.step, task.config.train.ema_health_every
+    averages = state.ema.tensors()
+    if every is None or step % every or not averages:
+        return {}
+    distances = {f"ema/{name}/distance": value for name, value in task.sums.distances(averages).items()}
+    return distances | {f"ema/{name}/missed_updates": n for name, n in state.ema.missed_updates(step).items()}
 
 
 def _backward(state: TrainState, task: Task, index: int, scale: float) -> torch.Tensor:
@@ -74,22 +85,24 @@ def _backward(state: TrainState, task: Task, index: int, scale: float) -> torch.
     config = task.config
     size = config.train.microbatch_size
     first = state.progress.samples_seen + index * size
+    positions = np.arange(first, first + size)
     batch = load_microbatch(
         task.source,
-        np.arange(first, first + size),
+        positions,
         seed=config.seed,
         flip=config.data.flip,
         null_label=task.null_label,
         label_drop=config.objective.label_drop,
     )
     seed_global_generators(config.seed, state.progress.step, index)
-    images, noise = batch.images.to(task.device), batch.noise.to(task.device)
+    images = batch.images.to(task.device)
+    noise, in_input = (part.to(task.device) for part in task.objective.noises(batch.noise, config.seed, positions))
     labels = batch.labels.to(task.device) if batch.labels is not None else None
     timesteps = task.objective.timesteps(batch.uniform).to(task.device)
-    noisy = task.objective.noisy(images, noise, timesteps)
+    noisy = task.objective.noisy(images, in_input, timesteps)
     if config.train.precision == "bf16":
         noisy = noisy.bfloat16()
-    prediction = call_model(state.model, noisy, timesteps, labels)
+    prediction = call_model(state.model, noisy, timesteps, labels, with_variance=config.objective.learned_variance)
     loss = task.objective.loss(prediction, images, noise, timesteps).mean()
     (loss * scale).backward()
     return loss.detach()
@@ -98,7 +111,8 @@ def _backward(state: TrainState, task: Task, index: int, scale: float) -> torch.
 def _update(state: TrainState, lr: float) -> None:
     for parameter in state.parameters:
         parameter.local.grad = parameter.local_grad()
-    state.optimizer.param_groups[0]["lr"] = lr
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
     state.optimizer.step()
     state.optimizer_steps += 1
     for parameter in state.parameters:

@@ -86,7 +86,7 @@ def prepare_shard(name: str, chunks: Sequence[Chunk], data: memoryview, metadata
         metadata: the file's `__metadata__`.
     """
     data = data.cast("B")
-    header = _safetensors_header(chunks, len(data), metadata)
+    header = safetensors_header(chunks, len(data), metadata)
     file_hash = xxhash.xxh3_128(header)
     file_hash.update(data)
     file = FileEntry(
@@ -144,7 +144,7 @@ def commit(store: Store, receipts: Sequence[ShardReceipt], info: CommitInfo) -> 
     return committed
 
 
-def _safetensors_header(chunks: Sequence[Chunk], data_bytes: int, metadata: Mapping[str, str]) -> bytes:
+def safetensors_header(chunks: Sequence[Chunk], data_bytes: int, metadata: Mapping[str, str]) -> bytes:
     """The length in 8 bytes, then JSON, padded with spaces so that the data section is aligned to 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     next_byte = 0

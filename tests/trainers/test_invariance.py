@@ -18,6 +18,8 @@ LAYOUTS = [
     (4, {"strategy": "fsdp"}),
     (4, {"strategy": "ddp"}),
     (4, {"strategy": "hsdp", "shard_size": 2}),
+    (3, {"strategy": "fsdp", "accumulation": "sharded"}),
+    (4, {"strategy": "hsdp", "shard_size": 2, "accumulation": "sharded"}),
 ]
 
 
@@ -74,4 +76,5 @@ def test_fast_reduction_is_close_but_not_the_contract(
     # A tolerance, because `fast` leaves the order of additions to the library.
     for ours, theirs in zip(metrics, reference["unet"][0], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-    assert tensors != reference["unet"][1]
+    # With 2 x 2 ranks the order of `fast` happens to be that of the tree.
+    assert tensors != reference["unet"][1] or strategy == "hsdp"

@@ -34,6 +34,19 @@ def test_streaming_sum_is_the_tree(count: int) -> None:
     assert torch.equal(tree.finish(), tree_by_definition(leaves))
 
 
+@pytest.mark.parametrize("stop", range(1, 20))
+def test_a_sum_that_begins_later_keeps_the_nodes_of_the_tree(stop: int) -> None:
+    leaves = list(torch.randn(stop, 33, generator=torch.Generator().manual_seed(stop)))
+    for start in range(stop):
+        tree = TreeSum(start)
+        for leaf in leaves[start:]:
+            tree.push(leaf.clone())
+        first = start
+        for height, node in zip(aligned_heights(start, stop), tree.nodes(), strict=True):
+            assert torch.equal(node, tree_by_definition(leaves[first : first + (1 << height)]))
+            first += 1 << height
+
+
 def test_the_tree_is_not_just_any_sum() -> None:
     leaves = list(torch.randn(7, 1000, generator=torch.Generator().manual_seed(0)))
     in_order = torch.stack(leaves).cumsum(0)[-1]
@@ -58,7 +71,7 @@ def test_halving_depends_on_the_row_alone(length: int) -> None:
     torch.testing.assert_close(whole.double(), rows.double().sum(-1), rtol=1e-5, atol=1e-5)
 
 
-def reduce_everywhere(num_replicas: int, num_microbatches: int, numel: int) -> torch.Tensor:
+def reduce_everywhere(num_replicas: int, num_microbatches: int, numel: int, local: bool) -> torch.Tensor:
     """Drive one unit's reduction by hand, as FSDP does; this rank's whole, gathered gradient."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     shards = world_size // num_replicas
@@ -71,14 +84,14 @@ def reduce_everywhere(num_replicas: int, num_microbatches: int, numel: int) -> t
         shard_group=shard_groups[rank // shards],
         replicate_group=replicate_groups[rank % shards],
     )
-    rounds = Rounds(num_microbatches, world_size)
+    rounds = Rounds(num_microbatches, world_size, local)
     reduction = InvariantReduction(topology, rounds)
     padded = -(-numel // shards) * shards
     total = torch.zeros(padded // shards)
-    for round_index in rounds:
-        index = round_index * world_size + rank
+    for _ in rounds:
+        index = rounds.microbatch(rank)
         leaf = torch.zeros(padded)
-        leaf[:numel] = leaf_of(index, numel) if index < num_microbatches else torch.full((numel,), torch.nan)
+        leaf[:numel] = leaf_of(index, numel) if index is not None else torch.full((numel,), torch.nan)
         output = torch.empty(padded // shards)
         if shards > 1:
             reduction(output, leaf, topology.shard_group, dist.ReduceOp.SUM)
@@ -98,9 +111,10 @@ def leaf_of(index: int, numel: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("world_size", "num_replicas"), [(1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 1), (4, 2), (4, 4), (6, 2), (6, 3)]
 )
-def test_every_layout_builds_the_same_tree(world_size: int, num_replicas: int) -> None:
+@pytest.mark.parametrize("local", [True, False], ids=["local", "sharded"])
+def test_every_layout_builds_the_same_tree(world_size: int, num_replicas: int, local: bool) -> None:
     for num_microbatches in (6, 7, 11):
         numel = 101
         expected = tree_by_definition([leaf_of(i, numel) for i in range(num_microbatches)]) + 0.0
-        for result in run_ranks(world_size, reduce_everywhere, num_replicas, num_microbatches, numel):
+        for result in run_ranks(world_size, reduce_everywhere, num_replicas, num_microbatches, numel, local):
             assert torch.equal(result, expected)
