@@ -10,6 +10,7 @@ import click
 
 from orchestrator.commands.checkpoints import checkpoints
 from orchestrator.commands.config import config
+from orchestrator.commands.deploy import deploy
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.ema import ema
 from orchestrator.commands.prove import prove
@@ -105,5 +106,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (train, status, report, prove, sample, export, ema, checkpoints, config, doctor):
+for command in (train, status, report, prove, sample, export, ema, checkpoints, config, doctor, deploy):
     main.add_command(command)

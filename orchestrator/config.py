@@ -14,6 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from orchestrator.deploy.config import DeployConfig
 from orchestrator.sections import SAFE_NAME, CheckpointConfig, Resources, RunSection, Workers
 from trainers.config import TrainerConfig
 from trainers.decode import decode
@@ -33,6 +34,7 @@ class RunConfig(TrainerConfig):
     """Ray Train workers: a number, or {min, max}; at most one for each microbatch of a step."""
     resources: Resources = field(default_factory=Resources)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    deploy: DeployConfig = field(default_factory=DeployConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
