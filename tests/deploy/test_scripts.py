@@ -107,7 +107,7 @@ def test_slurm_ends_the_driver_first(machine: Machine, number: signal.Signals, a
     job = machine.start(FILES / "slurm/train.sbatch", **SLURM)
     machine.wait_for("unbroken")
     job.send_signal(number)
-    assert "143" in job.communicate(timeout=60)[0] or not again
+    job.communicate(timeout=60)
     assert job.returncode == 143
     assert bool(machine.called("scontrol requeue")) == again
 
