@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator.sections import SAFE_NAME, CheckpointConfig, Resources, RunSection, Workers
+from orchestrator.watchdog import WatchdogConfig
 from trainers.config import TrainerConfig
 from trainers.decode import decode
 from trainers.errors import ConfigError
@@ -33,6 +34,7 @@ class RunConfig(TrainerConfig):
     """Ray Train workers: a number, or {min, max}; at most one for each microbatch of a step."""
     resources: Resources = field(default_factory=Resources)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
