@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +60,8 @@ def test_hanging_gil_holding_and_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "gil-0-6").touch()
     watch = Watch(stop=(1, 10))
     changes = {"preload": (*PRELOAD, "tests.orchestrator.hanging"), "watchdog": WatchdogConfig(timeout_s=TIMEOUT_S)}
-    begun = time.monotonic()
     outcome = run_agents(make_spec(tmp_path / "run", config, EVERY, **changes), 2, watch)
-    assert outcome.ending is Ending.FINISHED and time.monotonic() - begun < 120
+    assert outcome.ending is Ending.FINISHED
     assert [hang["ranks"] for hang in watch.of("hang")] == [[1], [0], [1]]
     assert [(failure["kind"], failure["rank"]) for failure in watch.of("failure")] == [("hang", r) for r in (1, 0, 1)]
     sleeping, holding, stopped = ["".join(hang["where"]) for hang in watch.of("hang")]
