@@ -10,9 +10,11 @@ import ray.train
 import ray.train.collective
 
 from orchestrator.checkpoint.store import Store
+from orchestrator.control import take_orders
 from orchestrator.coordinator import Coordinator
+from orchestrator.errors import RegroupError
 from orchestrator.hub import Hub, connect
-from orchestrator.messages import Event
+from orchestrator.messages import Ending, Event
 from orchestrator.pruning import BackgroundPruner
 from orchestrator.run_spec import RunSpec
 from orchestrator.supervisor import Supervisor
@@ -23,11 +25,15 @@ from orchestrator.tracking.sinks import Sink
 def agent(arguments: dict[str, Any]) -> None:
     """Serve this rank until the run has an outcome. Runs on every Ray Train worker.
 
-    It returns normally however the run ends, so that Ray restarts only agents and nodes that died; the outcome goes to
-    the driver through `mailbox`.
+    It returns normally however the run ends; the outcome goes to the driver through `mailbox`. So whatever raises or
+    dies here is for Ray Train to place anew.
 
     Args:
-        arguments: `spec`, the `RunSpec`; `mailbox`, the actor handle that takes `Event`s.
+        arguments: `spec`, the `RunSpec`; `mailbox`, the actor handle that takes `Event`s and has orders.
+
+    Raises:
+        RegroupError: the group is to be placed anew, on other nodes.
+        ConnectionError: another agent is gone.
     """
     spec: RunSpec = arguments["spec"]
     mailbox = arguments["mailbox"]
@@ -51,9 +57,13 @@ def agent(arguments: dict[str, Any]) -> None:
         sinks.append(Recorder(spec.run_url, spec.session, report=tell))
         prune = BackgroundPruner(spec, notify).request
         hub.start(lambda send: Coordinator(spec, Store.open(spec.run_url), world_size, host, send, notify, prune))
+        take_orders(mailbox, hub.order)
     address, key = cast(tuple[tuple[str, int], bytes], ray.train.collective.broadcast_from_rank_zero(wire))
+    node = ray.get_runtime_context().get_node_id()
     try:
-        Supervisor(spec, rank, world_size, connect(address, key, rank)).run()
+        outcome = Supervisor(spec, rank, world_size, connect(address, key, rank), node).run()
     finally:
         for sink in sinks:
             sink.close()
+    if outcome.ending is Ending.REGROUP:
+        raise RegroupError(outcome.message)

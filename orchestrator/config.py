@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator.deploy.config import DeployConfig
 from orchestrator.sections import SAFE_NAME, CheckpointConfig, Resources, RunSection, Workers
+from orchestrator.watchdog import WatchdogConfig
 from trainers.config import TrainerConfig
 from trainers.decode import decode
 from trainers.errors import ConfigError
@@ -35,6 +36,7 @@ class RunConfig(TrainerConfig):
     resources: Resources = field(default_factory=Resources)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     deploy: DeployConfig = field(default_factory=DeployConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import GaveUpError, SupersededError, UnbrokenError
 from orchestrator.failures import Action, Failure, classify, decide
+from orchestrator.guard import Guard
+from orchestrator.halting import HaltOrder, Purpose
+from orchestrator.liveness import Beat, Busy, Stack, Told
 from orchestrator.messages import (
     Down,
     Ending,
@@ -33,6 +36,7 @@ from orchestrator.messages import (
     SaveFailed,
     Started,
     Stepped,
+    TrainerExit,
 )
 from orchestrator.opening import Opener, Opening
 from orchestrator.restore_point import set_aside
@@ -75,6 +79,7 @@ class Coordinator:
         self._down: dict[int, Down] = {}
         self._stopping = False
         self._save = SaveRound(spec, store, world_size)
+        self._guard = Guard(spec, world_size, send, self._event)
         self._launch_at: float | None = None
         self._launch_failures = 0
         self._cause = "start"
@@ -91,7 +96,10 @@ class Coordinator:
                 if len(self._joined) == self._world_size:
                     self._try_launch(cause="start")
             case Started():
-                self._event("trainer", rank=rank, pid=message.pid, agent_pid=message.agent_pid, attempt=message.attempt)
+                self._event("trainer", rank=rank, **vars(message))
+                self._guard.hear_trainer(rank, message)
+            case Beat() | Busy() | Stack() | Told():
+                self._guard.hear(rank, message)
             case FromTrainer(attempt=attempt, message=inner) if attempt == self._attempt and not self._stopping:
                 self._from_trainer(rank, inner)
             case Receipt() | SaveFailed() if message.attempt == self._attempt:
@@ -99,22 +107,31 @@ class Coordinator:
             case Down(attempt=attempt) if attempt == self._attempt:
                 self._take_down(rank, message)
 
-    def agent_lost(self, rank: int) -> None:
+    def agent_lost(self, rank: int, why: str) -> None:
         """An agent is gone: end the trainers; whoever placed the agents replaces the group."""
-        self._event("agent_lost", rank=rank)
-        self._stopping = True
-        self._to_all(Kill(attempt=self._attempt))
+        self._event("agent_lost", rank=rank, why=why)
+        self._stop({})
+
+    def take_order(self, order: HaltOrder) -> None:
+        """Bring all ranks to a stop, saved; at once, if there is nothing to save."""
+        if self.outcome is not None or not self._guard.halt.request(order):
+            return
+        self._event("halting", purpose=order.purpose.value, reason=order.reason)
+        if order.purpose is not Purpose.GROW and (self._launch_at is not None or not self._guard.halt.can_save):
+            self._end_halted()
 
     @property
     def wait_s(self) -> float | None:
         """Seconds until `tick` has something to do; None: nothing is due."""
-        return None if self._launch_at is None else max(0.0, self._launch_at - time.monotonic())
+        return self._guard.wait_s if self._launch_at is None else max(0.0, self._launch_at - time.monotonic())
 
     def tick(self) -> None:
         """Do what is due."""
         if self._launch_at is not None and time.monotonic() >= self._launch_at:
             self._launch_at = None
             self._try_launch(self._cause)
+        if (causes := self._guard.tick()) is not None:
+            self._stop(causes)
 
     def _try_launch(self, cause: str) -> None:
         """Launch, or try again in a while if storage does not answer; the trainers are down and lose nothing."""
@@ -139,6 +156,7 @@ class Coordinator:
         self._ready, self._finished, self._down = set(), set(), {}
         self._save.begin_attempt()
         self._stopping = False
+        self._guard.begin_attempt(self._attempt)
         attempt, restore = self._opening.attempt, self._opening.restore
         self._event("attempt", attempt=attempt, restore=restore, cause=cause, world_size=self._world_size)
         self._to_all(Launch(attempt=attempt, restore=restore))
@@ -148,6 +166,7 @@ class Coordinator:
         return self._opening.attempt
 
     def _from_trainer(self, rank: int, message: object) -> None:
+        self._guard.hear_trainer(rank, message)
         match message:
             case Listening(port=port):
                 self._to_all(Rendezvous(host=self._host, port=port))
@@ -157,14 +176,19 @@ class Coordinator:
                 self._ready.add(rank)
                 if len(self._ready) == self._world_size:
                     self._event("training", attempt=self._attempt, step=progress.step)
+                    self._guard.halt.training()
             case Stepped(progress=progress, metrics=metrics):
                 self._reached = progress
                 self._event("step", attempt=self._attempt, step=progress.step, metrics=dict(metrics))
             case Paused(progress=progress, stall_s=stall_s):
                 self._event("snapshot", attempt=self._attempt, step=progress.step, stall_s=stall_s)
-            case Finished():
+            case Finished(progress=progress):
                 self._finished.add(rank)
-                if len(self._finished) == self._world_size:
+                if len(self._finished) < self._world_size:
+                    return
+                if progress.step < self._spec.num_steps:
+                    self._end_halted()
+                else:
                     self._end(Ending.FINISHED, f"step {self._spec.num_steps} is done and committed")
 
     def _hear_of_save(self, rank: int, message: Receipt | SaveFailed) -> None:
@@ -194,9 +218,8 @@ class Coordinator:
     def _take_down(self, rank: int, down: Down) -> None:
         self._down[rank] = down
         if not self._stopping:
-            self._stopping = True
             self._event("down", rank=rank, kind=down.exit.kind.value, message=down.exit.message)
-            self._to_all(Kill(attempt=self._attempt))
+            self._stop({})
         if len(self._down) < self._world_size:
             return
         pending = {down.pending for down in self._down.values()}
@@ -204,6 +227,13 @@ class Coordinator:
         if len(pending) == 1 and (progress := pending.pop()) and not self._save.has_ended(progress):
             return  # every rank's snapshot of one step outlived its trainer: it is still committed
         self._decide()
+
+    def _stop(self, causes: Mapping[int, TrainerExit]) -> None:
+        """End the trainers; `causes` says why, for those whose fault it is."""
+        self._stopping = True
+        self._guard.end_attempt()
+        for rank in range(self._world_size):
+            self._send(rank, Kill(attempt=self._attempt, cause=causes.get(rank)))
 
     def _decide(self) -> None:
         rank, cause = classify({rank: down.exit for rank, down in self._down.items()})
@@ -231,6 +261,8 @@ class Coordinator:
             self._end(Ending.CONFIG, decision.reason)
         elif decision.action is Action.GIVE_UP:
             self._end(Ending.GAVE_UP, decision.reason)
+        elif self._guard.halt.order is not None:
+            self._end_halted()
         else:
             if decision.action is Action.QUARANTINE and self._opening.checkpoint is not None:
                 # The file with the damage, where a full check finds it; else what the loading rank saw.
@@ -241,6 +273,19 @@ class Coordinator:
     def broken(self, error: BaseException) -> None:
         """The coordinator itself failed: end the run with the trace, rather than have everything restarted for ever."""
         self._end(Ending.BROKEN, "".join(traceback.format_exception(error)))
+
+    def _end_halted(self) -> None:
+        """All ranks have stopped as ordered, or failed on the way."""
+        order, saved = self._guard.halt.order, self._save.ended
+        assert order is not None
+        self._guard.end_attempt()
+        kept = f"step {saved.progress.step} is saved" if saved and not saved.error else "nothing new to save"
+        if order.purpose is Purpose.END:
+            self._end(Ending.STOPPED, f"{order.reason}: {kept}")
+            return
+        self._event("regroup", reason=order.reason, kept=kept)
+        self.outcome = Outcome(ending=Ending.REGROUP, message=order.reason)
+        self._to_all(self.outcome)
 
     def _end(self, ending: Ending, message: str) -> None:
         self.outcome = Outcome(ending=ending, message=message)

@@ -9,6 +9,7 @@
     ├── SupersededError             a newer attempt owns the run: stop                                            6
     ├── RunMismatchError            the run was made with another configuration: change a name or a key           2
     ├── RunNotFoundError            the RUN given on the command line is none                                     2
+    ├── RegroupError                the workers are to be placed anew: for Ray Train, never for a user            3
     └── GaveUpError                 the failure policy ended the run, with its reason                             4
 
 `AlreadyExistsError` is no `StorageError`: the store worked, and repeating is wrong.
@@ -72,6 +73,10 @@ class RunNotFoundError(UnbrokenError):
     """No run at the given URL."""
 
     exit_code = 2
+
+
+class RegroupError(UnbrokenError):
+    """This group of agents ends on purpose, saved: a node is taken away, or there is room for more workers."""
 
 
 class GaveUpError(UnbrokenError):

@@ -23,6 +23,7 @@ _BLAME = (
     ExitKind.DAMAGED,
     ExitKind.NON_FINITE,
     ExitKind.ERROR,
+    ExitKind.HANG,
     ExitKind.KILLED,
     ExitKind.STORAGE,
     ExitKind.PEER_LOST,

@@ -31,8 +31,9 @@ class _Fork:
 
 
 @dataclass(frozen=True)
-class _Kill:
+class _Signal:
     pid: int
+    number: int
 
 
 class ForkServer:
@@ -64,10 +65,10 @@ class ForkServer:
             continue  # the end of an earlier child, already known from its pipe
         return answer
 
-    def kill(self, pid: int) -> None:
-        """End a trainer with SIGKILL, if it still runs. The fork server does it, as it alone knows whose the id is."""
+    def signal(self, pid: int, number: int) -> None:
+        """Send a trainer a signal, if it still runs. The fork server does it, as it alone knows whose the id is."""
         with suppress(BrokenPipeError):  # it has died, and its trainers with it
-            self.connection.send(_Kill(pid))
+            self.connection.send(_Signal(pid, number))
 
     def close(self) -> None:
         """End the fork server and every trainer."""
@@ -95,11 +96,11 @@ def _serve(connection: Connection, preload: Sequence[str]) -> None:
             continue
         try:
             request = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the latter if the agent left something unread
             return
-        if isinstance(request, _Kill):
+        if isinstance(request, _Signal):
             if request.pid in children:
-                os.kill(request.pid, signal.SIGKILL)
+                os.kill(request.pid, request.number)
             continue
         handles = [recv_handle(connection) for _ in range(request.num_handles)]
         parent = os.getpid()

@@ -19,6 +19,7 @@ class ExitKind(Enum):
     DAMAGED = "damaged checkpoint"  # quarantine it, take the next older
     CONFIG = "configuration"  # the user's to mend: stop
     NON_FINITE = "not finite"  # the same step would fail again
+    HANG = "hang"  # no progress: its stack is stored, start again
     STORAGE = "storage"  # reading or writing failed: try again
     ERROR = "error"  # an exception in model, data or our code
 
@@ -98,7 +99,7 @@ class Paused:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """The last step is done and committed."""
+    """The last step, or the one to stop at, is done and committed."""
 
     progress: Progress
 
@@ -153,6 +154,8 @@ class Started:
     attempt: int
     pid: int
     agent_pid: int
+    node: str = ""
+    """Ray's id of the node that they run on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,10 +190,11 @@ class Down:
 
 @dataclass(frozen=True, kw_only=True)
 class FromTrainer:
-    """A trainer's `Listening`, `Reached`, `Restored`, `Stepped`, `Paused` or `Finished`, passed on."""
+    """What a trainer says, passed on."""
 
     attempt: int
-    message: Listening | Reached | Restored | Stepped | Paused | Finished
+    message: object
+    """`Listening`, `Reached`, `Restored`, `Stepped`, `Paused` or `Finished`; `Entered` or `AtGate` of `liveness`."""
 
 
 # coordinator -> agent
@@ -209,6 +213,8 @@ class Kill:
     """End the trainer of this attempt, if it lives, and answer `Down`."""
 
     attempt: int
+    cause: TrainerExit | None = None
+    """Why, if the fault is its own."""
 
 
 class Ending(Enum):
@@ -219,6 +225,8 @@ class Ending(Enum):
     CONFIG = "refused"
     SUPERSEDED = "superseded"
     STORAGE = "storage"
+    STOPPED = "stopped"
+    REGROUP = "regroup"  # of these agents only: others take the run on
     BROKEN = "broken"
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.checkpoint.policy import RetentionConfig
+from orchestrator.watchdog import WatchdogConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,3 +29,4 @@ class RunSpec:
     """Of the libraries that decide numbers; recorded in every manifest."""
     preload: tuple[str, ...]
     """What the fork server imports before the first trainer."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)

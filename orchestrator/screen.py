@@ -37,8 +37,9 @@ class Screen:
         why = "" if cause == "start" else f", after: {cause}"
         self._write(f"attempt {attempt}: {world_size} worker{'s' * (world_size > 1)}, {start}{why}")
 
-    def _trainer(self, at: float, *, rank: int, pid: int, agent_pid: int, attempt: int) -> None:
-        self._write(f"attempt {attempt}: rank {rank} trains in process {pid} (agent {agent_pid})")
+    def _trainer(self, at: float, *, rank: int, pid: int, agent_pid: int, attempt: int, node: str) -> None:
+        where = f" on node {node[:8]}" if node else ""
+        self._write(f"attempt {attempt}: rank {rank} trains in process {pid} (agent {agent_pid}){where}")
 
     def _reached(self, at: float, *, attempt: int, rank: int, stage: str) -> None:
         pass  # for those who measure where a restart spends its time
@@ -78,9 +79,30 @@ class Screen:
         if kind == "error" and details:
             self._write(details.rstrip())
 
-    def _agent_lost(self, at: float, *, rank: int) -> None:
+    def _agent_lost(self, at: float, *, rank: int, why: str) -> None:
         self._down_at = at
-        self._write(f"rank {rank}: the agent or its node is gone; Ray Train replaces it")
+        self._write(f"rank {rank}: the agent or its node is gone ({why}); Ray Train replaces it")
+
+    def _hang(self, at: float, *, attempt: int, ranks: list[int], why: str, where: list[str]) -> None:
+        self._down_at = at
+        stuck = "; ".join(f"rank {rank} is stuck, {text}" for rank, text in zip(ranks, where, strict=True))
+        self._write(f"attempt {attempt}: {why}: {stuck or 'all ranks wait for each other'}; see stacks/ in the run")
+
+    def _stacks_lost(self, at: float, *, error: str) -> None:
+        self._write(f"the stacks of the hang could not be stored: {error}")
+
+    def _straggler(self, at: float, *, attempt: int, rank: int, step_s: float, others_s: float) -> None:
+        self._write(
+            f"rank {rank} is slow: its own work takes {step_s:.3f} s a step, that of the others {others_s:.3f} s"
+        )
+
+    def _halting(self, at: float, *, purpose: str, reason: str) -> None:
+        when = "at the next checkpoint" if purpose == "grow" else "after the step under way"
+        self._write(f"{reason}: saving and stopping {when}")
+
+    def _regroup(self, at: float, *, reason: str, kept: str) -> None:
+        self._down_at = at
+        self._write(f"{reason}: {kept}; Ray Train places the workers anew")
 
     def _controller_lost(self, at: float, *, reason: str) -> None:
         self._write(f"{reason}; starting Ray Train again")
@@ -107,8 +129,8 @@ class Screen:
     def _quarantined(self, at: float, *, checkpoint: str, reason: str) -> None:
         self._write(f"checkpoint {checkpoint} is quarantined: {reason}; the next older one is taken")
 
-    def _interrupted(self, at: float) -> None:
-        self._write("interrupted; the same command goes on from the newest stable checkpoint")
+    def _interrupted(self, at: float, *, kept: str) -> None:
+        self._write(f"interrupted{': ' * bool(kept)}{kept}; the same command goes on from the newest stable checkpoint")
 
     def _pruned(self, at: float, *, checkpoint: str, reason: str) -> None:
         self._write(f"checkpoint {checkpoint} is removed: {reason}")

@@ -9,6 +9,7 @@ import queue
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 
@@ -17,6 +18,9 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import write_shard
 from orchestrator.errors import UnbrokenError
 from orchestrator.forkserver import ForkServer
+from orchestrator.heartbeat import Heartbeat
+from orchestrator.hub import Wire
+from orchestrator.liveness import Busy, Dump, Gate, Stack, StopAt, Told
 from orchestrator.messages import (
     Begin,
     ChildEnded,
@@ -37,6 +41,9 @@ from orchestrator.messages import (
     TrainerExit,
 )
 from orchestrator.run_spec import RunSpec
+from orchestrator.stragglers import REPORT_S, REPORT_STEPS
+from orchestrator.trainer_probe import STACK_SIGNAL, busy_s, process_state, read_stack
+from orchestrator.watchdog import BEAT_S, SILENT_LIMIT_S, Silence
 from trainers.progress import Progress
 
 
@@ -90,24 +97,31 @@ class Supervisor:
         spec: RunSpec,
         rank: int,
         world_size: int,
-        coordinator: Connection,
+        coordinator: Wire,
+        node: str = "",
         start_fork_server: Callable[[Sequence[str]], ForkServer] = ForkServer,
     ) -> None:
         self._spec = spec
         self._rank = rank
         self._world_size = world_size
         self._coordinator = coordinator
+        self._node = node
         self._start_fork_server = start_fork_server
         self._fork_server = start_fork_server(spec.preload)
         # Anonymous shared memory: it outlives the trainers, and cannot outlive this process.
         self._buffer = os.memfd_create("unbroken-snapshot")
         self._writer = ShardWriter(Store.open(spec.run_url), self._buffer, rank, world_size)
         self._attempt = 0
+        self._stacks = os.memfd_create("unbroken-stacks")
         self._trainer: Connection | None = None
+        self._orders: Connection | None = None
         self._pid: int | None = None
         self._exit: TrainerExit | None = None
-        self._killed = False
+        self._kill: Kill | None = None
         self._pending: Progress | None = None
+        self._heartbeat = Heartbeat(coordinator.send)
+        self._silence = Silence(time.monotonic())
+        self._work: tuple[int, float, float] | None = None
 
     def run(self) -> Outcome:
         """Serve until the coordinator has an outcome.
@@ -121,13 +135,18 @@ class Supervisor:
                 if self._trainer is not None:
                     sources.append(self._trainer)
                 # One at a time: serving a source may consume what made the next one ready.
-                outcome = self._serve(wait(sources)[0])
+                ready = wait(sources, timeout=BEAT_S)
+                outcome = self._serve(ready[0]) if ready else None
                 if outcome is not None:
                     return outcome
+                if self._silence.passed(time.monotonic()) > SILENT_LIMIT_S:
+                    raise ConnectionError(f"rank {self._rank}: rank 0 has been silent for {SILENT_LIMIT_S:g} s")
         finally:
+            self._heartbeat.close()
             self._fork_server.close()
             self._coordinator.close()
             os.close(self._buffer)
+            os.close(self._stacks)
 
     def _serve(self, source: object) -> Outcome | None:
         if source is self._coordinator:
@@ -135,6 +154,7 @@ class Supervisor:
                 message = self._coordinator.recv()
             except (EOFError, OSError) as error:
                 raise ConnectionError(f"rank {self._rank}: the coordinator on rank 0 is gone") from error
+            self._silence.heard()
             if isinstance(message, Outcome):
                 return message
             self._obey(message)
@@ -151,8 +171,14 @@ class Supervisor:
             case Launch(attempt=attempt, restore=restore):
                 self._launch(attempt, restore)
             case Kill(attempt=attempt) if attempt == self._attempt and self._pid is not None:
-                self._killed = True
-                self._fork_server.kill(self._pid)
+                self._kill = message
+                self._fork_server.signal(self._pid, signal.SIGKILL)
+            case Dump(attempt=attempt) if attempt == self._attempt:
+                self._coordinator.send(self._stack())
+            case Gate(attempt=attempt) | StopAt(attempt=attempt) if attempt == self._attempt:
+                self._tell(self._orders, message)
+                if isinstance(message, StopAt):
+                    self._coordinator.send(Told(attempt=attempt, step=message.step))
             case SaveEnded(progress=progress):
                 if self._pending == progress:
                     self._pending = None
@@ -161,11 +187,16 @@ class Supervisor:
                 self._tell_trainer(message)
 
     def _launch(self, attempt: int, restore: str | None) -> None:
-        self._attempt, self._exit, self._killed, self._pending = attempt, None, False, None
+        self._attempt, self._exit, self._kill, self._pending, self._work = attempt, None, None, None, None
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._pid = self._fork_server.fork(theirs.fileno(), self._buffer)
+        orders, ordered = socket.socketpair()
+        with theirs, ordered:
+            self._pid = self._fork_server.fork(theirs.fileno(), self._buffer, ordered.fileno(), self._stacks)
         self._trainer = Connection(ours.detach())
+        if self._orders is not None:
+            self._orders.close()
+        self._orders = Connection(orders.detach())
+        self._heartbeat.watch(attempt, self._pid)
         begin = Begin(
             config=self._spec.config,
             run_url=self._spec.run_url,
@@ -175,13 +206,34 @@ class Supervisor:
             restore=restore,
         )
         self._tell_trainer(begin)
-        self._coordinator.send(Started(attempt=attempt, pid=self._pid, agent_pid=os.getpid()))
+        self._coordinator.send(Started(attempt=attempt, pid=self._pid, agent_pid=os.getpid(), node=self._node))
 
     def _tell_trainer(self, message: object) -> None:
+        self._tell(self._trainer, message)
+
+    def _tell(self, pipe: Connection | None, message: object) -> None:
         # A trainer that is gone reads nothing; that it is gone is reported by the fork server.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            if self._trainer is not None:
-                self._trainer.send(message)
+            if pipe is not None:
+                pipe.send(message)
+
+    def _stack(self) -> Stack:
+        pid, text = self._pid, ""
+        state = process_state(pid) if pid is not None else ""
+        if pid is not None and state not in ("", "T"):
+            text = read_stack(self._stacks, lambda: self._fork_server.signal(pid, STACK_SIGNAL))
+        return Stack(attempt=self._attempt, state=state, text=text)
+
+    def _measure(self, step: int) -> None:
+        """Report this rank's own work now and then."""
+        if self._pid is None or (work := busy_s(self._pid)) is None:
+            return
+        now = time.monotonic()
+        since_step, since_s, since = self._work or (step, work, now)
+        if step - since_step >= REPORT_STEPS and now - since >= REPORT_S:
+            self._coordinator.send(Busy(attempt=self._attempt, num_steps=step - since_step, seconds=work - since_s))
+            self._work = None
+        self._work = self._work or (step, work, now)
 
     def _hear_trainer(self) -> None:
         assert self._trainer is not None
@@ -197,8 +249,12 @@ class Supervisor:
             case Snapshot():
                 self._pending = message.progress
                 self._writer.submit(self._attempt, message)
-            case Stepped() | Paused() if self._rank != 0:
-                pass  # the numbers are the same on all ranks, and they wait for each other
+            case Stepped(progress=progress):
+                self._measure(progress.step)
+                if self._rank == 0:  # the numbers are the same on all ranks
+                    self._coordinator.send(FromTrainer(attempt=self._attempt, message=message))
+            case Paused() if self._rank != 0:
+                pass  # they wait for each other
             case _:
                 self._coordinator.send(FromTrainer(attempt=self._attempt, message=message))
 
@@ -212,6 +268,7 @@ class Supervisor:
         if ended.pid != self._pid:
             return
         self._pid = None
+        self._heartbeat.watch(self._attempt, None)
         while self._trainer is not None:  # its last words, up to the end of file
             self._hear_trainer()
         self._coordinator.send(Down(attempt=self._attempt, exit=self._cause(ended.status), pending=self._pending))
@@ -219,8 +276,8 @@ class Supervisor:
     def _cause(self, status: int) -> TrainerExit:
         if self._exit is not None:
             return self._exit
-        if self._killed:
-            return TrainerExit(kind=ExitKind.PEER_LOST, message="ended together with the others")
+        if self._kill is not None:
+            return self._kill.cause or TrainerExit(kind=ExitKind.PEER_LOST, message="ended together with the others")
         if status < 0:
             name = signal.Signals(-status).name
             return TrainerExit(kind=ExitKind.KILLED, message=f"the trainer was ended by {name}")

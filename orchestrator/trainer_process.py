@@ -20,6 +20,7 @@ from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.checkpoint.reader import Destination, expected_fingerprints, read_rows
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import DamagedCheckpointError, RunMismatchError, StorageError
+from orchestrator.liveness import AtGate, Entered, Gate, StopAt
 from orchestrator.messages import (
     Begin,
     ExitKind,
@@ -34,6 +35,8 @@ from orchestrator.messages import (
     Stepped,
     TrainerExit,
 )
+from orchestrator.trainer_probe import STACK_SIGNAL
+from orchestrator.watchdog import Phase
 from trainers.build import build
 from trainers.config import TrainerConfig
 from trainers.decode import decode
@@ -69,6 +72,36 @@ class EverySteps:
 
     def poll(self, progress: Progress) -> Directive:
         return Directive(save=progress.step % self._every_steps == 0 or progress.step == self._num_steps)
+
+
+class StopOnOrder:
+    """`EverySteps`, and a stop after the step that the coordinator has agreed on with all ranks."""
+
+    def __init__(self, every: EverySteps, num_steps: int, agent: Connection, orders: Connection) -> None:
+        """Args: orders: delivers `Gate` (to rank 0) and `StopAt`; see `orchestrator/halting.py`."""
+        self._every = every
+        self._num_steps = num_steps
+        self._agent = agent
+        self._orders = orders
+        self._stop_at: int | None = None
+
+    def poll(self, progress: Progress) -> Directive:
+        """The directive for `progress`. Raises EOFError when the agent has let go of this process."""
+        while self._orders.poll():
+            self._obey(self._orders.recv(), progress)
+        directive = self._every.poll(progress)
+        return Directive(save=True, stop=True) if progress.step == self._stop_at else directive
+
+    def _obey(self, order: object, progress: Progress) -> None:
+        if isinstance(order, StopAt):
+            self._stop_at = order.step
+        elif progress.step < self._num_steps:  # at the last step the run ends anyway
+            assert isinstance(order, Gate), order
+            self._agent.send(AtGate(progress=progress))
+            # An earlier order may still lie there; the one that answers the gate is for a later step than this.
+            while not isinstance(order := self._orders.recv(), StopAt):
+                continue
+            self._stop_at = order.step
 
 
 class PipeSink:
@@ -110,6 +143,7 @@ class SharedMemoryCheckpointer:
     def save(self, state: TrainState) -> None:
         begun_s = time.monotonic()
         self._settle()  # a failed save was reported by the coordinator; this newer one takes its place
+        self._agent.send(Entered(phase=Phase.SAVING))
         state.generators.capture()
         chunks, pieces, end = [], [], 0
         for local in sorted(state.tensors(), key=_element_bytes, reverse=True):
@@ -128,6 +162,7 @@ class SharedMemoryCheckpointer:
             Snapshot(progress=state.progress, chunks=tuple(chunks), size_bytes=end, scalars=state.scalars())
         )
         self._agent.send(Paused(progress=state.progress, stall_s=time.monotonic() - begun_s))
+        self._agent.send(Entered(phase=Phase.TRAINING))
 
     def wait(self) -> None:
         if (error := self._settle()) is not None:
@@ -137,6 +172,7 @@ class SharedMemoryCheckpointer:
         """Wait for the save in flight, if there is one; why it failed, if it did."""
         if self._pending is None:
             return None
+        self._agent.send(Entered(phase=Phase.STORING))
         ended = self._agent.recv()
         assert isinstance(ended, SaveEnded) and ended.progress == self._pending, ended
         self._pending = None
@@ -211,14 +247,17 @@ def _describe(error: BaseException) -> TrainerExit:
     return TrainerExit(kind=kind, message=message, details=traceback.format_exc())
 
 
-def main(pipe: int, buffer: int) -> int:
+def main(pipe: int, buffer: int, orders: int, stacks: int) -> int:
     """Train until done. Called in the forked process; returns its exit code.
 
     Args:
         pipe: file descriptor of the connection to the agent.
         buffer: file descriptor of the agent's shared memory for snapshots.
+        orders: file descriptor of the connection that orders to stop come on.
+        stacks: file descriptor of the agent's memory for the stacks of a process that hangs.
     """
     faulthandler.enable()
+    faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
     agent = Connection(pipe)
     begin = agent.recv()
     assert isinstance(begin, Begin), begin
@@ -230,7 +269,8 @@ def main(pipe: int, buffer: int) -> int:
         agent.send(Reached(stage="process group"))
         state, task = build(config, device)
         agent.send(Reached(stage="built"))
-        control = EverySteps(begin.every_steps, config.train.num_steps)
+        every = EverySteps(begin.every_steps, config.train.num_steps)
+        control = StopOnOrder(every, config.train.num_steps, agent, Connection(orders))
         train(state, task, control, SharedMemoryCheckpointer(agent, buffer, begin), PipeSink(agent))
         agent.send(Finished(progress=state.progress))
         agent.recv()  # the others may still need this process; the agent closes the pipe when all are done

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,21 +27,26 @@ PRELOAD = ("torch", "diffusers:UNet2DModel", "trainers.build", "orchestrator.che
 class _KeptForkServer(ForkServer):
     """Goes back to the shelf instead of ending, so that a test does not import torch anew."""
 
+    def __init__(self, preload: Sequence[str]) -> None:
+        super().__init__(preload)
+        self._preload = tuple(preload)
+
     def close(self) -> None:
-        _SHELF.append(self)
+        _SHELF[self._preload].append(self)
 
 
-_SHELF: list[_KeptForkServer] = []
+_SHELF: defaultdict[tuple[str, ...], list[_KeptForkServer]] = defaultdict(list)
 
 
 def _fork_server(preload: Sequence[str]) -> ForkServer:
-    return _SHELF.pop() if _SHELF else _KeptForkServer(preload)
+    kept = _SHELF[tuple(preload)]
+    return kept.pop() if kept else _KeptForkServer(preload)
 
 
-def make_spec(run: Path, config: Mapping[str, Any], every_steps: int) -> RunSpec:
+def make_spec(run: Path, config: Mapping[str, Any], every_steps: int, **changes: Any) -> RunSpec:
     """The spec of a run in the folder `run`."""
     record = open_or_create(Store.open(str(run)), config)
-    return RunSpec(
+    spec = RunSpec(
         run_id=record.run_id,
         run_url=str(run),
         session=uuid.uuid4().hex,
@@ -52,6 +59,7 @@ def make_spec(run: Path, config: Mapping[str, Any], every_steps: int) -> RunSpec
         versions={},
         preload=PRELOAD,
     )
+    return dataclasses.replace(spec, **changes)
 
 
 def run_agents(
@@ -64,7 +72,9 @@ def run_agents(
     outcomes: dict[int, Outcome] = {}
 
     def serve(rank: int) -> None:
-        outcomes[rank] = Supervisor(spec, rank, world_size, connect(hub.address, key, rank), _fork_server).run()
+        outcomes[rank] = Supervisor(
+            spec, rank, world_size, connect(hub.address, key, rank), start_fork_server=_fork_server
+        ).run()
 
     threads = [threading.Thread(target=serve, args=(rank,), daemon=True) for rank in range(world_size)]
     for thread in threads:

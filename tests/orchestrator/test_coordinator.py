@@ -248,7 +248,7 @@ def test_finished_when_every_rank_says_so(store: Store) -> None:
 
 def test_a_lost_agent_ends_the_trainers_and_waits_for_its_replacement(store: Store) -> None:
     group = Group(store).join()
-    group.coordinator.agent_lost(1)
+    group.coordinator.agent_lost(1, "gone")
     assert group.last(Kill) == Kill(attempt=1)
     group.down(0, ExitKind.PEER_LOST)
     group.coordinator.tick()
