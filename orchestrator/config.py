@@ -14,6 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from orchestrator.failures import FailureConfig
 from orchestrator.sections import SAFE_NAME, CheckpointConfig, Resources, RunSection, Workers
 from trainers.config import TrainerConfig
 from trainers.decode import decode
@@ -33,6 +34,7 @@ class RunConfig(TrainerConfig):
     """Ray Train workers: a number, or {min, max}; at most one for each microbatch of a step."""
     resources: Resources = field(default_factory=Resources)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    failures: FailureConfig = field(default_factory=FailureConfig)
 
     def __post_init__(self) -> None:
         if not self.storage:
@@ -40,12 +42,22 @@ class RunConfig(TrainerConfig):
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed} is out of range; give 0 <= seed < 2**63")
         self._check_workers()
+        self._check_rollback()
         for name in self.ema:
             if not SAFE_NAME.fullmatch(name) or name in _RESERVED_PROFILES:
                 raise ConfigError(
                     f"ema.{name} is no usable profile name; use letters, digits, '.', '_' and '-', but none of"
                     f" {', '.join(_RESERVED_PROFILES)}"
                 )
+
+    def _check_rollback(self) -> None:
+        keep, every, undone = self.checkpoint.keep.last, self.checkpoint.every_steps, self.divergence.rollback_steps
+        if keep is not None and keep * every < undone:
+            raise ConfigError(
+                f"divergence.rollback_steps={undone} goes back further than checkpoint.keep.last={keep} checkpoints of"
+                f" every checkpoint.every_steps={every} steps; set checkpoint.keep.last={-(-undone // every)}, or go"
+                " back less"
+            )
 
     def _check_workers(self) -> None:
         fewest, most = self.min_workers, self.max_workers

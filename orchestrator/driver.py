@@ -113,6 +113,8 @@ def run(config: RunConfig, show: Callable[[Event], None]) -> None:
         num_steps=config.train.num_steps,
         versions=versions(),
         preload=preload(config),
+        failures=config.failures,
+        quarantine=config.data.quarantine,
     )
     _connect_ray(config)
     if threading.current_thread() is threading.main_thread():

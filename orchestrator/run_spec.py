@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.checkpoint.policy import RetentionConfig
+from orchestrator.failures import FailureConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,3 +29,6 @@ class RunSpec:
     """Of the libraries that decide numbers; recorded in every manifest."""
     preload: tuple[str, ...]
     """What the fork server imports before the first trainer."""
+    failures: FailureConfig = field(default_factory=FailureConfig)
+    quarantine: bool = False
+    """`data.quarantine` of the config."""

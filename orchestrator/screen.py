@@ -59,8 +59,9 @@ class Screen:
         rate = (step - first) / (at - since) if at > since else 0.0
         eta = str(timedelta(seconds=round((self._num_steps - step) / rate))) if rate else "?"
         stable = "none" if self._stable is None else f"step {self._stable}"
+        loss = f"loss {metrics['loss']:.4f}" if "loss" in metrics else "left out"
         self._write(
-            f"step {step}/{self._num_steps}  loss {metrics['loss']:.4f}  {rate * self._global_batch_size:.0f} samples/s"
+            f"step {step}/{self._num_steps}  {loss}  {rate * self._global_batch_size:.0f} samples/s"
             f"  ETA {eta}  attempt {attempt}  newest stable checkpoint: {stable}"
         )
 
@@ -75,8 +76,21 @@ class Screen:
 
     def _failure(self, at: float, *, kind: str, reason: str, action: str, details: str, **where: Any) -> None:
         self._write(f"attempt {where['attempt']}: stopped after step {where['step']}, {kind}: {reason}; {action}")
-        if kind == "error" and details:
+        if details and kind in ("error", "start"):
             self._write(details.rstrip())
+
+    def _bad_step(self, at: float, *, attempt: int, step: int, metrics: dict[str, Any]) -> None:
+        numbers = f"loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}"
+        self._write(f"step {step} is bad and makes no update: {numbers}")
+
+    def _diverged(self, at: float, *, attempt: int, reason: str, skip: list[int], rollback: int) -> None:
+        self._write(f"training diverged: {reason}; rollback {rollback}: steps {skip[0]} to {skip[1]} are left out")
+
+    def _left_out(self, at: float, *, attempt: int, step: int, samples: list[int], reason: str) -> None:
+        self._write(f"from step {step} on {len(samples)} samples are left out: {reason}")
+
+    def _replay_differs(self, at: float, *, attempt: int, step: int, ranks: list[int], message: str) -> None:
+        self._write(f"warning: {message}")
 
     def _agent_lost(self, at: float, *, rank: int) -> None:
         self._down_at = at

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import write_shard
-from orchestrator.errors import UnbrokenError
+from orchestrator.errors import StartError, UnbrokenError
 from orchestrator.forkserver import ForkServer
 from orchestrator.messages import (
     Begin,
@@ -37,6 +37,9 @@ from orchestrator.messages import (
 )
 from orchestrator.run_spec import RunSpec
 from trainers.progress import Progress
+from trainers.trace import num_bytes, read_place
+
+_OWN_FAULT = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
 
 class ShardWriter:
@@ -97,9 +100,13 @@ class Supervisor:
         self._world_size = world_size
         self._coordinator = coordinator
         self._start_fork_server = start_fork_server
-        self._fork_server = start_fork_server(spec.preload)
+        self._fork_server: ForkServer | None = start_fork_server(spec.preload)
         # Anonymous shared memory: it outlives the trainers, and cannot outlive this process.
         self._buffer = os.memfd_create("unbroken-snapshot")
+        # Also read when the trainer has left no word: which samples was it at?
+        self._trace_handle = os.memfd_create("unbroken-trace")
+        os.ftruncate(self._trace_handle, num_bytes(spec.config["train"]["microbatch_size"]))
+        self._trace = mmap.mmap(self._trace_handle, 0)
         self._writer = ShardWriter(Store.open(spec.run_url), self._buffer, rank, world_size)
         self._attempt = 0
         self._trainer: Connection | None = None
@@ -116,7 +123,9 @@ class Supervisor:
         """
         try:
             while True:
-                sources = [self._coordinator, self._fork_server.connection, self._writer.connection]
+                sources = [self._coordinator, self._writer.connection]
+                if self._fork_server is not None:
+                    sources.append(self._fork_server.connection)
                 if self._trainer is not None:
                     sources.append(self._trainer)
                 # One at a time: serving a source may consume what made the next one ready.
@@ -124,8 +133,10 @@ class Supervisor:
                 if outcome is not None:
                     return outcome
         finally:
-            self._fork_server.close()
+            if self._fork_server is not None:
+                self._fork_server.close()
             self._coordinator.close()
+            os.close(self._trace_handle)
             os.close(self._buffer)
 
     def _serve(self, source: object) -> Outcome | None:
@@ -147,9 +158,14 @@ class Supervisor:
 
     def _obey(self, message: object) -> None:
         match message:
-            case Launch(attempt=attempt, restore=restore):
-                self._launch(attempt, restore)
+            case Launch():
+                try:
+                    self._launch(message)
+                except StartError as error:
+                    self._drop_fork_server()
+                    self._report_down(TrainerExit(kind=ExitKind.START, message=str(error), details=error.details))
             case Kill(attempt=attempt) if attempt == self._attempt and self._pid is not None:
+                assert self._fork_server is not None, "the trainer's end was not reported"
                 self._killed = True
                 self._fork_server.kill(self._pid)
             case SaveEnded(progress=progress):
@@ -159,22 +175,26 @@ class Supervisor:
             case Rendezvous():
                 self._tell_trainer(message)
 
-    def _launch(self, attempt: int, restore: str | None) -> None:
-        self._attempt, self._exit, self._killed, self._pending = attempt, None, False, None
+    def _launch(self, launch: Launch) -> None:
+        self._attempt, self._exit, self._killed, self._pending = launch.attempt, None, False, None
+        self._trace[:] = bytes(len(self._trace))
+        if self._fork_server is None:
+            self._fork_server = self._start_fork_server(self._spec.preload)
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._pid = self._fork_server.fork(theirs.fileno(), self._buffer)
-        self._trainer = Connection(ours.detach())
+        with ours, theirs:
+            self._pid = self._fork_server.fork(theirs.fileno(), self._buffer, self._trace_handle)
+            self._trainer = Connection(ours.detach())
         begin = Begin(
             config=self._spec.config,
             run_url=self._spec.run_url,
             every_steps=self._spec.every_steps,
             rank=self._rank,
             world_size=self._world_size,
-            restore=restore,
+            restore=launch.restore,
+            exclusions=launch.exclusions,
         )
         self._tell_trainer(begin)
-        self._coordinator.send(Started(attempt=attempt, pid=self._pid, agent_pid=os.getpid()))
+        self._coordinator.send(Started(attempt=launch.attempt, pid=self._pid, agent_pid=os.getpid()))
 
     def _tell_trainer(self, message: object) -> None:
         # A trainer that is gone reads nothing; that it is gone is reported by the fork server.
@@ -202,18 +222,28 @@ class Supervisor:
                 self._coordinator.send(FromTrainer(attempt=self._attempt, message=message))
 
     def _hear_fork_server(self) -> None:
+        assert self._fork_server is not None
         try:
-            ended = self._fork_server.connection.recv()
-        except (EOFError, ConnectionResetError):
-            self._fork_server.close()
-            self._fork_server = self._start_fork_server(self._spec.preload)
+            ended = self._fork_server.hear()
+        except StartError:
+            # The next launch starts another one. If that can not start, it is a failure of that launch: bounded, and
+            # with the reason.
+            self._drop_fork_server()
             ended = ChildEnded(self._pid or 0, -signal.SIGKILL)  # the trainer went with it
-        if ended.pid != self._pid:
+        if self._pid is None or ended.pid != self._pid:
             return
-        self._pid = None
         while self._trainer is not None:  # its last words, up to the end of file
             self._hear_trainer()
-        self._coordinator.send(Down(attempt=self._attempt, exit=self._cause(ended.status), pending=self._pending))
+        self._report_down(self._cause(ended.status))
+
+    def _drop_fork_server(self) -> None:
+        assert self._fork_server is not None
+        self._fork_server.close()
+        self._fork_server = None
+
+    def _report_down(self, end: TrainerExit) -> None:
+        self._pid = None
+        self._coordinator.send(Down(attempt=self._attempt, exit=end, pending=self._pending))
 
     def _cause(self, status: int) -> TrainerExit:
         if self._exit is not None:
@@ -221,6 +251,7 @@ class Supervisor:
         if self._killed:
             return TrainerExit(kind=ExitKind.PEER_LOST, message="ended together with the others")
         if status < 0:
-            name = signal.Signals(-status).name
-            return TrainerExit(kind=ExitKind.KILLED, message=f"the trainer was ended by {name}")
+            kind = ExitKind.CRASHED if -status in _OWN_FAULT else ExitKind.KILLED
+            message = f"the trainer was ended by {signal.Signals(-status).name}"
+            return TrainerExit(kind=kind, message=message, place=read_place(memoryview(self._trace)))
         return TrainerExit(kind=ExitKind.ERROR, message=f"the trainer left with exit code {status} and no word")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 from trainers.config import TrainerConfig
+from trainers.data.guarded import GuardedSource
 from trainers.data.sources import open_source
+from trainers.divergence import DivergenceGuard
 from trainers.ema import EMA
 from trainers.errors import ConfigError
+from trainers.exclusions import Exclusions
 from trainers.generators import GeneratorStates
 from trainers.models import build_model, check_fits, null_label
 from trainers.norm import StepSums
@@ -17,10 +20,14 @@ from trainers.progress import Progress
 from trainers.reduction import Rounds
 from trainers.state import TrainState, make_optimizer
 from trainers.step import Task
+from trainers.trace import StepTrace
 
 
-def build(config: TrainerConfig, device: torch.device) -> tuple[TrainState, Task]:
+def build(config: TrainerConfig, device: torch.device, trace: StepTrace | None = None) -> tuple[TrainState, Task]:
     """A fresh state at step 0, and the task it is trained on. Collective: all ranks of the default process group.
+
+    Args:
+        trace: where this rank writes down what it does; None: where nobody reads it.
 
     Raises:
         ConfigError: the model, data or strategy cannot be built from this configuration.
@@ -55,12 +62,16 @@ def build(config: TrainerConfig, device: torch.device) -> tuple[TrainState, Task
         ),
         ema=EMA(config.ema, {p.name: p.local for p in parameters}, config.train.global_batch_size),
         generators=GeneratorStates(),
+        divergence=DivergenceGuard(config.divergence),
+        exclusions=Exclusions(),
         topology=topology,
         progress=Progress(),
     )
+    trace = trace or StepTrace(config.train.microbatch_size)
     task = Task(
         config=config,
-        source=source,
+        source=GuardedSource(source, trace),
+        trace=trace,
         objective=Objective(config.objective),
         rounds=rounds,
         sums=StepSums(parameters, topology, device),

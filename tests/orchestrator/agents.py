@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +21,19 @@ from orchestrator.pruning import BackgroundPruner
 from orchestrator.run_spec import RunSpec
 from orchestrator.supervisor import Supervisor
 
-PRELOAD = ("torch", "diffusers:UNet2DModel", "trainers.build", "orchestrator.checkpoint.reader", "sklearn.datasets")
+PRELOAD = (
+    "torch",
+    "diffusers:UNet2DModel",
+    "trainers.build",
+    "orchestrator.checkpoint.reader",
+    "sklearn.datasets",
+    "tests.orchestrator.faults",
+)
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="unbroken-faults-")
+FAULTS = Path(_FOLDER.name) / "faults.json"
+"""What `tests.orchestrator.faults` reads."""
+os.environ["UNBROKEN_TEST_FAULTS"] = str(FAULTS)
 
 
 class _KeptForkServer(ForkServer):
@@ -33,6 +47,8 @@ _SHELF: list[_KeptForkServer] = []
 
 
 def _fork_server(preload: Sequence[str]) -> ForkServer:
+    if preload != PRELOAD:
+        return ForkServer(preload)
     return _SHELF.pop() if _SHELF else _KeptForkServer(preload)
 
 
@@ -40,6 +56,7 @@ def make_spec(run: Path, config: Mapping[str, Any], every_steps: int) -> RunSpec
     """The spec of a run in the folder `run`."""
     record = open_or_create(Store.open(str(run)), config)
     return RunSpec(
+        quarantine=config.get("data", {}).get("quarantine", False),
         run_id=record.run_id,
         run_url=str(run),
         session=uuid.uuid4().hex,
