@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from orchestrator.checkpoint.catalog import CheckpointInfo
 from orchestrator.failures import Action, Decision, Failure, classify, decide
 from orchestrator.messages import ExitKind, TrainerExit
 from orchestrator.run_spec import RunSpec
@@ -27,6 +28,13 @@ class Casebook:
         """What trainers are told to leave out, beside what stands in their checkpoint."""
         self.changed_from: int | None = None
         """From this step on the last decision changes the numbers; None: it changes none."""
+
+    def learn(self, checkpoint: CheckpointInfo | None) -> Exclusions:
+        """What is left out, now that training goes on from `checkpoint`, which may know of earlier lives."""
+        manifest = checkpoint.manifest if checkpoint else None
+        if manifest is not None and "exclusions" in manifest.scalars:
+            self.exclusions = self.exclusions.merged(Exclusions.from_scalars(manifest.scalars["exclusions"]))
+        return self.exclusions
 
     def judge(self, attempt: int, exits: Mapping[int, TrainerExit], restored_step: int, reached_step: int) -> Decision:
         """Decide on the attempt that ended with `exits`, and report it."""

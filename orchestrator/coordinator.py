@@ -136,8 +136,8 @@ class Coordinator:
             self._launch_failures = 0
 
     def _launch(self, cause: str) -> None:
-        exclusions = self._casebook.exclusions
-        self._opening = self._opener.open(cause, exclusions)
+        self._opening = self._opener.open(cause, self._casebook.exclusions)
+        exclusions = self._casebook.learn(self._opening.checkpoint)
         self._reached = self._opening.progress
         self._replay.begin_attempt(self._reached.step, self._casebook.changed_from)
         self._ready, self._finished, self._down = set(), set(), {}

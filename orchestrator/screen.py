@@ -75,7 +75,8 @@ class Screen:
         self._down_at = at
 
     def _failure(self, at: float, *, kind: str, reason: str, action: str, details: str, **where: Any) -> None:
-        self._write(f"attempt {where['attempt']}: stopped after step {where['step']}, {kind}: {reason}; {action}")
+        what = reason.splitlines()[0]  # the rest of a bug's three lines is told at the end
+        self._write(f"attempt {where['attempt']}: stopped after step {where['step']}, {kind}: {what}; {action}")
         if details and kind in ("error", "start"):
             self._write(details.rstrip())
 

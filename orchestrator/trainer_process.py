@@ -6,6 +6,7 @@ import faulthandler
 import mmap
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 
@@ -215,6 +216,7 @@ def main(pipe: int, buffer: int, trace_memory: int) -> int:
     except EOFError:
         return 0  # the agent has let go of us
     except BaseException as error:
-        agent.send(last_words(error, trace.place() if trace else None, quarantine))
+        with suppress(BrokenPipeError):  # the agent has let go of us: nobody wants to know
+            agent.send(last_words(error, trace.place() if trace else None, quarantine))
         return 1
     return 0
