@@ -28,6 +28,8 @@ _BLAME = (
     ExitKind.PEER_LOST,
 )
 
+_SHOWN = 64  # of a list of samples
+
 _KILLS_TWICE = 2
 """Times that a microbatch must have failed before its samples are left out."""
 
@@ -181,8 +183,8 @@ def _judge_samples(
     if num_left_out + len(place.samples) > config.left_out:
         count = num_left_out + len(place.samples)
         return _give_up(last, f"{count} samples would be left out (failures.left_out={config.left_out})")
-    shown = ", ".join(map(str, place.samples))
-    return Decision(action=Action.LEAVE_OUT, reason=f"{where} failed twice: {last.exit.message}; samples {shown}")
+    reason = f"{where} failed twice: {last.exit.message}; samples {_listed(place.samples)}"
+    return Decision(action=Action.LEAVE_OUT, reason=reason)
 
 
 def _give_up(failure: Failure, what: str) -> Decision:
@@ -194,11 +196,17 @@ def _give_up(failure: Failure, what: str) -> Decision:
         place = failure.place
         lines.append(
             f"samples: microbatch {place.microbatch} of step {place.step}, from position {place.position}:"
-            f" dataset indices {', '.join(map(str, place.samples))}"
+            f" dataset indices {_listed(place.samples)}"
         )
     elif failure.exit.frame:
         lines.append("samples: none, no microbatch was worked on")
     return Decision(action=Action.GIVE_UP, reason="\n".join(lines))
+
+
+def _listed(samples: Sequence[int]) -> str:
+    """For people; all of them are in the event."""
+    more = f", and {len(samples) - _SHOWN} more" if len(samples) > _SHOWN else ""
+    return ", ".join(map(str, samples[:_SHOWN])) + more
 
 
 def _at_the_same_step(history: Sequence[Failure]) -> list[Failure]:

@@ -22,6 +22,7 @@ class Screen:
         self._write = write
         self._stable: int | None = None
         self._down_at: float | None = None
+        self._last_trace = ""
         self._last_line_s = 0.0
         self._since: tuple[int, float] | None = None
         """Step and time from which samples/s is measured; starts anew with every attempt."""
@@ -77,7 +78,8 @@ class Screen:
     def _failure(self, at: float, *, kind: str, reason: str, action: str, details: str, **where: Any) -> None:
         what = reason.splitlines()[0]  # the rest of a bug's three lines is told at the end
         self._write(f"attempt {where['attempt']}: stopped after step {where['step']}, {kind}: {what}; {action}")
-        if details and kind in ("error", "start"):
+        if details and kind in ("error", "start") and details != self._last_trace:
+            self._last_trace = details  # once, however often it fails like this
             self._write(details.rstrip())
 
     def _bad_step(self, at: float, *, attempt: int, step: int, metrics: dict[str, Any]) -> None:
