@@ -67,7 +67,7 @@ class Coordinator:
         self._notify = notify
         self._prune = prune
         self._casebook = Casebook(spec, self._event)
-        self._replay = ReplayCheck(world_size)
+        self._replay = ReplayCheck()
         self._opener = Opener(spec, store, world_size, self._event)
         self._opening = Opening(attempt=0)
         self._reached = Progress()
@@ -174,7 +174,7 @@ class Coordinator:
         self._event("step", attempt=self._attempt, step=step, metrics=metrics)
         if "skipped" in metrics and "loss" in metrics:
             self._event("bad_step", attempt=self._attempt, step=step, metrics=metrics)
-        difference = self._replay.check(step, metrics, stepped.losses)
+        difference = self._replay.check(step, metrics, stepped.losses, stepped.ranks)
         if difference is not None:
             ranks, message = list(difference.ranks), difference.message
             self._event("replay_differs", attempt=self._attempt, step=step, ranks=ranks, message=message)

@@ -96,6 +96,8 @@ class Stepped:
     metrics: Mapping[str, float]
     losses: tuple[float, ...] = ()
     """Of every microbatch, by index."""
+    ranks: tuple[int, ...] = ()
+    """Which rank each microbatch ran on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,6 @@ class ReplayCheck:
 
     def __init__(
         self,
-        world_size: int,
         recorded_metrics: Callable[[int], Mapping[int, Mapping[str, float]]] = no_record,
         num_steps: int = 10_000,
     ) -> None:
@@ -50,7 +49,6 @@ class ReplayCheck:
                 attempt begins behind what is remembered here, as after the death of rank 0's agent.
             num_steps: how many steps are remembered.
         """
-        self._world_size = world_size
         self._recorded_metrics = recorded_metrics
         self._num_steps = num_steps
         self._steps: dict[int, _Step] = {}
@@ -68,11 +66,14 @@ class ReplayCheck:
             self._steps = {at: known for at, known in self._steps.items() if at < unknown_from}
         self._found = False
 
-    def check(self, step: int, metrics: Mapping[str, float], losses: Sequence[float]) -> Difference | None:
+    def check(
+        self, step: int, metrics: Mapping[str, float], losses: Sequence[float], ranks: Sequence[int]
+    ) -> Difference | None:
         """Compare with what is remembered of `step`, if anything is, and remember this.
 
         Args:
             losses: of every microbatch, by index; may be empty.
+            ranks: where each of them ran.
 
         Returns:
             The first difference of the attempt; all that follows from it is no news.
@@ -85,32 +86,33 @@ class ReplayCheck:
         if before is None or same or self._found:
             return None
         self._found = True
-        return self._describe(step, before, now)
+        return _describe(step, before, now, ranks)
 
-    def _describe(self, step: int, before: _Step, now: _Step) -> Difference:
-        microbatches = []
-        if len(before.losses) == len(now.losses):
-            pairs = zip(_unpack(before.losses, "f"), _unpack(now.losses, "f"), strict=True)
-            microbatches = [index for index, (old, new) in enumerate(pairs) if old != new]
-        ranks = tuple(sorted({index % self._world_size for index in microbatches}))
-        then, again = _unpack(before.numbers, "d"), _unpack(now.numbers, "d")
-        shown = ", ".join(
-            f"{name} {struct.unpack('<d', old)[0]!r} then and {struct.unpack('<d', new)[0]!r} now"
-            for name, old, new in zip(_NUMBERS, then, again, strict=True)
-            if old != new
-        )
-        where = (
-            f"first in microbatches {', '.join(map(str, microbatches))} of rank {', '.join(map(str, ranks))}"
-            if microbatches
-            else "the losses of its microbatches are the same"
-            if now.losses and before.losses
-            else "of which microbatch is not known"
-        )
-        message = (
-            f"step {step} was replayed and gave other numbers: {shown or 'the same loss and norm'}; {where}."
-            " Memory or a processor is faulty, or the training is not deterministic"
-        )
-        return Difference(step=step, ranks=ranks, message=message)
+
+def _describe(step: int, before: _Step, now: _Step, ranks_by_microbatch: Sequence[int]) -> Difference:
+    microbatches = []
+    if len(before.losses) == len(now.losses):
+        pairs = zip(_unpack(before.losses, "f"), _unpack(now.losses, "f"), strict=True)
+        microbatches = [index for index, (old, new) in enumerate(pairs) if old != new]
+    ranks = tuple(sorted({ranks_by_microbatch[index] for index in microbatches}))
+    then, again = _unpack(before.numbers, "d"), _unpack(now.numbers, "d")
+    shown = ", ".join(
+        f"{name} {struct.unpack('<d', old)[0]!r} then and {struct.unpack('<d', new)[0]!r} now"
+        for name, old, new in zip(_NUMBERS, then, again, strict=True)
+        if old != new
+    )
+    where = (
+        f"first in microbatches {', '.join(map(str, microbatches))} of rank {', '.join(map(str, ranks))}"
+        if microbatches
+        else "the losses of its microbatches are the same"
+        if now.losses and before.losses
+        else "of which microbatch is not known"
+    )
+    message = (
+        f"step {step} was replayed and gave other numbers: {shown or 'the same loss and norm'}; {where}."
+        " Memory or a processor is faulty, or the training is not deterministic"
+    )
+    return Difference(step=step, ranks=ranks, message=message)
 
 
 def _pack(metrics: Mapping[str, float], losses: Sequence[float]) -> _Step:

@@ -63,7 +63,8 @@ class PipeSink:
         self._trace = trace
 
     def log(self, progress: Progress, metrics: Mapping[str, float]) -> None:
-        self._agent.send(Stepped(progress=progress, metrics=dict(metrics), losses=self._trace.losses))
+        losses, ranks = self._trace.losses, self._trace.ranks
+        self._agent.send(Stepped(progress=progress, metrics=dict(metrics), losses=losses, ranks=ranks))
 
 
 class SharedMemoryCheckpointer:

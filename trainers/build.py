@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trainers.config import TrainerConfig
+from trainers.config import OptimizerConfig, TrainerConfig
 from trainers.data.guarded import GuardedSource
 from trainers.data.sources import open_source
 from trainers.divergence import DivergenceGuard
@@ -15,7 +15,7 @@ from trainers.generators import GeneratorStates
 from trainers.models import build_model, check_fits, null_label
 from trainers.norm import StepSums
 from trainers.objectives import Objective
-from trainers.parallel import make_topology, shard_model
+from trainers.parallel import LocalParameter, make_topology, shard_model
 from trainers.progress import Progress
 from trainers.reduction import Rounds
 from trainers.state import TrainState, make_optimizer
@@ -33,12 +33,7 @@ def build(config: TrainerConfig, device: torch.device, trace: StepTrace | None =
         ConfigError: the model, data or strategy cannot be built from this configuration.
     """
     topology, mesh = make_topology(config.parallel, device)
-    if topology.world_size > config.train.num_microbatches:
-        raise ConfigError(
-            f"{topology.world_size} workers cannot share train.global_batch_size={config.train.global_batch_size} /"
-            f" train.microbatch_size={config.train.microbatch_size} = {config.train.num_microbatches} microbatches;"
-            f" use fewer workers or a smaller microbatch_size"
-        )
+    _check_microbatches(topology.world_size, config)
     source = open_source(config.data)
     model = build_model(config.model, config.seed).to(device)
     check_fits(
@@ -48,18 +43,14 @@ def build(config: TrainerConfig, device: torch.device, trace: StepTrace | None =
         num_classes=source.num_classes,
         label_drop=config.objective.label_drop,
     )
+    trace = trace or StepTrace(config.train.microbatch_size)
     rounds = Rounds(config.train.num_microbatches, topology.world_size, local=config.parallel.accumulation == "local")
+    trace.ranks = tuple(map(rounds.rank_of, range(rounds.num_microbatches)))
     parameters = shard_model(model, config.parallel, topology, mesh, rounds, config.train.precision == "bf16")
     state = TrainState(
         model=model,
         parameters=parameters,
-        optimizer=make_optimizer(
-            parameters,
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-        ),
+        optimizer=_optimizer(config.optimizer, parameters),
         ema=EMA(config.ema, {p.name: p.local for p in parameters}, config.train.global_batch_size),
         generators=GeneratorStates(),
         divergence=DivergenceGuard(config.divergence),
@@ -67,7 +58,6 @@ def build(config: TrainerConfig, device: torch.device, trace: StepTrace | None =
         topology=topology,
         progress=Progress(),
     )
-    trace = trace or StepTrace(config.train.microbatch_size)
     task = Task(
         config=config,
         source=GuardedSource(source, trace),
@@ -79,3 +69,18 @@ def build(config: TrainerConfig, device: torch.device, trace: StepTrace | None =
         null_label=null_label(model),
     )
     return state, task
+
+
+def _check_microbatches(world_size: int, config: TrainerConfig) -> None:
+    if world_size > config.train.num_microbatches:
+        raise ConfigError(
+            f"{world_size} workers cannot share train.global_batch_size={config.train.global_batch_size} /"
+            f" train.microbatch_size={config.train.microbatch_size} = {config.train.num_microbatches} microbatches;"
+            f" use fewer workers or a smaller microbatch_size"
+        )
+
+
+def _optimizer(config: OptimizerConfig, parameters: list[LocalParameter]) -> torch.optim.AdamW:
+    return make_optimizer(
+        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    )

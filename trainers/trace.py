@@ -58,6 +58,8 @@ class StepTrace:
         self._cells = np.frombuffer(self._memory, np.int64)
         self.losses: tuple[float, ...] = ()
         """The loss of every microbatch of the last step, whichever rank it ran on; empty after a step not trained."""
+        self.ranks: tuple[int, ...] = ()
+        """Which rank each microbatch runs on, the same in every step."""
 
     def enter(self, step: int, microbatch: int, position: int) -> None:
         """A microbatch begins: its data is about to be read."""
