@@ -11,7 +11,9 @@ import click
 from orchestrator.commands.checkpoints import checkpoints
 from orchestrator.commands.config import config
 from orchestrator.commands.doctor import doctor
+from orchestrator.commands.ema import ema
 from orchestrator.commands.prove import prove
+from orchestrator.commands.status import report, status
 from orchestrator.commands.train import train
 from orchestrator.commands.weights import export, sample
 from orchestrator.errors import GaveUpError, UnbrokenError
@@ -97,6 +99,7 @@ def main(debug: bool) -> None:
       unbroken doctor configs/digits.yaml               can this machine and this store run it?
       unbroken train configs/digits.yaml                train, or go on where a run was left
       unbroken train configs/digits.yaml seed=1 run.name=second
+      unbroken status runs/digits --watch                how far it is, what failures cost
       unbroken sample runs/digits samples.png           images from the EMA weights
       unbroken prove runs/digits runs/second            are two runs bitwise the same?
 
@@ -104,5 +107,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (train, prove, sample, export, checkpoints, config, doctor):
+for command in (train, status, report, prove, sample, export, ema, checkpoints, config, doctor):
     main.add_command(command)

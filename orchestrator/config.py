@@ -37,6 +37,7 @@ class RunConfig(TrainerConfig):
     failures: FailureConfig = field(default_factory=FailureConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.storage:
             raise ConfigError('storage="" is empty; give a folder or a URL such as s3://bucket/prefix')
         if not 0 <= self.seed < 2**63:

@@ -26,6 +26,7 @@ from orchestrator.messages import (
     Launch,
     Listening,
     Outcome,
+    Paused,
     Reached,
     Receipt,
     Rendezvous,
@@ -163,6 +164,8 @@ class Coordinator:
                     self._event("training", attempt=self._attempt, step=progress.step)
             case Stepped():
                 self._take_step(inner)
+            case Paused(progress=progress, stall_s=stall_s):
+                self._event("snapshot", attempt=self._attempt, step=progress.step, stall_s=stall_s)
             case Finished():
                 self._finished.add(rank)
                 if len(self._finished) == self._world_size:
@@ -173,7 +176,8 @@ class Coordinator:
         self._reached = stepped.progress
         self._event("step", attempt=self._attempt, step=step, metrics=metrics)
         if "skipped" in metrics and "loss" in metrics:
-            self._event("bad_step", attempt=self._attempt, step=step, metrics=metrics)
+            numbers = f"loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}"
+            self._event("bad_step", attempt=self._attempt, step=step, numbers=numbers)
         difference = self._replay.check(step, metrics, stepped.losses, stepped.ranks)
         if difference is not None:
             ranks, message = list(difference.ranks), difference.message
@@ -239,8 +243,8 @@ class Coordinator:
 
     def _end(self, ending: Ending, message: str) -> None:
         self.outcome = Outcome(ending=ending, message=message)
+        self._event("outcome", ending=ending.value, message=message)  # first: those who are told end
         self._to_all(self.outcome)
-        self._event("outcome", ending=ending.value, message=message)
 
     def _to_all(self, message: object) -> None:
         for rank in range(self._world_size):

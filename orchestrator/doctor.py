@@ -48,7 +48,7 @@ class StateSize:
 
     parameters: int
     total: int
-    """Parameters, buffers, two moments, and every EMA profile: what a checkpoint holds."""
+    """Parameters, buffers, moments of the optimizer, and every EMA profile: what a checkpoint holds."""
 
 
 def examine(config: RunConfig) -> Iterator[Check]:
@@ -73,7 +73,7 @@ def state_size(config: RunConfig) -> StateSize:
         model = build_model(config.model, config.seed)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     everything = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    return StateSize(parameters=trained, total=everything + (2 + len(config.ema)) * trained)
+    return StateSize(parameters=trained, total=everything + (len(config.optimizer.moments) + len(config.ema)) * trained)
 
 
 def _memory(config: RunConfig, size: StateSize) -> Check:

@@ -38,6 +38,7 @@ from orchestrator.errors import (
 from orchestrator.messages import Ending, Event
 from orchestrator.run_identity import config_hash, conflicting_keys
 from orchestrator.sections import Workers
+from orchestrator.tracking.recorder import Recorder
 from trainers.errors import ConfigError
 
 # Ray reads these when it is imported or when a worker group starts. Each moved a measured recovery time.
@@ -55,6 +56,8 @@ from orchestrator.run_spec import RunSpec
 
 _MAX_CONTROLLER_DEATHS = 5
 """Times in a row that Ray Train's controller may die without a newer checkpoint."""
+
+_Tell = Callable[[Event], None]
 
 _ERRORS = {
     Ending.GAVE_UP: GaveUpError,
@@ -83,7 +86,7 @@ class _Mailbox:
         return events
 
 
-def run(config: RunConfig, show: Callable[[Event], None]) -> None:
+def run(config: RunConfig, show: _Tell) -> None:
     """Train until the run of this configuration is finished; continue it if it has begun.
 
     Args:
@@ -94,16 +97,23 @@ def run(config: RunConfig, show: Callable[[Event], None]) -> None:
         GaveUpError, ConfigError, SupersededError, StorageError: the run ended before its last step.
         UnbrokenError: Ray Train itself failed again and again.
     """
-    url = run_url(config)
-    store = Store.open(url)
-    record = _open_run(store, config)
-    newest = newest_stable(store)
-    if newest is not None and newest.manifest and newest.manifest.progress.step >= config.train.num_steps:
-        show(_event("already_finished", step=newest.manifest.progress.step, checkpoint=str(newest.ref)))
-        return
-    spec = RunSpec(
-        run_id=record.run_id,
-        run_url=url,
+    spec = _spec(config, _open_run(Store.open(run_url(config)), config).run_id)
+    recorder = Recorder(spec.run_url, spec.session, report=show)
+
+    def note(event: Event) -> None:
+        show(event)
+        recorder.take(event)
+
+    try:
+        _go_on(config, spec, show, note)
+    finally:
+        recorder.close()
+
+
+def _spec(config: RunConfig, run_id: str) -> RunSpec:
+    return RunSpec(
+        run_id=run_id,
+        run_url=run_url(config),
         session=uuid.uuid4().hex,
         config=trainer_dict(config),
         config_hash=config_hash(config),
@@ -116,13 +126,23 @@ def run(config: RunConfig, show: Callable[[Event], None]) -> None:
         failures=config.failures,
         quarantine=config.data.quarantine,
     )
+
+
+def _go_on(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell) -> None:
+    """Args: note: as `show`, for events that only this process can record."""
+    newest = newest_stable(Store.open(spec.run_url))
+    if newest is not None and newest.manifest and newest.manifest.progress.step >= config.train.num_steps:
+        note(_event("already_finished", step=newest.manifest.progress.step, checkpoint=str(newest.ref)))
+        return
+    facts = {"num_steps": spec.num_steps, "workers": to_dict(config)["workers"], "versions": dict(spec.versions)}
+    note(_event("started", host=platform.node(), pid=os.getpid(), system=platform.platform(), **facts))
     _connect_ray(config)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)  # Ray's own handler, set by now, would abort with a stack dump
     try:
-        outcome = _supervise(spec, config, store, show)
+        outcome = _supervise(config, spec, show, note)
     except (KeyboardInterrupt, SystemExit):
-        show(_event("interrupted"))
+        note(_event("interrupted"))
         raise
     finally:
         ray.shutdown()
@@ -181,7 +201,7 @@ def _connect_ray(config: RunConfig) -> None:
     )
 
 
-def _supervise(spec: RunSpec, config: RunConfig, store: Store, show: Callable[[Event], None]) -> dict[str, Any]:
+def _supervise(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell) -> dict[str, Any]:
     """Call Ray Train until the coordinator reports an outcome; Ray restarts agents and nodes by itself."""
     deaths, stalled_at = 0, None
     while True:
@@ -191,7 +211,7 @@ def _supervise(spec: RunSpec, config: RunConfig, store: Store, show: Callable[[E
         outcome = listener.finish()
         if outcome is not None:
             return outcome
-        newest = newest_stable(store)
+        newest = newest_stable(Store.open(spec.run_url))
         step = newest.manifest.progress.step if newest and newest.manifest else 0
         deaths = deaths + 1 if step == stalled_at else 1
         stalled_at = step
@@ -200,7 +220,7 @@ def _supervise(spec: RunSpec, config: RunConfig, store: Store, show: Callable[[E
         )
         if deaths >= _MAX_CONTROLLER_DEATHS:
             raise UnbrokenError(f"{reason}; {deaths} times in a row at step {step}. Ray's logs say more")
-        show(_event("controller_lost", reason=reason))
+        note(_event("controller_lost", reason=reason))
         time.sleep(min(10.0, 0.5 * 2**deaths))
 
 
@@ -253,7 +273,7 @@ def _trainer(spec: RunSpec, config: RunConfig, mailbox: Any) -> DataParallelTrai
 class _Listener:
     """Passes the mailbox's events on in a thread, and remembers the outcome."""
 
-    def __init__(self, mailbox: Any, show: Callable[[Event], None]) -> None:
+    def __init__(self, mailbox: Any, show: _Tell) -> None:
         self._mailbox = mailbox
         self._show = show
         self._outcome: dict[str, Any] | None = None

@@ -111,6 +111,15 @@ class Snapshot:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Paused:
+    """The loop goes on after handing over a snapshot."""
+
+    progress: Progress
+    stall_s: float
+    """Seconds that it stood still: waiting for the save before this one, and copying."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finished:
     """The last step is done and committed."""
 
@@ -203,10 +212,10 @@ class Down:
 
 @dataclass(frozen=True, kw_only=True)
 class FromTrainer:
-    """A trainer's `Listening`, `Reached`, `Restored`, `Stepped` or `Finished`, passed on."""
+    """A trainer's `Listening`, `Reached`, `Restored`, `Stepped`, `Paused` or `Finished`, passed on."""
 
     attempt: int
-    message: Listening | Reached | Restored | Stepped | Finished
+    message: Listening | Reached | Restored | Stepped | Paused | Finished
 
 
 # coordinator -> agent

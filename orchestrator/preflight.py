@@ -31,11 +31,15 @@ def check_trainable(config: TrainerConfig) -> None:
     index = torch.zeros(1, dtype=torch.long, device="meta")
     try:
         with torch.no_grad():
-            output = call_model(model, images, timesteps=index, labels=None if null_label(model) is None else index)
+            labels = None if null_label(model) is None else index
+            output = call_model(model, images, index, labels, with_variance=config.objective.learned_variance)
     except NotImplementedError:  # an operation that has no shape-only form: the first step will tell
         return
     except Exception as error:  # whatever a layer raises about the shapes that it was given
         raise ConfigError(_misfit(config, f"{type(error).__name__}: {error}")) from error
+    if config.objective.learned_variance:
+        config.objective.check_variance(output.shape[1], source.channels)
+        output = output.chunk(2, dim=1)[0]
     if output.shape != images.shape:
         raise ConfigError(_misfit(config, f"it makes {list(output.shape)} of {list(images.shape)}"))
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
-from orchestrator.config import SECTIONS_OF_RUN, flatten, to_dict
+from orchestrator.config import SECTIONS_OF_RUN, RunConfig, flatten, to_dict
 from trainers.config import TrainerConfig
+from trainers.decode import decode
+from trainers.errors import ConfigError
 from trainers.schedules import ScheduleConfig, depends_on_num_steps
 
 _ABSENT = "not set"
@@ -16,6 +19,7 @@ _ABSENT = "not set"
 # What changes no number, and so may differ between two attempts of one run. (With `parallel.reduction: fast` the number
 # of workers and the strategy do change numbers: that is what choosing it means. What quarantine leaves out is state.)
 _PLACEMENT = frozenset({"parallel.strategy", "parallel.shard_size", "parallel.accumulation", "data.quarantine"})
+_OBSERVATION = frozenset({"train.ema_health_every"})
 
 
 def config_hash(config: TrainerConfig) -> str:
@@ -33,6 +37,8 @@ def conflicting_keys(old: Mapping[str, Any], new: TrainerConfig) -> list[str]:
     Returns:
         One text for each key: the key, and both values.
     """
+    with suppress(ConfigError):  # a key that has been removed or renamed since shows up as a difference
+        old = to_dict(decode(RunConfig, old))  # keys that are newer than the run have their defaults
     return [
         f"{key} ({_show(before)} in the run, {_show(after)} in the config)"
         for key, before, after in _differences(old, to_dict(new))
@@ -43,7 +49,7 @@ def conflicting_keys(old: Mapping[str, Any], new: TrainerConfig) -> list[str]:
 def _is_free(key: str, schedule: ScheduleConfig) -> bool:
     if key == "train.num_steps":
         return not depends_on_num_steps(schedule)
-    return key in _PLACEMENT or key.split(".")[0] in SECTIONS_OF_RUN
+    return key in _PLACEMENT | _OBSERVATION or key.split(".")[0] in SECTIONS_OF_RUN
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -82,8 +82,7 @@ class Screen:
             self._last_trace = details  # once, however often it fails like this
             self._write(details.rstrip())
 
-    def _bad_step(self, at: float, *, attempt: int, step: int, metrics: dict[str, Any]) -> None:
-        numbers = f"loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}"
+    def _bad_step(self, at: float, *, attempt: int, step: int, numbers: str) -> None:
         self._write(f"step {step} is bad and makes no update: {numbers}")
 
     def _diverged(self, at: float, *, attempt: int, reason: str, skip: list[int], rollback: int) -> None:
@@ -101,6 +100,18 @@ class Screen:
 
     def _controller_lost(self, at: float, *, reason: str) -> None:
         self._write(f"{reason}; starting Ray Train again")
+
+    def _started(self, at: float, **facts: Any) -> None:
+        pass  # for the record
+
+    def _snapshot(self, at: float, *, attempt: int, step: int, stall_s: float) -> None:
+        pass  # for the account of goodput
+
+    def _record_failed(self, at: float, *, error: str) -> None:
+        self._write(f"the run's record cannot be written now and is held in memory, training goes on: {error}")
+
+    def _record_resumed(self, at: float, *, dropped: int) -> None:
+        self._write(f"the run's record is written again{f'; {dropped} rows are lost' if dropped else ', with no gap'}")
 
     def _store(self, at: float, *, kind: str, conditional_create: bool, warning: str | None) -> None:
         if warning is not None:

@@ -26,6 +26,7 @@ from orchestrator.messages import (
     Kill,
     Launch,
     Outcome,
+    Paused,
     Receipt,
     Rendezvous,
     SaveEnded,
@@ -216,8 +217,8 @@ class Supervisor:
             case Snapshot():
                 self._pending = message.progress
                 self._writer.submit(self._attempt, message)
-            case Stepped() if self._rank != 0:
-                pass  # the numbers are the same on all ranks
+            case Stepped() | Paused() if self._rank != 0:
+                pass  # the numbers are the same on all ranks, and they wait for each other
             case _:
                 self._coordinator.send(FromTrainer(attempt=self._attempt, message=message))
 

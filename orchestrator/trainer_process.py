@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import mmap
 import os
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
@@ -24,6 +25,7 @@ from orchestrator.messages import (
     Begin,
     Finished,
     Listening,
+    Paused,
     Reached,
     Rendezvous,
     Restored,
@@ -94,6 +96,7 @@ class SharedMemoryCheckpointer:
         self._agent.send(Restored(progress=state.progress))
 
     def save(self, state: TrainState) -> None:
+        begun_s = time.monotonic()
         self._settle()  # a failed save was reported by the coordinator; this newer one takes its place
         state.generators.capture()
         chunks, pieces, end = [], [], 0
@@ -112,6 +115,7 @@ class SharedMemoryCheckpointer:
         self._agent.send(
             Snapshot(progress=state.progress, chunks=tuple(chunks), size_bytes=end, scalars=state.scalars())
         )
+        self._agent.send(Paused(progress=state.progress, stall_s=time.monotonic() - begun_s))
 
     def wait(self) -> None:
         if (error := self._settle()) is not None:

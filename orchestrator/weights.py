@@ -12,11 +12,13 @@ from orchestrator.checkpoint.reader import Destination, read_rows
 from orchestrator.checkpoint.selection import select_checkpoint
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig
+from orchestrator.ema_synthesis import synthesize
 from trainers.decode import decode
 from trainers.errors import ConfigError
 from trainers.models import build_model
 from trainers.state import SAFETENSORS_DTYPES
 
+_POSTHOC = "sigma_rel="
 _TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
@@ -28,6 +30,15 @@ class SavedModel:
     manifest: Manifest
     config: RunConfig
     """The configuration that the run was first started with."""
+
+    def describe(self, weights: str) -> str:
+        """What `--weights` means here, for people."""
+        if weights.startswith(_POSTHOC):
+            kind = f"post-hoc EMA weights ({weights})"
+        else:
+            profile = self.profile(weights)
+            kind = "raw weights" if profile is None else f"EMA weights ({profile})"
+        return f"{kind} of step {self.manifest.progress.step}"
 
     def profile(self, weights: str) -> str | None:
         """The EMA profile that `--weights` means: `ema` is the first one, `raw` none.
@@ -46,10 +57,15 @@ class SavedModel:
     def tensors(self, weights: str) -> dict[str, torch.Tensor]:
         """Every parameter by name, whole, on the CPU.
 
+        Args:
+            weights: `raw`, `ema`, the name of an EMA profile, or `sigma_rel=0.1` for a post-hoc average.
+
         Raises:
             ConfigError: the run has no such weights, or they begin after this checkpoint.
             DamagedCheckpointError: the files are not what was written.
         """
+        if weights.startswith(_POSTHOC):
+            return dict(synthesize(self.store, self.config, self.manifest, _width(weights)).tensors())
         profile = self.profile(weights)
         prefix = "model/" if profile is None else f"ema/{profile}/"
         names = [name for name in self.manifest.tensors if name.startswith(prefix)]
@@ -77,6 +93,13 @@ class SavedModel:
         missing = [name for name in loaded.missing_keys if name in parameters]  # buffers are constants of the class
         assert not missing and not loaded.unexpected_keys, (missing, loaded.unexpected_keys)
         return model
+
+
+def _width(weights: str) -> float:
+    try:
+        return float(weights.removeprefix(_POSTHOC))
+    except ValueError:
+        raise ConfigError(f"weights={weights} gives no number; write sigma_rel=0.1") from None
 
 
 def open_model(url: str, step: int | None = None) -> SavedModel:

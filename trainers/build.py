@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trainers.config import OptimizerConfig, TrainerConfig
+from trainers.config import TrainerConfig
 from trainers.data.guarded import GuardedSource
 from trainers.data.sources import open_source
 from trainers.divergence import DivergenceGuard
@@ -15,10 +15,11 @@ from trainers.generators import GeneratorStates
 from trainers.models import build_model, check_fits, null_label
 from trainers.norm import StepSums
 from trainers.objectives import Objective
-from trainers.parallel import LocalParameter, make_topology, shard_model
+from trainers.optimizers import make_optimizer
+from trainers.parallel import make_topology, shard_model
 from trainers.progress import Progress
 from trainers.reduction import Rounds
-from trainers.state import TrainState, make_optimizer
+from trainers.state import TrainState
 from trainers.step import Task
 from trainers.trace import StepTrace
 
@@ -50,7 +51,8 @@ def build(config: TrainerConfig, device: torch.device, trace: StepTrace | None =
     state = TrainState(
         model=model,
         parameters=parameters,
-        optimizer=_optimizer(config.optimizer, parameters),
+        optimizer=make_optimizer(parameters, config.optimizer),
+        moments=config.optimizer.moments,
         ema=EMA(config.ema, {p.name: p.local for p in parameters}, config.train.global_batch_size),
         generators=GeneratorStates(),
         divergence=DivergenceGuard(config.divergence),
@@ -78,9 +80,3 @@ def _check_microbatches(world_size: int, config: TrainerConfig) -> None:
             f" train.microbatch_size={config.train.microbatch_size} = {config.train.num_microbatches} microbatches;"
             f" use fewer workers or a smaller microbatch_size"
         )
-
-
-def _optimizer(config: OptimizerConfig, parameters: list[LocalParameter]) -> torch.optim.AdamW:
-    return make_optimizer(
-        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-    )

@@ -11,24 +11,9 @@ from trainers.ema import EMAConfig
 from trainers.errors import ConfigError
 from trainers.models import ModelConfig
 from trainers.objectives import ObjectiveConfig
+from trainers.optimizers import OptimizerConfig
 from trainers.parallel import ParallelConfig
 from trainers.schedules import ScheduleConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, 2019) and gradient clipping."""
-
-    lr: float = 1e-4
-    """Peak learning rate, > 0."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moment, 0 <= beta < 1."""
-    eps: float = 1e-8
-    """Added to the root of the second moment, > 0."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay, >= 0."""
-    clip_norm: float | None = 1.0
-    """Gradients are scaled down to this global L2 norm, > 0; null: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +28,15 @@ class TrainConfig:
     """Samples of one forward pass, >= 1; part of the numbers, so not changed by the number of workers."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: forward and backward in bfloat16, master weights, reduction, optimizer and EMA in float32."""
+    ema_health_every: int | None = 100
+    """Steps between two measurements of EMA health, >= 1: two more metrics for each profile; null: never."""
 
     def __post_init__(self) -> None:
         for key in ("num_steps", "global_batch_size", "microbatch_size"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)} must be at least 1")
+        if self.ema_health_every is not None and self.ema_health_every < 1:
+            raise ConfigError(f"ema_health_every={self.ema_health_every} must be at least 1, or null for never")
         if self.global_batch_size % self.microbatch_size:
             down = self.global_batch_size // self.microbatch_size * self.microbatch_size
             near = down or self.microbatch_size
@@ -78,3 +67,10 @@ class TrainerConfig:
     """EMA profiles by name; the first one is the default for sampling and export."""
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        if self.objective.contrastive and self.train.microbatch_size < 2:
+            raise ConfigError(
+                f"objective.contrastive={self.objective.contrastive} pairs the samples of a microbatch, and"
+                f" train.microbatch_size={self.train.microbatch_size}; use at least 2"
+            )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 
 from trainers.errors import ConfigError
@@ -13,7 +14,7 @@ from trainers.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class EMAConfig:
-    """One EMA profile. Give exactly one of decay, half_life_samples and num_steps, or kind sma.
+    """One EMA profile. Give exactly one of decay, half_life_samples and num_steps; for power gamma or sigma_rel.
 
     Decays are meant per step of the run: with `every` = k one update forgets as much as k would have. The default
     start_step leaves out the random initial weights, as diffusers' `EMAModel` does; its update_after_step is ours - 1.
@@ -22,35 +23,89 @@ class EMAConfig:
     2018) until its window is full; from then on the newest has weight 1 / window, because dropping the oldest would
     need as many copies of the model as the window is long. So it is an exact mean of the last steps of a run when
     start_step = num_steps of the run - window.
+
+    kind power weighs the weights after the n-th of t updates by n^gamma, so that its width is the same share of the
+    run at any time (Karras et al., "Analyzing and improving the training dynamics of diffusion models", 2024, eq. 127).
+    From two of them (sigma_rel 0.05 and 0.1, say), as they are in the checkpoints that are kept, an average of any
+    other width can be made after training: see `trainers.posthoc_ema`.
     """
 
-    kind: Literal["constant", "warmup", "sma"] = "constant"
-    """constant: fixed decay; warmup: at most (1 + n) / (10 + n), n steps after the start; sma: equal weights."""
+    kind: Literal["constant", "warmup", "sma", "power"] = "constant"
+    """constant: fixed decay; warmup: at most (1 + n) / (10 + n), n steps after the start; sma: equal weights; power:
+    weights that grow with a power of the step."""
     decay: float | None = None
     """Weight of the old average in one step, 0 < decay < 1."""
     half_life_samples: int | None = None
     """Samples after which a weight's influence has halved, > 0."""
     num_steps: int | None = None
     """N of alpha = 2 / (N + 1), >= 1; the window of sma, null: all steps."""
+    gamma: float | None = None
+    """Exponent of power, >= 0; 0 is equal weights."""
+    sigma_rel: float | None = None
+    """Width of power: the standard deviation of its weights as a share of the run so far, 0 < s < 0.2886."""
     start_step: int = 1
     """The average begins as a copy of the weights after this many steps; no memory and no time before, >= 0."""
     every: int = 1
     """Update after every so many steps, >= 1."""
 
     def __post_init__(self) -> None:
-        horizons = {key: getattr(self, key) for key in ("decay", "half_life_samples", "num_steps")}
-        given = {key: value for key, value in horizons.items() if value is not None}
-        written = " and ".join(f"{key}={value}" for key, value in given.items()) or "decay=null"
-        if self.kind == "sma" and given.keys() - {"num_steps"}:
-            raise ConfigError(f"{written} does not go with kind=sma; give num_steps, or nothing for all steps")
-        if self.kind != "sma" and len(given) != 1:
-            raise ConfigError(f"{written}: give exactly one of decay, half_life_samples and num_steps")
+        fitting, foreign = {}, {}
+        for key, kinds in _HORIZONS.items():
+            if getattr(self, key) is not None:
+                (fitting if self.kind in kinds else foreign)[key] = getattr(self, key)
+        wanted = [key for key, kinds in _HORIZONS.items() if self.kind in kinds]
+        if foreign:
+            key, value = next(iter(foreign.items()))
+            raise ConfigError(f"{key}={value} does not go with kind={self.kind}; give {' or '.join(wanted)}")
+        if len(fitting) != 1 and self.kind != "sma":
+            written = " and ".join(f"{key}={value}" for key, value in fitting.items()) or f"{wanted[0]}=null"
+            choice = f"{', '.join(wanted[:-1])} and {wanted[-1]}"
+            raise ConfigError(f"{written}: give exactly one of {choice} to kind={self.kind}")
         if self.decay is not None and not 0 < self.decay < 1:
             raise ConfigError(f"decay={self.decay} must be between 0 and 1, both excluded; 0.999 is usual")
-        for key, low in (("half_life_samples", 1), ("num_steps", 1), ("start_step", 0), ("every", 1)):
+        if self.sigma_rel is not None and not 0 < self.sigma_rel < MAX_SIGMA_REL:
+            raise ConfigError(
+                f"sigma_rel={self.sigma_rel} must be above 0 and below 1 / sqrt(12) = 0.2886, the width of equal"
+                " weights; 0.05 and 0.1 are usual"
+            )
+        for key, low in (("half_life_samples", 1), ("num_steps", 1), ("gamma", 0), ("start_step", 0), ("every", 1)):
             value = getattr(self, key)
             if value is not None and value < low:
                 raise ConfigError(f"{key}={value} must be at least {low}")
+
+    @property
+    def exponent(self) -> float:
+        """Gamma of kind power."""
+        return self.gamma if self.gamma is not None else gamma_of(cast(float, self.sigma_rel))
+
+    def expected_updates(self, step: int) -> int:
+        """Updates that the average must have had after `step` completed steps; the copy at its start is none."""
+        return max(0, step - self.start_step) // self.every
+
+
+MAX_SIGMA_REL = 12**-0.5
+_HORIZONS = {
+    "decay": ("constant", "warmup"),
+    "half_life_samples": ("constant", "warmup"),
+    "num_steps": ("constant", "warmup", "sma"),
+    "gamma": ("power",),
+    "sigma_rel": ("power",),
+}
+"""Key -> the kinds whose horizon it may give."""
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of the power profile of width `sigma_rel`: 0.05 -> 16.9722, 0.10 -> 6.9372.
+
+    Source: Karras et al., 2024, appendix C: sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), solved for gamma.
+    """
+    inverse = sigma_rel**-2
+    return float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())
+
+
+def sigma_rel_of(gamma: float) -> float:
+    """The width of the power profile with this exponent: the inverse of `gamma_of`."""
+    return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
 
 
 def decay_of_update(config: EMAConfig, num_updates: int, samples_per_step: int) -> float:
@@ -62,6 +117,9 @@ def decay_of_update(config: EMAConfig, num_updates: int, samples_per_step: int) 
         # The copy at the start counts as one of the equally weighted, so the k-th update has weight 1 / (k + 1).
         window = float("inf") if config.num_steps is None else max(1, config.num_steps // config.every)
         return 1.0 - 1.0 / min(num_updates + 2, window)
+    if config.kind == "power":
+        # The copy at the start is the first of the averaged weights, at time 1; so this update is at num_updates + 2.
+        return (1.0 - 1.0 / (num_updates + 2)) ** (config.exponent + 1.0)
     if config.decay is not None:
         decay = config.decay
     elif config.half_life_samples is not None:
@@ -128,6 +186,14 @@ class EMA:
                 "num_updates": self._num_updates[name],
             }
             for name, config in self._profiles.items()
+        }
+
+    def missed_updates(self, step: int) -> dict[str, int]:
+        """Profile -> updates expected after `step` steps but not made, of the profiles that should have begun: 0."""
+        return {
+            name: config.expected_updates(step) - self._num_updates[name]
+            for name, config in self._profiles.items()
+            if step >= config.start_step
         }
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:

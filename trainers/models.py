@@ -83,12 +83,17 @@ def build_model(config: ModelConfig, seed: int) -> nn.Module:
 
 
 def call_model(
-    model: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None
+    model: nn.Module,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    labels: torch.Tensor | None,
+    *,
+    with_variance: bool = False,
 ) -> torch.Tensor:
     """The prediction of `model`, however its forward names its arguments.
 
-    A model with twice as many output channels as inputs also predicts a variance (DiT's learned sigma). It is not
-    trained here, so only the first half, the prediction proper, is returned.
+    A model with twice as many output channels as inputs also predicts a variance (DiT's learned sigma). Sampling does
+    without it, so only the first half, the prediction proper, is returned unless the variance is asked for.
 
     Args:
         noisy: (B, C, H, W) float.
@@ -96,14 +101,14 @@ def call_model(
         labels: (B,) int64, for class-conditional models only, else None.
 
     Returns:
-        (B, C, H, W).
+        (B, C, H, W); or whatever the model puts out, `with_variance`.
     """
     sample_name, takes_labels = _call_convention(type(model))
     arguments: dict[str, Any] = {sample_name: noisy, "timestep": timesteps, "return_dict": False}
     if takes_labels:
         arguments["class_labels"] = labels
     prediction = model(**arguments)[0]
-    if prediction.shape[1] == 2 * noisy.shape[1]:
+    if not with_variance and prediction.shape[1] == 2 * noisy.shape[1]:
         prediction, _ = prediction.chunk(2, dim=1)  # (B, 2C, H, W) -> (B, C, H, W)
     return prediction
 

@@ -1,9 +1,9 @@
-"""The gradient norm and the loss of a step, the same bits for every world size."""
+"""The gradient norm and the loss of a step, and distances of weights, the same bits for every world size."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,9 @@ from trainers.reduction import Topology, halve
 
 _BLOCK_NUMEL = 1 << 20
 """Rows are squared and folded in blocks of about this many elements: 4 MiB of temporaries, cache-sized on CPU."""
+
+
+_RowsOf = Callable[[LocalParameter], torch.Tensor | None]
 
 
 class StepSums:
@@ -49,19 +52,46 @@ class StepSums:
         """
         sums = torch.zeros(self._num_rows + len(losses), device=self._device)
         sums[self._num_rows :] = losses
-        if self._counts_rows:
-            for width, members in self._blocks:
-                self._sum_rows(width, members, sums)
+        self._add_squares(sums, LocalParameter.local_grad)
         dist.all_reduce(sums)
         losses = sums[self._num_rows :]
         return halve(losses) / len(losses), halve(sums[: self._num_rows]).sqrt(), losses
 
-    def _sum_rows(self, width: int, members: list[tuple[LocalParameter, int, slice]], sums: torch.Tensor) -> None:
+    def distances(self, averages: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, float]:
+        """How far averages are from the weights: |average - weights| / |weights| in L2. Collective: all ranks.
+
+        Args:
+            averages: profile -> parameter name -> local rows.
+        """
+        sums = torch.zeros(1 + len(averages), self._num_rows, device=self._device)
+        self._add_squares(sums[0], lambda parameter: parameter.local)
+        for out, average in zip(sums[1:], averages.values(), strict=True):
+            self._add_squares(out, lambda parameter: parameter.local, minus=average)
+        dist.all_reduce(sums)
+        weights, *parts = halve(sums).sqrt().tolist()
+        return {name: part / weights for name, part in zip(averages, parts, strict=True)}
+
+    def _add_squares(self, sums: torch.Tensor, rows_of: _RowsOf, minus: Mapping[str, torch.Tensor] | None = None):
+        """Put the sum of squares of every row into its place in `sums`; of the difference from `minus`, if given."""
+        if self._counts_rows:
+            for width, members in self._blocks:
+                self._sum_rows(width, members, sums, rows_of, minus)
+
+    def _sum_rows(
+        self,
+        width: int,
+        members: list[tuple[LocalParameter, int, slice]],
+        sums: torch.Tensor,
+        rows_of: _RowsOf,
+        minus: Mapping[str, torch.Tensor] | None,
+    ) -> None:
         rows, places = [], []
         for parameter, first, part in members:
-            grad = parameter.local_grad()
-            if grad is not None:
-                rows.append(grad.reshape(-1, width)[part])
+            tensor = rows_of(parameter)
+            if tensor is not None:
+                rows.append(tensor.reshape(-1, width)[part])
+                if minus is not None:
+                    rows[-1] = rows[-1] - minus[parameter.name].reshape(-1, width)[part]
                 places.append((first, len(rows[-1])))
         if not rows:
             return

@@ -55,12 +55,14 @@ class UnbrokenPipeline(DiffusionPipeline):
         dropped = None if given is None else torch.full_like(given, self._null_label() or 0)
         if dropped is None and guidance != 1:
             raise ValueError(f"guidance={guidance} needs a class-conditional model; use guidance=1")
-        x = noise.to(device, self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        x = noise.to(device, self.unet.dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        scale_input = getattr(self.scheduler, "scale_model_input", lambda x, _: x)
         for t in self.progress_bar(self.scheduler.timesteps):  # pyright: ignore  (its decorator hides its type)
-            prediction = self._predict(x, t, given)
+            noisy = scale_input(x, t)
+            prediction = self._predict(noisy, t, given)
             if guidance != 1:
-                without = self._predict(x, t, dropped)
+                without = self._predict(noisy, t, dropped)
                 prediction = without + guidance * (prediction - without)
             x = self.scheduler.step(prediction, t, x).prev_sample
         images: Any = (x / 2 + 0.5).clamp(0, 1).float().cpu()

@@ -26,6 +26,8 @@ class Stream(IntEnum):
     FLIP = 6
     MODEL_INTERNAL = 7  # dropout and the like, seeded per (step, microbatch)
     SAMPLING = 8
+    OFFSET_NOISE = 9
+    INPUT_PERTURBATION = 10
 
 
 def mix64(value: int) -> int:

@@ -74,16 +74,18 @@ def _denoise(
     device = next(model.parameters()).device
     scheduler: Any = objective.scheduler()
     scheduler.set_timesteps(num_steps, device=device)
-    x = x.to(device)
+    x = x.to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
+    scale_input = getattr(scheduler, "scale_model_input", lambda x, _: x)
     without_label = None
     if labels is not None:
         labels = labels.to(device)
         without_label = torch.full_like(labels, null_label(model) or 0)
     for timestep in scheduler.timesteps:
         timesteps = timestep.expand(len(x))
-        prediction = call_model(model, x, timesteps, labels).float()
+        noisy = scale_input(x, timestep)
+        prediction = call_model(model, noisy, timesteps, labels).float()
         if guidance != 1:
-            without = call_model(model, x, timesteps, without_label).float()
+            without = call_model(model, noisy, timesteps, without_label).float()
             prediction = without + guidance * (prediction - without)
         x = scheduler.step(prediction, timestep, x).prev_sample
     return x.cpu()

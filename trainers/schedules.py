@@ -13,14 +13,16 @@ from trainers.errors import ConfigError
 class ScheduleConfig:
     """How the learning rate moves over the run."""
 
-    kind: Literal["constant", "linear", "cosine", "polynomial"] = "constant"
-    """Shape after the warm-up."""
+    kind: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
+    """Shape after the warm-up. cosine_with_restarts: num_cycles cosines, each from the peak."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0, >= 0."""
     end_factor: float = 0.0
     """Share of the peak that is reached when the last step is completed, 0 <= f <= 1; not used by constant."""
     power: float = 1.0
     """Exponent of polynomial, > 0; not used by the others."""
+    num_cycles: int = 1
+    """Cosines of cosine_with_restarts, >= 1; not used by the others."""
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
@@ -29,6 +31,12 @@ class ScheduleConfig:
             raise ConfigError(f"end_factor={self.end_factor} must be between 0 and 1; 0.1 ends at a tenth of the peak")
         if not self.power > 0:
             raise ConfigError(f"power={self.power} must be above 0; 1 is linear")
+        if self.num_cycles < 1:
+            raise ConfigError(f"num_cycles={self.num_cycles} must be at least 1; 1 never restarts")
+        if self.kind != "cosine_with_restarts" and self.num_cycles != 1:
+            raise ConfigError(
+                f"num_cycles={self.num_cycles} has no effect on kind={self.kind}; use cosine_with_restarts"
+            )
         if self.kind == "constant" and self.end_factor:
             raise ConfigError(f"end_factor={self.end_factor} has no effect on kind=constant; remove one of them")
         if self.kind != "polynomial" and self.power != 1:
@@ -52,6 +60,9 @@ def learning_rate(config: ScheduleConfig, peak_lr: float, num_steps: int, step: 
     done = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
     if config.kind == "cosine":
         left = 0.5 * (1.0 + math.cos(math.pi * done))
+    elif config.kind == "cosine_with_restarts":
+        # Loshchilov and Hutter, "SGDR", 2017, eq. 5, with cycles of equal length; the end of the run is no restart.
+        left = 0.5 * (1.0 + math.cos(math.pi * (config.num_cycles * done % 1.0))) if done < 1 else 0.0
     elif config.kind == "linear":
         left = 1.0 - done
     else:

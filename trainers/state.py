@@ -34,8 +34,6 @@ SAFETENSORS_DTYPES = {
     torch.bool: "BOOL",
 }
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTensor:
@@ -61,8 +59,10 @@ class TrainState:
 
     model: torch.nn.Module
     parameters: list[LocalParameter]
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     """Over the local rows, in the order of `parameters`; parameters with no local rows are left out."""
+    moments: tuple[str, ...]
+    """Names of the tensors that the optimizer keeps for every parameter."""
     ema: EMA
     generators: GeneratorStates
     divergence: DivergenceGuard
@@ -74,7 +74,7 @@ class TrainState:
         """Every tensor of the state, in an order that is the same on all ranks. Local."""
         for parameter in self.parameters:
             yield self._sharded("model", parameter, parameter.local)
-        for moment in _MOMENTS:
+        for moment in self.moments:
             for parameter in self.parameters:
                 slot = self.optimizer.state.get(parameter.local)
                 # A rank without rows has no optimizer state; it still takes part, with an empty tensor.
@@ -120,7 +120,7 @@ class TrainState:
 
     @property
     def optimizer_steps(self) -> int:
-        """Updates that AdamW has made; its bias correction depends on it."""
+        """Updates that were made; Adam's bias correction depends on it."""
         return self.optimizer.param_groups[0]["num_updates"]
 
     @optimizer_steps.setter
@@ -145,21 +145,6 @@ class TrainState:
             replica=self.topology.rank,
             num_replicas=self.topology.world_size,
         )
-
-
-def make_optimizer(parameters: list[LocalParameter], lr: float, **options: Any) -> torch.optim.AdamW:
-    """AdamW over the local rows, with its moments in place so that a checkpoint can be read into them. Local."""
-    local = [parameter.local for parameter in parameters if parameter.local.numel()]
-    # A rank can be without any row (more ranks than rows); AdamW wants at least one tensor.
-    optimizer = torch.optim.AdamW(local or [torch.zeros(0)], lr=lr, foreach=True, **options)
-    for tensor in local:
-        optimizer.state[tensor] = {
-            "step": torch.tensor(0.0),
-            "exp_avg": torch.zeros_like(tensor),
-            "exp_avg_sq": torch.zeros_like(tensor),
-        }
-    optimizer.param_groups[0]["num_updates"] = 0
-    return optimizer
 
 
 def fingerprints(state: TrainState) -> dict[str, int]:

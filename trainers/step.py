@@ -44,8 +44,9 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
     the clock, and so the learning rate's schedule, go on; weights, optimizer, EMA and their counters stay.
 
     Returns:
-        loss, grad_norm and lr: the same bits on all ranks and for every world size. `skipped`: 1 if no update was
-        made; a step that the exclusions skip has nothing else.
+        loss, grad_norm, lr, and every `train.ema_health_every` steps the health of each EMA profile that has begun; the
+        same bits on all ranks and for every world size. `skipped`: 1 if no update was made; a step that the exclusions
+        skip has nothing else.
 
     Raises:
         DivergedError: too many bad steps in a row.
@@ -82,7 +83,7 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
         parameter.parameter.grad = None
     _advance(state, task)
     state.divergence.check(step, reason, num_rollbacks=len(state.exclusions.steps))
-    return values
+    return values | _ema_health(state, task)
 
 
 def _advance(state: TrainState, task: Task) -> None:
@@ -90,15 +91,26 @@ def _advance(state: TrainState, task: Task) -> None:
     settle(task.config.seed, state.progress.step, task.config.train.num_microbatches)
 
 
+def _ema_health(state: TrainState, task: Task) -> dict[str, float]:
+    """Relative distance to the weights, which grows from 0 and levels off; missed updates, 0 but for skipped steps."""
+    step, every = state.progress.step, task.config.train.ema_health_every
+    averages = state.ema.tensors()
+    if every is None or step % every or not averages:
+        return {}
+    distances = {f"ema/{name}/distance": value for name, value in task.sums.distances(averages).items()}
+    return distances | {f"ema/{name}/missed_updates": n for name, n in state.ema.missed_updates(step).items()}
+
+
 def _backward(state: TrainState, task: Task, index: int, scale: float) -> torch.Tensor:
     """Forward and backward of one microbatch. Returns its mean loss, a 0-dimensional float32 tensor."""
     config = task.config
     size = config.train.microbatch_size
     first = state.progress.samples_seen + index * size
+    positions = np.arange(first, first + size)
     task.trace.enter(state.progress.step + 1, index, first)
     batch = load_microbatch(
         task.source,
-        np.arange(first, first + size),
+        positions,
         seed=config.seed,
         flip=config.data.flip,
         null_label=task.null_label,
@@ -106,13 +118,14 @@ def _backward(state: TrainState, task: Task, index: int, scale: float) -> torch.
     )
     task.trace.computing()
     seed_global_generators(config.seed, state.progress.step, index)
-    images, noise = batch.images.to(task.device), batch.noise.to(task.device)
+    images = batch.images.to(task.device)
+    noise, in_input = (part.to(task.device) for part in task.objective.noises(batch.noise, config.seed, positions))
     labels = batch.labels.to(task.device) if batch.labels is not None else None
     timesteps = task.objective.timesteps(batch.uniform).to(task.device)
-    noisy = task.objective.noisy(images, noise, timesteps)
+    noisy = task.objective.noisy(images, in_input, timesteps)
     if config.train.precision == "bf16":
         noisy = noisy.bfloat16()
-    prediction = call_model(state.model, noisy, timesteps, labels)
+    prediction = call_model(state.model, noisy, timesteps, labels, with_variance=config.objective.learned_variance)
     loss = task.objective.loss(prediction, images, noise, timesteps).mean()
     (loss * scale).backward()
     return loss.detach()
@@ -121,7 +134,8 @@ def _backward(state: TrainState, task: Task, index: int, scale: float) -> torch.
 def _update(state: TrainState, lr: float) -> None:
     for parameter in state.parameters:
         parameter.local.grad = parameter.local_grad()
-    state.optimizer.param_groups[0]["lr"] = lr
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
     state.optimizer.step()
     state.optimizer_steps += 1
     for parameter in state.parameters:

@@ -9,6 +9,9 @@ checkpoints/0000000012800-0007/                             <samples seen>-<atte
     quarantine.json                                         if it turned out damaged: why
     pin.json                                                if somebody wants it kept: why
     expired.json                                            if it is about to be removed: begin no reading
+events/0007-00000012-1f2e3d4c-0.jsonl                       <attempt>-<number>-<writer>-<level>: the run's own record
+metrics/0007-00000013-1f2e3d4c-0.jsonl                      one row a step
+samples/                                                    images that were drawn while it trained
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ RUN_RECORD = "run.json"
 CONFIG = "config.yaml"
 ATTEMPTS = "attempts"
 CHECKPOINTS = "checkpoints"
+EVENTS = "events"
+METRICS = "metrics"
+SAMPLES = "samples"
 MANIFEST_NAME = "manifest.json"
 QUARANTINE_NAME = "quarantine.json"
 PIN_NAME = "pin.json"
@@ -27,6 +33,7 @@ EXPIRED_NAME = "expired.json"
 
 _ATTEMPT = re.compile(r"(\d{4,})\.json")
 _CHECKPOINT = re.compile(r"(\d{13,})-(\d{4,})")
+_ROWS = re.compile(r"(\d{4,})-(\d{8,})-([0-9a-f]{8})-(\d)\.jsonl")
 
 
 def probe_key(token: str) -> str:
@@ -85,6 +92,28 @@ class CheckpointRef:
 
     def file(self, name: str) -> str:
         return f"{self.folder}/{name}"
+
+
+@dataclass(frozen=True, order=True)
+class RowsRef:
+    """Names one object of `events` or `metrics`. The greater, the later; a writer uses no number twice."""
+
+    attempt: int
+    """The newest attempt that its rows are from; 0: none yet."""
+    number: int
+    writer: str
+    """8 hex digits, unlike those of any other process."""
+    level: int
+    """How often its rows have been merged with others."""
+
+    @classmethod
+    def parse(cls, name: str) -> RowsRef | None:
+        """The reference written as `0007-00000012-1f2e3d4c-0.jsonl`; None for anything else."""
+        match = _ROWS.fullmatch(name)
+        return cls(int(match[1]), int(match[2]), match[3], int(match[4])) if match else None
+
+    def __str__(self) -> str:
+        return f"{self.attempt:04d}-{self.number:08d}-{self.writer}-{self.level}.jsonl"
 
 
 def shard_name(rank: int, world_size: int) -> str:

@@ -76,7 +76,7 @@ def write_shard(
         StorageError: writing failed, or the store returned other bytes; writing again is safe.
     """
     data = data.cast("B")
-    header = _safetensors_header(chunks, len(data), metadata)
+    header = safetensors_header(chunks, len(data), metadata)
     file_hash = xxhash.xxh3_128(header)
     file_hash.update(data)
     receipts = tuple(_receipt(chunk, data[chunk.begin : chunk.end], len(header)) for chunk in chunks)
@@ -122,7 +122,7 @@ def commit(store: Store, receipts: Sequence[ShardReceipt], info: CommitInfo) -> 
     return committed
 
 
-def _safetensors_header(chunks: Sequence[Chunk], data_bytes: int, metadata: Mapping[str, str]) -> bytes:
+def safetensors_header(chunks: Sequence[Chunk], data_bytes: int, metadata: Mapping[str, str]) -> bytes:
     """The length in 8 bytes, then JSON, padded with spaces so that the data section is aligned to 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     next_byte = 0

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import click
 
-if TYPE_CHECKING:
-    from orchestrator.weights import SavedModel
-
+_WEIGHTS = "ema|raw|PROFILE|sigma_rel=X"
 _STEP = click.option(
     "--step", type=click.IntRange(min=0), help="Weights of the checkpoint of this step. Default: the newest stable one."
 )
@@ -18,7 +16,7 @@ _STEP = click.option(
 @click.command()
 @click.argument("run")
 @click.argument("out", metavar="OUT.png", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--weights", default="ema", metavar="ema|raw|PROFILE", help="ema: the first EMA profile (the default).")
+@click.option("--weights", default="ema", metavar=_WEIGHTS, help="ema, the default: the first EMA profile.")
 @_STEP
 @click.option("--num", default=100, type=click.IntRange(1, 10_000), show_default=True, help="Number of images.")
 @click.option(
@@ -50,19 +48,13 @@ def sample(run: str, out: Path, weights: str, step: int | None, num: int, guidan
     images = sample_images(model, Objective(config.objective), shape, labels, seed=seed, guidance=guidance)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_grid(images, out, columns=min(num, 10) if labels is None else int(labels.max()) + 1)
-    click.echo(f"{out}: {num} images from the {_describe(saved, weights)}")
-
-
-def _describe(saved: SavedModel, weights: str) -> str:
-    profile = saved.profile(weights)
-    kind = "raw weights" if profile is None else f"EMA weights ({profile})"
-    return f"{kind} of step {saved.manifest.progress.step}"
+    click.echo(f"{out}: {num} images from the {saved.describe(weights)}")
 
 
 @click.command()
 @click.argument("run")
 @click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--weights", default="both", type=click.Choice(["ema", "raw", "both"]), show_default=True)
+@click.option("--weights", default="both", metavar=f"both|{_WEIGHTS}", show_default=True)
 @_STEP
 def export(run: str, out_dir: Path, weights: str, step: int | None) -> None:
     """Write the model in diffusers form.
@@ -82,10 +74,10 @@ def export(run: str, out_dir: Path, weights: str, step: int | None) -> None:
         saved.config.model,
         saved.config.objective,
         [
-            ExportWeights(tensors=saved.tensors(which), description=_describe(saved, which), variant=variant)
+            ExportWeights(tensors=saved.tensors(which), description=saved.describe(which), variant=variant)
             for which, variant in chosen
         ],
         image_size=saved.config.data.image_size,
         origin=f"run {saved.config.run.name} ({saved.manifest.run_id}), {progress.samples_seen} samples",
     )
-    click.echo(f"{out_dir}: {' and '.join(_describe(saved, which) for which, _ in chosen)}")
+    click.echo(f"{out_dir}: {' and '.join(saved.describe(which) for which, _ in chosen)}")

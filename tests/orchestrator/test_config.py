@@ -98,6 +98,13 @@ REFUSED = [
     (["failures.on_replay_difference=ignore"], 'failures.on_replay_difference="ignore" is not one of warn, stop'),
     (["divergence.patience=0"], "divergence.patience=0 must be at least 1"),
     (["divergence.rollback_steps=10001"], "set checkpoint.keep.last=11, or go back less"),
+    (["train.ema_health_every=0"], "train.ema_health_every=0 must be at least 1, or null"),
+    (
+        ["objective.prediction_type=flow", "objective.contrastive=0.1", "train.microbatch_size=1"],
+        "objective.contrastive=0.1 pairs the samples of a microbatch, and train.microbatch_size=1",
+    ),
+    (["optimizer.name=muon"], 'optimizer.name="muon" is not one of adamw, adam, sgd, rmsprop'),
+    (["optimizer.groups=[{match: (}]"], "optimizer.groups[0].match=( is no regular expression"),
     (["optimizer.lr=.nan"], "optimizer.lr=NaN is not finite"),
     (["model.args.scale=.inf"], "model.args.scale=Infinity is not finite"),
     (["ema.raw.decay=0.9"], "ema.raw is no usable profile name"),
@@ -205,6 +212,7 @@ FREE = [
     "train.num_steps=200",
     "failures.kills=5",
     "data.quarantine=true",
+    "train.ema_health_every=7",
 ]
 DECISIVE = [
     "seed=4",
@@ -218,6 +226,7 @@ DECISIVE = [
     "divergence.patience=5",
     "objective.prediction_type=flow",
     "optimizer.lr=2e-3",
+    "optimizer.groups=[{match: bias}]",
     "optimizer.clip_norm=null",
     "schedule.warmup_steps=10",
     "ema.slow.decay=0.99",
@@ -241,6 +250,16 @@ def test_what_decides_numbers_is_named_when_it_changes(path: Path, override: str
     (line, *_) = conflicting_keys(to_dict(old), new)
     assert line.startswith(override.partition("=")[0])
     assert config_hash(old) != config_hash(new)
+
+
+def test_a_key_that_is_newer_than_the_run_had_its_default(path: Path):
+    new = load_config(path)
+    old = to_dict(new)
+    del old["optimizer"]["weight_decay"], old["parallel"]["accumulation"]
+    assert conflicting_keys(old, new) == []
+    assert conflicting_keys(old, load_config(path, ["optimizer.weight_decay=0.1"])) == [
+        "optimizer.weight_decay (0.0 in the run, 0.1 in the config)"
+    ]
 
 
 def test_a_conflict_names_both_values(path: Path):

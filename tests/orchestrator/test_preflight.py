@@ -45,6 +45,15 @@ def test_a_model_without_classes_passes_if_no_label_is_dropped():
     check_trainable(config("UNet2DModel", {**UNET, "num_class_embeds": None}, objective={"label_drop": 0}))
 
 
+def test_a_model_that_learns_the_variance_has_twice_the_channels():
+    learns = {"learned_variance": True}
+    check_trainable(config("DiTTransformer2DModel", DIT, objective=learns))
+    with pytest.raises(
+        ConfigError, match=r"needs 2 output channels, twice the data's, and not 1; set model\.args\.out_ch"
+    ):
+        check_trainable(config("UNet2DModel", UNET, objective=learns))
+
+
 def test_a_large_model_takes_no_memory():
     wide = {**UNET, "block_out_channels": [8192, 16384]}  # 36 billion parameters
     check_trainable(config("UNet2DModel", wide))

@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.checkpoint.store import Store
+from orchestrator.tracking.goodput import account
+from orchestrator.tracking.record import read_events, read_metrics
 from tests.orchestrator.independent import assert_same_state
 from tests.trainers.tiny import tiny_config
 
@@ -123,6 +126,25 @@ def test_trainers_agents_and_driver_killed(straight: Path, ray_folder: Path, tmp
     proof = prove(tmp_path / "run", straight)
     assert proof.returncode == 0 and "bitwise the same" in proof.stdout, proof
     assert_same_state(tmp_path / "run", straight)
+    assert_same_record(tmp_path / "run", straight)
+
+
+def assert_same_record(run: Path, straight: Path) -> None:
+    """Every step once, with bitwise the numbers of the run that nothing happened to; and every second accounted for."""
+    rows, expected = (read_metrics(Store.open(str(folder))) for folder in (run, straight))
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for row, other in zip(rows, expected, strict=True):
+        assert [(row[name], row["step"]) for name in ("loss", "grad_norm")] == [
+            (other[name], row["step"]) for name in ("loss", "grad_norm")
+        ]
+    events = read_events(Store.open(str(run)))
+    goodput = account(events)
+    assert goodput.wall_s == events[-1].time_s - events[0].time_s
+    assert sum(goodput.seconds.values()) == pytest.approx(goodput.wall_s, rel=0.01)
+    assert "killed" in {recovery.cause for recovery in goodput.recoveries}
+    assert goodput.attempts == len(list((run / "attempts").iterdir())) >= 4
+    seconds = {str(bucket): total for bucket, total in goodput.seconds.items()}
+    assert min(seconds[name] for name in ("productive", "stall", "detect", "restart", "start", "down")) > 0
 
 
 def test_a_finished_run_says_so_and_another_config_is_refused(straight: Path, ray_folder: Path) -> None:

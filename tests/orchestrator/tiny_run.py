@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +45,7 @@ def parameters(seed: int) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def save(store: Store, step: int, tensors: dict[str, torch.Tensor]) -> None:
+def save(store: Store, step: int, tensors: dict[str, torch.Tensor], scalars: Mapping[str, Any] | None = None) -> None:
     """A checkpoint of two ranks, with the rows of every tensor split between them."""
     progress, receipts = Progress(step, step * 8), []
     for rank in range(WORLD_SIZE):
@@ -65,7 +67,7 @@ def save(store: Store, step: int, tensors: dict[str, torch.Tensor]) -> None:
         strategy="fsdp",
         config_hash="c0ffee",
         versions={},
-        scalars={},
+        scalars=scalars or {},
         health={"ok": True},
     )
     commit(store, receipts, info)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
-from trainers.ema import EMA, EMAConfig, decay_of_update
+from trainers.ema import EMA, EMAConfig, decay_of_update, gamma_of, sigma_rel_of
 from trainers.errors import ConfigError
 
 SHAPES = {"a": (5, 3), "empty": (0, 3), "scalar": (), "b": (17,)}
@@ -83,6 +83,9 @@ def test_equals_a_float64_reference(config):
         ({"kind": "sma", "num_steps": 4}, 2, 3 / 4),
         ({"kind": "sma", "num_steps": 4}, 50, 3 / 4),
         ({"kind": "sma"}, 98, 99 / 100),
+        ({"kind": "power", "gamma": 1.0}, 0, 1 / 4),
+        ({"kind": "power", "gamma": 0.0}, 98, 99 / 100),
+        ({"kind": "power", "sigma_rel": 0.1}, 998, (999 / 1000) ** 7.937203937601809),
     ],
 )
 def test_decay_table(config, num_updates, expected):
@@ -93,6 +96,30 @@ def test_sma_is_the_mean_of_its_window():
     ema = run({"tail": EMAConfig(kind="sma", num_steps=10, start_step=21)}, 30)
     mean = torch.stack([weights(step)["a"] for step in range(21, 31)]).double().mean(0)
     torch.testing.assert_close(ema.tensors()["tail"]["a"].double(), mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.9722), (0.10, 6.9372)])
+def test_gammas_of_the_paper(sigma_rel, gamma):
+    assert gamma_of(sigma_rel) == pytest.approx(gamma, abs=5e-5)
+    assert sigma_rel_of(gamma_of(sigma_rel)) == pytest.approx(sigma_rel, rel=1e-12)
+    assert gamma_of(sigma_rel_of(0.0) - 1e-12) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("start_step", "every"), [(1, 1), (5, 1), (3, 4)])
+def test_power_is_the_average_under_its_profile(start_step, every):
+    config = EMAConfig(kind="power", sigma_rel=0.1, start_step=start_step, every=every)
+    average = run({"main": config}, 60).tensors()["main"]["b"].double()
+    taken = torch.stack([weights(step)["b"] for step in range(start_step, 61, every)]).double()
+    edges = torch.linspace(0, 1, len(taken) + 1, dtype=torch.float64) ** (config.exponent + 1)  # the integral of it
+    torch.testing.assert_close(average, edges.diff() @ taken, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [{"decay": 0.9}, {"decay": 0.9, "start_step": 4, "every": 3}])
+def test_missed_updates_are_counted(config):
+    ema = run({"main": EMAConfig(**config)}, 20)
+    assert ema.missed_updates(20) == {"main": 0}
+    assert ema.missed_updates(29) == {"main": 9 // config.get("every", 1)}
+    assert ema.missed_updates(config.get("start_step", 1) - 1) == {}
 
 
 def test_nothing_exists_before_start_step_and_then_it_is_a_copy():
@@ -124,6 +151,7 @@ def test_restored_midway_it_ends_in_the_same_bits(middle):
         "main": EMAConfig(kind="warmup", decay=0.99),
         "late": EMAConfig(half_life_samples=30, start_step=20),
         "sma": EMAConfig(kind="sma", num_steps=7, every=2),
+        "power": EMAConfig(kind="power", sigma_rel=0.05),
     }
     straight = run(profiles, 40)
     first = run(profiles, middle)
@@ -184,6 +212,12 @@ def test_an_average_is_never_dropped_started_cold_or_changed_silently(now, word)
         ({"num_steps": 0}, "num_steps=0"),
         ({"decay": 0.9, "start_step": -1}, "start_step=-1"),
         ({"decay": 0.9, "every": 0}, "every=0"),
+        ({"kind": "power"}, "gamma=null: give exactly one of gamma and sigma_rel to kind=power"),
+        ({"kind": "power", "gamma": 3.0, "sigma_rel": 0.1}, "gamma=3.0 and sigma_rel=0.1: give exactly one"),
+        ({"kind": "power", "decay": 0.9}, "decay=0.9 does not go with kind=power; give gamma or sigma_rel"),
+        ({"decay": 0.9, "sigma_rel": 0.1}, "sigma_rel=0.1 does not go with kind=constant"),
+        ({"kind": "power", "sigma_rel": 0.3}, "sigma_rel=0.3 must be above 0 and below"),
+        ({"kind": "power", "gamma": -1.0}, "gamma=-1.0"),
     ],
 )
 def test_refusals(config, word):

@@ -85,9 +85,12 @@ def test_an_unconditional_export_samples_as_it_is(tmp_path, kind):
     assert images.shape == (2, 8, 8, 1)
 
 
-@pytest.mark.parametrize(("name", "guidance"), [("unet", 1.0), ("classes", 1.5), ("dit", 1.5)])
-def test_the_folder_s_own_pipeline_samples_as_we_do(tmp_path, name, guidance):
-    ema, _, objective = export(tmp_path / "out", name)
+@pytest.mark.parametrize(
+    ("name", "kind", "guidance"),
+    [("unet", "epsilon", 1.0), ("classes", "epsilon", 1.5), ("classes", "edm", 1.5), ("dit", "epsilon", 1.5)],
+)
+def test_the_folder_s_own_pipeline_samples_as_we_do(tmp_path, name, kind, guidance):
+    ema, _, objective = export(tmp_path / "out", name, kind)
     folder = str(tmp_path / "out")
     pipeline = load(folder, custom_pipeline=folder, trust_remote_code=True)
     labels = None if name == "unet" else [0, 3, 9]

@@ -30,9 +30,21 @@ class Oracle(torch.nn.Module):
         return (self.objective.target(x0, (sample - alpha * x0) / sigma, timestep),)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
-def test_a_perfect_model_yields_its_images(kind):
-    objective = Objective(ObjectiveConfig(prediction_type=kind))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prediction_type": "epsilon"},
+        {"prediction_type": "v_prediction"},
+        {"prediction_type": "v_prediction", "zero_terminal_snr": True},
+        {"prediction_type": "sample"},
+        {"prediction_type": "flow"},
+        {"prediction_type": "flow", "shift": 3.0},
+        {"prediction_type": "edm"},
+        {"prediction_type": "edm", "sigma_data": 1.0},
+    ],
+)
+def test_a_perfect_model_yields_its_images(settings):
+    objective = Objective(ObjectiveConfig(**settings))
     labels = torch.tensor([0, 1, 1, 0])
     oracle = Oracle(objective)
     images = sample_images(oracle, objective, (4, 1, 4, 4), labels, num_steps=10)

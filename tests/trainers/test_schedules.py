@@ -17,6 +17,7 @@ from trainers.schedules import ScheduleConfig, depends_on_num_steps, learning_ra
         ({"kind": "linear", "warmup_steps": 20, "end_factor": 0.5}, {10: 1.0, 20: 2.0, 60: 1.5, 100: 1.0}),
         ({"kind": "cosine", "end_factor": 0.1}, {0: 2.0, 50: 1.1, 100: 0.2}),
         ({"kind": "polynomial", "power": 2.0}, {0: 2.0, 50: 0.5, 100: 0.0}),
+        ({"kind": "cosine_with_restarts", "num_cycles": 4}, {0: 2.0, 12.5: 1.0, 25: 2.0, 75: 2.0, 100: 0.0}),
         ({"kind": "linear", "warmup_steps": 100}, {50: 1.0, 99: 1.98, 100: 2.0}),
     ],
 )
@@ -31,6 +32,11 @@ def test_table(config, expected):
         ({"warmup_steps": 7}, "constant_with_warmup", {}),
         ({"kind": "linear", "warmup_steps": 7}, "linear", {}),
         ({"kind": "cosine", "warmup_steps": 7}, "cosine", {}),
+        (
+            {"kind": "cosine_with_restarts", "num_cycles": 3, "warmup_steps": 7},
+            "cosine_with_restarts",
+            {"num_cycles": 3},
+        ),
         ({"kind": "polynomial", "power": 3.0, "warmup_steps": 7, "end_factor": 0.01}, "polynomial", {"power": 3.0}),
     ],
 )
@@ -41,7 +47,9 @@ def test_equals_diffusers(config, name, options):
             optimizer, 7, 50, lr_end=1e-5, **options
         )
     else:
-        scheduler = diffusers.optimization.get_scheduler(name, optimizer, num_warmup_steps=7, num_training_steps=50)
+        scheduler = diffusers.optimization.get_scheduler(
+            name, optimizer, num_warmup_steps=7, num_training_steps=50, **options
+        )
     for step in range(51):
         assert learning_rate(ScheduleConfig(**config), 1e-3, 50, step) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -49,7 +57,8 @@ def test_equals_diffusers(config, name, options):
 
 
 @pytest.mark.parametrize(
-    ("kind", "depends"), [("constant", False), ("linear", True), ("cosine", True), ("polynomial", True)]
+    ("kind", "depends"),
+    [("constant", False), ("linear", True), ("cosine", True), ("cosine_with_restarts", True), ("polynomial", True)],
 )
 def test_depends_on_num_steps(kind, depends):
     config = ScheduleConfig(kind=kind, warmup_steps=3)
@@ -66,6 +75,8 @@ def test_depends_on_num_steps(kind, depends):
         ({"kind": "polynomial", "power": 0.0}, "power=0.0"),
         ({"end_factor": 0.5}, "end_factor=0.5 has no effect"),
         ({"kind": "cosine", "power": 2.0}, "power=2.0 has no effect"),
+        ({"kind": "cosine", "num_cycles": 2}, "num_cycles=2 has no effect"),
+        ({"kind": "cosine_with_restarts", "num_cycles": 0}, "num_cycles=0 must be"),
     ],
 )
 def test_refusals(config, word):

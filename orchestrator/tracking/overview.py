@@ -1,0 +1,290 @@
+"""A run at a glance, from storage alone: what it does now, how far it is, what it has cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from orchestrator.checkpoint import run_record
+from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, scan_checkpoints
+from orchestrator.checkpoint.keys import CHECKPOINTS, EVENTS, METRICS, CheckpointRef
+from orchestrator.checkpoint.run_record import RunRecord
+from orchestrator.checkpoint.store import Store
+from orchestrator.messages import Ending, Event
+from orchestrator.screen import Screen
+from orchestrator.tracking.goodput import Goodput, account
+from orchestrator.tracking.record import Row, RowsReader, in_order, of_the_owner, one_row_a_step
+
+SILENCE_S = 90.0
+"""Seconds after which a run that goes on would have given three signs of life."""
+_RATE_OVER_S = 60.0
+_QUIET = frozenset({"step", "alive", "trainer", "reached", "training", "snapshot", "down", "store"})
+"""Kinds that tell a person nothing that another does not."""
+
+
+class State(StrEnum):
+    NOT_STARTED = "not started"
+    STARTING = "starting"
+    TRAINING = "training"
+    RECOVERING = "recovering"
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"
+    ENDED = "ended"
+    """It gave up, or was refused, superseded or left without storage: `why` says so."""
+    SILENT = "no sign of life"
+
+    @property
+    def live(self) -> bool:
+        return self in (State.STARTING, State.TRAINING, State.RECOVERING)
+
+
+_NEXT = {
+    "started": State.STARTING,
+    "training": State.TRAINING,
+    "down": State.RECOVERING,
+    "agent_lost": State.RECOVERING,
+    "controller_lost": State.RECOVERING,
+    "interrupted": State.INTERRUPTED,
+    "already_finished": State.FINISHED,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """What `unbroken status` shows and `unbroken report` begins with."""
+
+    url: str
+    run: RunRecord
+    state: State
+    why: str
+    """The reason of an end; empty otherwise."""
+    since_s: float | None
+    """Unix time of the last sign of life; None: there was none."""
+    step: int
+    num_steps: int
+    global_batch_size: int
+    world_size: int | None
+    steps_per_s: float | None
+    """Over the last minute of training."""
+    metrics: Sequence[Row]
+    """One row a step: all of them, or the newest."""
+    events: Sequence[Event]
+    goodput: Goodput
+    checkpoints: Sequence[CheckpointInfo]
+    """The newest ones."""
+    num_checkpoints: int
+    newest_stable: CheckpointInfo | None
+    damaged: Sequence[str]
+    """Objects of the record that cannot be read as a whole."""
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until the last step at the present rate, while it trains."""
+        if self.state is not State.TRAINING or not self.steps_per_s:
+            return None
+        return max(0, self.num_steps - self.step) / self.steps_per_s
+
+
+class RunView:
+    """Looks at one run, again and again; what it has read it does not read anew."""
+
+    def __init__(self, url: str, enough: int | None, most_checkpoints: int) -> None:
+        """Args:
+        enough: rows of metrics to read at least, the newest; None: all.
+        most_checkpoints: to look into, the newest.
+
+        Raises:
+            RunNotFoundError: there is no run at `url`.
+        """
+        self.store = Store.open(url)
+        self._run = run_record.load(self.store)
+        self._enough = enough
+        self._most_checkpoints = most_checkpoints
+        self._events = RowsReader(self.store, EVENTS)
+        self._metrics = RowsReader(self.store, METRICS)
+
+    def look(self, now_s: float | None = None) -> Overview:
+        now_s = time.time() if now_s is None else now_s
+        events = in_order(self._events.rows())
+        metrics = one_row_a_step(self._metrics.rows(self._enough))
+        checkpoints, newest = self._checkpoints()
+        refs = [ref for name in self.store.list(CHECKPOINTS) if (ref := CheckpointRef.parse(name))]
+        present = _Present(events, now_s)
+        train = self._run.config.get("train", {})
+        return Overview(
+            url=self.store.url,
+            run=self._run,
+            state=present.state,
+            why=present.why,
+            since_s=present.last_s,
+            step=present.step,
+            num_steps=present.num_steps or train.get("num_steps", 0),
+            global_batch_size=train.get("global_batch_size", 0),
+            world_size=present.world_size,
+            steps_per_s=_rate(metrics),
+            metrics=metrics,
+            events=events,
+            goodput=account(events, max(now_s, present.last_s or now_s) if present.state.live else None),
+            checkpoints=checkpoints,
+            num_checkpoints=len(refs),
+            newest_stable=newest,
+            damaged=[*self._events.damaged, *self._metrics.damaged],
+        )
+
+    def _checkpoints(self) -> tuple[list[CheckpointInfo], CheckpointInfo | None]:
+        """The newest ones, and the newest stable one, looking at no more of them than that takes."""
+        found: list[CheckpointInfo] = []
+        newest = None
+        for info in scan_checkpoints(self.store):
+            if newest is None and info.state is CheckpointState.STABLE:
+                newest = info
+            if len(found) < self._most_checkpoints:
+                found.append(info)
+            elif newest is not None:
+                break
+        return found, newest
+
+
+class _Present:
+    """Where a run stands after its last event."""
+
+    def __init__(self, events: Sequence[Event], now_s: float) -> None:
+        self.state, self.why = State.NOT_STARTED, ""
+        self.step = 0
+        self.num_steps: int | None = None
+        self.world_size: int | None = None
+        self.last_s: float | None = None
+        for event in of_the_owner(events):
+            self._advance(event)
+        if self.state.live and self.last_s is not None and now_s - self.last_s > SILENCE_S:
+            self.state = State.SILENT
+
+    def _advance(self, event: Event) -> None:
+        self.last_s = event.time_s
+        if event.kind in _NEXT:
+            self.state, self.why = _NEXT[event.kind], ""
+        elif event.kind == "attempt":
+            self.world_size = event.fields["world_size"]
+            if self.state is not State.STARTING:
+                self.state = State.RECOVERING
+        elif event.kind == "outcome":
+            finished = event.fields["ending"] == Ending.FINISHED.value
+            self.state = State.FINISHED if finished else State.ENDED
+            self.why = "" if finished else f"{event.fields['ending']}: {event.fields['message']}"
+        if event.kind in ("training", "step", "alive", "snapshot", "already_finished"):
+            self.step = event.fields.get("step", self.step)
+        if event.kind == "started":
+            self.num_steps = event.fields["num_steps"]
+
+
+def _rate(metrics: Sequence[Row]) -> float | None:
+    """Steps a second over the last minute of the last attempt."""
+    if not metrics:
+        return None
+    last = metrics[-1]
+    first = last
+    for row in reversed(metrics):
+        if row["attempt"] != last["attempt"] or last["time_s"] - row["time_s"] > _RATE_OVER_S:
+            break
+        first = row
+    seconds = last["time_s"] - first["time_s"]
+    return (last["step"] - first["step"]) / seconds if seconds > 0 else None
+
+
+def told(events: Iterable[Event], num_steps: int, global_batch_size: int) -> Iterator[tuple[float, str]]:
+    """Unix time and text of the events that are worth a line, as on the screen of `unbroken train`."""
+    lines: list[str] = []
+    screen = Screen(num_steps, global_batch_size, lines.append)
+    for event in events:
+        if event.kind in _QUIET:
+            continue
+        fields = {key: value for key, value in event.fields.items() if key not in ("session", "writer")}
+        if event.kind == "saved" and "bytes" in fields:
+            fields["size"] = f"{fields['bytes'] / 1e6:,.1f} MB"
+        lines.clear()
+        if event.kind in _TEXTS:
+            lines.append(_TEXTS[event.kind].format_map(_Lenient(fields)))
+        elif hasattr(screen, f"_{event.kind}"):
+            screen.show(Event(kind=event.kind, fields=fields, time_s=event.time_s))
+        else:
+            lines.append(f"{event.kind}: {', '.join(f'{key} {value}' for key, value in fields.items())}")
+        for line in lines:
+            yield event.time_s, line
+
+
+_TEXTS = {
+    "started": "a driver starts on {host}, process {pid}: {num_steps} steps, workers {workers}",
+    "saved": "checkpoint of step {step} is committed: {size}, by attempt {attempt}",
+    "outcome": "{ending}: {message}",
+}
+
+
+class _Lenient(dict[str, Any]):
+    """A field that an event of another version lacks is a question mark."""
+
+    def __missing__(self, key: str) -> str:
+        return "?"
+
+
+def thin(rows: Sequence[Row], name: str, columns: int) -> list[tuple[int, float, float, float]]:
+    """At most `columns` points of a metric: step of the last row in each, then mean, least and greatest value."""
+    numbers = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    points = []
+    size = max(1, -(-len(numbers) // columns))
+    for begin in range(0, len(numbers), size):
+        part = numbers[begin : begin + size]
+        values = [value for _, value in part]
+        points.append((part[-1][0], sum(values) / len(values), min(values), max(values)))
+    return points
+
+
+def as_json(view: Overview) -> Mapping[str, Any]:
+    """What a script wants to know."""
+    goodput, newest = view.goodput, view.newest_stable
+    rate = view.steps_per_s
+    return {
+        "url": view.url,
+        "run_id": view.run.run_id,
+        "state": str(view.state),
+        "why": view.why,
+        "last_sign_of_life": view.since_s,
+        "step": view.step,
+        "num_steps": view.num_steps,
+        "workers": view.world_size,
+        "steps_per_s": rate,
+        "samples_per_s": None if rate is None else rate * view.global_batch_size,
+        "eta_s": view.eta_s,
+        "metrics": view.metrics[-1] if view.metrics else None,
+        "attempts": goodput.attempts,
+        "restarts": len(goodput.recoveries),
+        "lost_steps": goodput.lost_steps,
+        "goodput": goodput.share,
+        "wall_s": goodput.wall_s,
+        "seconds": {str(bucket): round(seconds, 3) for bucket, seconds in goodput.seconds.items()},
+        "recoveries": [
+            {
+                "time": recovery.time_s,
+                "cause": recovery.cause,
+                "from_step": recovery.from_step,
+                "to_step": recovery.to_step,
+                "lost_steps": recovery.lost_steps,
+                "seconds": round(recovery.seconds, 3),
+            }
+            for recovery in goodput.recoveries
+        ],
+        "newest_stable": str(newest.ref) if newest else None,
+        "num_checkpoints": view.num_checkpoints,
+        "checkpoints": [
+            {
+                "checkpoint": str(info.ref),
+                "state": str(info.state),
+                "step": info.manifest.progress.step if info.manifest else None,
+                "detail": info.detail,
+            }
+            for info in view.checkpoints
+        ],
+        "damaged": list(view.damaged),
+    }

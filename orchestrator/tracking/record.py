@@ -1,0 +1,185 @@
+"""The run's own record: every event and the numbers of every step, in storage, as JSON lines.
+
+`events/` and `metrics/` hold immutable objects (see `checkpoint.keys`), each a few lines or, merged, many. Any of them
+reads with `pandas.read_json(path, lines=True)`:
+
+    {"step": 7, "attempt": 1, "time_s": 1789000000.125, "loss": 0.91, "grad_norm": 1.2, "lr": 0.002}
+    {"time_s": 1789000000.251, "event": "saved", "session": "…", "writer": "…", "seq": 9, "attempt": 1, "step": 7, ...}
+
+A merge may be interrupted, or done twice, so a row may be in two objects; readers go by what a row says of itself:
+a step by its attempt, an event by its writer and number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from orchestrator.checkpoint.keys import EVENTS, METRICS, RowsRef
+from orchestrator.checkpoint.store import Store
+from orchestrator.errors import MissingObjectError
+from orchestrator.messages import Event
+
+Row = dict[str, Any]
+
+_NEEDED = {EVENTS: {"time_s", "event", "writer", "seq"}, METRICS: {"step", "attempt", "time_s"}}
+_LISTINGS = 10
+"""Times that a folder is listed anew because objects were merged while we read them."""
+_PARALLEL_READS = 8
+
+
+def step_row(event: Event) -> Row:
+    """The row of `metrics` for a `step` event."""
+    fields = event.fields
+    metrics = {name: value if math.isfinite(value) else None for name, value in fields["metrics"].items()}
+    return {"step": fields["step"], "attempt": fields["attempt"], "time_s": round(event.time_s, 3)} | metrics
+
+
+def event_row(event: Event, session: str, writer: str, seq: int) -> Row:
+    """The row of `events` for any event."""
+    who = {"time_s": round(event.time_s, 3), "event": event.kind, "session": session, "writer": writer, "seq": seq}
+    return who | {key: value for key, value in event.fields.items() if key not in who}
+
+
+def encode(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """JSON lines. What JSON does not know becomes text: no field of an event may stop its record."""
+    return b"".join(json.dumps(row, default=str, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def decode(data: bytes, folder: str) -> tuple[list[Row], int]:
+    """The rows of an object of `folder`, and how many of its lines are none: cut short, or overwritten."""
+    lines = data.splitlines()
+    try:
+        found = json.loads(b"[%s]" % b",".join(lines))  # far quicker than line by line
+    except ValueError:
+        found = [_parse(line) for line in lines]
+    needed = _NEEDED[folder]
+    rows = [row for row in found if type(row) is dict and needed <= row.keys()]
+    return rows, len(lines) - len(rows)
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+class RowsReader:
+    """The rows of one folder. It remembers what it has read: looking again costs only what is new."""
+
+    def __init__(self, store: Store, folder: str) -> None:
+        self._store = store
+        self._folder = folder
+        self._read: dict[RowsRef, tuple[list[Row], int]] = {}
+        self.complete = True
+        """Whether the last `rows` were all there are."""
+
+    @property
+    def damaged(self) -> list[str]:
+        """One line for each object that is not wholly readable."""
+        where = f"{self._store.url}/{self._folder}"
+        return [f"{where}/{ref}: {bad} lines are damaged" for ref, (_, bad) in sorted(self._read.items()) if bad]
+
+    def rows(self, enough: int | None = None) -> list[Row]:
+        """All rows, or at least the `enough` newest of them, in no particular order and some maybe twice.
+
+        Raises:
+            StorageError: the store could not be read.
+        """
+        for _ in range(_LISTINGS - 1):
+            try:
+                return self._pass(enough)
+            except MissingObjectError:
+                continue  # merged into another object, which a new listing names
+        return self._pass(enough)
+
+    def _pass(self, enough: int | None) -> list[Row]:
+        refs = [ref for name in self._store.list(self._folder) if (ref := RowsRef.parse(name))]
+        refs.sort(reverse=True)
+        found: list[Row] = []
+        used: set[RowsRef] = set()
+        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+            while refs and (enough is None or len(found) < enough):
+                some, refs = refs[:_PARALLEL_READS], refs[_PARALLEL_READS:]
+                unread = [ref for ref in some if ref not in self._read]
+                for ref, content in zip(unread, pool.map(self._decode, unread), strict=True):
+                    self._read[ref] = content
+                for ref in some:
+                    found += self._read[ref][0]
+                used.update(some)
+        self._read = {ref: self._read[ref] for ref in used}
+        self.complete = not refs
+        return found
+
+    def _decode(self, ref: RowsRef) -> tuple[list[Row], int]:
+        return decode(self._store.read(f"{self._folder}/{ref}"), self._folder)
+
+
+def one_row_a_step(rows: Iterable[Row]) -> list[Row]:
+    """By step, each exactly once: of a step that was replayed, the row of the newest attempt that did it."""
+    newest: dict[int, Row] = {}
+    for row in rows:
+        known = newest.get(row["step"])
+        if known is None or row["attempt"] > known["attempt"]:
+            newest[row["step"]] = row
+    return [newest[step] for step in sorted(newest)]
+
+
+def in_order(rows: Iterable[Row]) -> list[Event]:
+    """Events in order of time, each exactly once.
+
+    A writer's own order stands above its clock: if that was set back, time stands still until it has caught up.
+    """
+    by_writer: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        by_writer.setdefault(row["writer"], {})[row["seq"]] = row
+    timed: list[tuple[float, str, int, Row]] = []
+    for writer, own in by_writer.items():
+        latest = -math.inf
+        for seq in sorted(own):
+            latest = max(latest, own[seq]["time_s"])
+            timed.append((latest, writer, seq, own[seq]))
+    timed.sort(key=lambda item: item[:3])
+    return [_event(time_s, row) for time_s, _, _, row in timed]
+
+
+def _event(time_s: float, row: Row) -> Event:
+    fields = {key: value for key, value in row.items() if key not in ("time_s", "event", "seq")}
+    return Event(kind=row["event"], fields=fields, time_s=time_s)
+
+
+def of_the_owner(events: Iterable[Event]) -> Iterator[Event]:
+    """Without what superseded attempts did after a newer one was claimed: it counts for nothing."""
+    owner, newest, claimants = None, 0, set()
+    for event in events:
+        session, attempt = event.fields.get("session"), event.fields.get("attempt")
+        if event.kind == "attempt" and event.fields["attempt"] > newest:
+            owner, newest = session, event.fields["attempt"]
+            claimants.add(session)
+        elif (attempt is not None and attempt < newest) or (session in claimants and session != owner):
+            continue
+        yield event
+
+
+def read_events(store: Store) -> Sequence[Event]:
+    """Every event of the run, in order; the fields also say which `session` (life of a driver) and `writer` it is from.
+
+    Raises:
+        StorageError: the store could not be read.
+    """
+    return in_order(RowsReader(store, EVENTS).rows())
+
+
+def read_metrics(store: Store) -> Sequence[Row]:
+    """One row a step, each exactly once, with the `attempt` that it is from: the newest that did this step.
+
+    After a restart, steps that have not been redone yet are those of the attempt before.
+
+    Raises:
+        StorageError: the store could not be read.
+    """
+    return one_row_a_step(RowsReader(store, METRICS).rows())

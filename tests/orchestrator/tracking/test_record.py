@@ -1,0 +1,172 @@
+"""Reading the run's own record: damaged, doubled, interleaved, out of order."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pandas
+import pytest
+
+from orchestrator.checkpoint.keys import EVENTS, METRICS, RowsRef
+from orchestrator.checkpoint.store import Store
+from orchestrator.errors import MissingObjectError
+from orchestrator.messages import Event
+from orchestrator.tracking.goodput import account
+from orchestrator.tracking.record import RowsReader, encode, event_row, read_events, read_metrics, step_row
+from tests.orchestrator.tracking.story import T0, event, new_store, one_kill, record, step, steps
+
+
+def test_a_step_that_was_replayed_counts_once_and_says_which_attempt_it_is_from():
+    store = new_store()
+    record(store, one_kill())
+    rows = read_metrics(store)
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert [row["attempt"] for row in rows] == [1] * 10 + [2] * 20
+    assert rows[20] == {"step": 21, "attempt": 2, "time_s": T0 + 41, "loss": 1.0 / 21, "grad_norm": 0.5}
+
+
+def test_events_come_back_as_they_were_with_their_session():
+    store = new_store()
+    record(store, one_kill())
+    events = read_events(store)
+    assert [(one.kind, one.time_s) for one in events] == [(one.kind, one.time_s) for one in one_kill()]
+    assert account(events).seconds == account(one_kill()).seconds
+    failed = event(1, "failure", attempt=1, rank=0, kind="error", details="a\n\u2028\x85trace", step=3)
+    record(store, [failed], "f" * 8)
+    (read,) = [one for one in read_events(store) if one.kind == "failure"]
+    assert read.fields == {**failed.fields, "session": "a", "writer": "f" * 8}
+
+
+def test_pandas_reads_every_object(tmp_path):
+    store = Store.open(str(tmp_path))
+    record(store, one_kill())
+    (path,) = (tmp_path / METRICS).iterdir()
+    frame = pandas.read_json(path, lines=True)
+    assert list(frame.columns) == ["step", "attempt", "time_s", "loss", "grad_norm"] and len(frame) == 40
+    (path,) = (tmp_path / EVENTS).iterdir()
+    assert set(pandas.read_json(path, lines=True)["event"]) >= {"attempt", "snapshot", "outcome"}
+
+
+def test_a_number_that_is_none_is_null_and_not_a_token_that_json_lacks():
+    odd = Event(kind="step", fields={"attempt": 1, "step": 1, "metrics": {"a": math.nan, "b": -math.inf}}, time_s=T0)
+    assert b"NaN" not in encode([step_row(odd)]) and json.loads(encode([step_row(odd)]))["a"] is None
+
+
+def test_what_json_does_not_know_is_text():
+    row = json.loads(
+        encode(
+            [
+                event_row(
+                    event(
+                        1,
+                        "odd",
+                        what={
+                            1,
+                        },
+                        time_s="no",
+                    ),
+                    "s",
+                    "w",
+                    1,
+                )
+            ]
+        )
+    )
+    assert row["what"] == "{1}" and row["time_s"] == T0 + 1
+
+
+@pytest.mark.parametrize("cut", [1, 40, 200])
+def test_a_half_written_object_costs_its_torn_line_and_is_named(cut: int):
+    store = new_store()
+    record(store, steps(0, 1, range(1, 6)))
+    (name,) = store.list(METRICS)
+    data = store.read(f"{METRICS}/{name}")
+    store.write(f"{METRICS}/{name}", [data[:-cut]])
+    reader = RowsReader(store, METRICS)
+    whole = data[:-cut].count(b"\n") + (cut == 1)  # all but the last newline is a whole line
+    assert len(reader.rows()) == whole
+    if cut > 1:
+        assert reader.damaged == [f"{store.url}/{METRICS}/{name}: 1 lines are damaged"]
+
+
+@pytest.mark.parametrize("garbage", [b"\x00\xff\n", b"[1]\n", b"{}\n", b"\n", b'{"step": 3}\n', b"1,2\n"])
+def test_lines_that_are_no_rows_are_counted_and_skipped(garbage: bytes):
+    store = new_store()
+    record(store, [step(1, 1, 1)])
+    store.write(f"{METRICS}/{RowsRef(1, 2, 'b' * 8, 0)}", [garbage, encode([step_row(step(2, 1, 2))])])
+    store.write(f"{METRICS}/notes.txt", [b"of somebody"])
+    reader = RowsReader(store, METRICS)
+    assert sorted(row["step"] for row in reader.rows()) == [1, 2] and len(reader.damaged) == 1
+    assert [row["step"] for row in read_metrics(store)] == [1, 2]
+
+
+def test_a_clock_that_goes_backwards_does_not_change_the_order():
+    store = new_store()
+    record(store, [event(100, "attempt"), event(40, "training"), event(60, "down"), event(130, "outcome")])
+    record(store, [event(50, "started"), event(120, "interrupted")], "1" * 8)
+    events = read_events(store)
+    assert [one.kind for one in events] == ["started", "attempt", "training", "down", "interrupted", "outcome"]
+    assert [one.time_s - T0 for one in events] == [50, 100, 100, 100, 120, 130]
+
+
+def test_two_writers_interleaved_and_rows_that_are_twice_there():
+    store = new_store()
+    record(store, [step(1, 3, 1), step(2, 3, 2), step(3, 3, 3)], "a" * 8)
+    record(store, [step(2.5, 4, 2), step(3.5, 4, 3)], "b" * 8)
+    record(store, [step(1, 3, 1), step(2, 3, 2), step(3, 3, 3)], "a" * 8, number=2)
+    assert [(row["step"], row["attempt"]) for row in read_metrics(store)] == [(1, 3), (2, 4), (3, 4)]
+    assert len(read_events(store)) == 5
+
+
+def test_an_object_that_is_merged_while_it_is_read_is_found_in_its_new_place(monkeypatch):
+    store = new_store()
+    record(store, [step(1, 1, 1)], number=1)
+    read = Store.read
+
+    def merged_first(self: Store, key: str, *rest: int) -> bytes:
+        monkeypatch.setattr(Store, "read", read)
+        record(store, [step(1, 1, 1)], number=2)
+        store.delete(key)
+        raise MissingObjectError(key)
+
+    monkeypatch.setattr(Store, "read", merged_first)
+    assert [row["step"] for row in RowsReader(store, METRICS).rows()] == [1]
+
+
+def test_looking_again_reads_only_what_is_new(monkeypatch):
+    store = new_store()
+    record(store, [step(1, 1, 1)], number=1)
+    reader = RowsReader(store, METRICS)
+    reader.rows()
+    record(store, [step(2, 1, 2)], number=2)
+    reads, read = [], Store.read
+    monkeypatch.setattr(Store, "read", lambda self, key, *rest: (reads.append(key), read(self, key, *rest))[1])
+    assert len(reader.rows()) == 2 and len(reads) == 1
+
+
+def test_the_newest_rows_are_enough():
+    store = new_store()
+    for number in range(1, 41):
+        record(store, [step(number, 1, number)], number=number)
+    reader = RowsReader(store, METRICS)
+    newest = sorted(row["step"] for row in reader.rows(enough=5))
+    assert newest[-5:] == [36, 37, 38, 39, 40] and len(newest) < 20 and not reader.complete
+    assert len(reader.rows()) == 40 and reader.complete
+
+
+def test_nothing_recorded():
+    store = new_store()
+    assert list(read_metrics(store)) == [] and list(read_events(store)) == []
+
+
+def test_order_of_reading_does_not_matter():
+    store, events = new_store(), one_kill()
+    parts = [events[begin : begin + 7] for begin in range(0, len(events), 7)]
+    rows = [event_row(one, "a", "0" * 8, seq) for seq, one in enumerate(events)]
+    order = list(range(len(parts)))
+    random.Random(1).shuffle(order)
+    for number, index in enumerate(order, 1):
+        store.write(f"{EVENTS}/{RowsRef(1, number, '0' * 8, 0)}", [encode(rows[index * 7 : index * 7 + 7])])
+    assert [one.kind for one in read_events(store)] == [one.kind for one in events]
