@@ -103,7 +103,7 @@ def test_a_run_that_diverges_again_and_again_gives_up(tmp_path: Path) -> None:
 
 def test_samples_that_kill_twice_are_left_out_in_the_same_way_everywhere(tmp_path: Path) -> None:
     """One can not be decoded, one kills whoever trains on it; two, as both ranks of a step may be hit."""
-    raising, killing = [sample_at(2, 1), sample_at(2, 2)], sample_at(8, 3)
+    raising, killing = [sample_at(2, 1), sample_at(2, 4)], sample_at(8, 3)
     faulty(**{"raise": raising, "signal": {killing: signal.SIGSEGV}})
     left_out = {}
     for world_size in (1, 2):
@@ -125,7 +125,7 @@ def test_without_quarantine_a_bug_ends_the_run_in_three_lines(tmp_path: Path) ->
     outcome = run_agents(make_spec(tmp_path / "run", config(), EVERY), 2, script)
     assert outcome.ending is Ending.GAVE_UP
     what, where, samples = outcome.message.splitlines()
-    assert what == f"step 5 failed 3 times in the same way; rank 1: ValueError('sample {broken} is broken')"
+    assert what == f"step 5 failed 3 times in the same way; rank 0: ValueError('sample {broken} is broken')"
     assert "tests/orchestrator/faults.py:" in where and where.endswith("in read")
     assert samples == f"samples: microbatch 1 of step 5, from position 100: dataset indices {broken}"
     assert len(script.of("attempt")) == 3 and "Traceback" in script.of("failure")[-1]["details"]
