@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator.deploy.config import DeployConfig
+from orchestrator.failures import FailureConfig
 from orchestrator.sections import SAFE_NAME, CheckpointConfig, Resources, RunSection, Workers
 from orchestrator.watchdog import WatchdogConfig
 from trainers.config import TrainerConfig
@@ -37,6 +38,7 @@ class RunConfig(TrainerConfig):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     deploy: DeployConfig = field(default_factory=DeployConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    failures: FailureConfig = field(default_factory=FailureConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,12 +47,22 @@ class RunConfig(TrainerConfig):
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed} is out of range; give 0 <= seed < 2**63")
         self._check_workers()
+        self._check_rollback()
         for name in self.ema:
             if not SAFE_NAME.fullmatch(name) or name in _RESERVED_PROFILES:
                 raise ConfigError(
                     f"ema.{name} is no usable profile name; use letters, digits, '.', '_' and '-', but none of"
                     f" {', '.join(_RESERVED_PROFILES)}"
                 )
+
+    def _check_rollback(self) -> None:
+        keep, every, undone = self.checkpoint.keep.last, self.checkpoint.every_steps, self.divergence.rollback_steps
+        if keep is not None and keep * every < undone:
+            raise ConfigError(
+                f"divergence.rollback_steps={undone} goes back further than checkpoint.keep.last={keep} checkpoints of"
+                f" every checkpoint.every_steps={every} steps; set checkpoint.keep.last={-(-undone // every)}, or go"
+                " back less"
+            )
 
     def _check_workers(self) -> None:
         fewest, most = self.min_workers, self.max_workers

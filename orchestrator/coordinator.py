@@ -11,9 +11,10 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from orchestrator.casebook import Casebook
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import GaveUpError, SupersededError, UnbrokenError
-from orchestrator.failures import Action, Failure, classify, decide
+from orchestrator.failures import Action
 from orchestrator.guard import Guard
 from orchestrator.halting import HaltOrder, Purpose
 from orchestrator.liveness import Beat, Busy, Stack, Told
@@ -39,6 +40,7 @@ from orchestrator.messages import (
     TrainerExit,
 )
 from orchestrator.opening import Opener, Opening
+from orchestrator.replay import ReplayCheck
 from orchestrator.restore_point import set_aside
 from orchestrator.run_spec import RunSpec
 from orchestrator.save_round import SaveRound
@@ -69,7 +71,8 @@ class Coordinator:
         self._send = send
         self._notify = notify
         self._prune = prune
-        self._history: list[Failure] = []
+        self._casebook = Casebook(spec, self._event)
+        self._replay = ReplayCheck()
         self._opener = Opener(spec, store, world_size, self._event)
         self._opening = Opening(attempt=0)
         self._reached = Progress()
@@ -151,23 +154,25 @@ class Coordinator:
             self._launch_failures = 0
 
     def _launch(self, cause: str) -> None:
-        self._opening = self._opener.open(cause)
+        self._opening = self._opener.open(cause, self._casebook.exclusions)
+        exclusions = self._casebook.learn(self._opening.checkpoint)
         self._reached = self._opening.progress
+        self._replay.begin_attempt(self._reached.step, self._casebook.changed_from)
         self._ready, self._finished, self._down = set(), set(), {}
         self._save.begin_attempt()
         self._stopping = False
         self._guard.begin_attempt(self._attempt)
         attempt, restore = self._opening.attempt, self._opening.restore
         self._event("attempt", attempt=attempt, restore=restore, cause=cause, world_size=self._world_size)
-        self._to_all(Launch(attempt=attempt, restore=restore))
+        self._to_all(Launch(attempt=attempt, restore=restore, exclusions=exclusions))
 
     @property
     def _attempt(self) -> int:
         return self._opening.attempt
 
-    def _from_trainer(self, rank: int, message: object) -> None:
-        self._guard.hear_trainer(rank, message)
-        match message:
+    def _from_trainer(self, rank: int, inner: object) -> None:
+        self._guard.hear_trainer(rank, inner)
+        match inner:
             case Listening(port=port):
                 self._to_all(Rendezvous(host=self._host, port=port))
             case Reached(stage=stage):
@@ -177,9 +182,8 @@ class Coordinator:
                 if len(self._ready) == self._world_size:
                     self._event("training", attempt=self._attempt, step=progress.step)
                     self._guard.halt.training()
-            case Stepped(progress=progress, metrics=metrics):
-                self._reached = progress
-                self._event("step", attempt=self._attempt, step=progress.step, metrics=dict(metrics))
+            case Stepped():
+                self._take_step(inner)
             case Paused(progress=progress, stall_s=stall_s):
                 self._event("snapshot", attempt=self._attempt, step=progress.step, stall_s=stall_s)
             case Finished(progress=progress):
@@ -190,6 +194,20 @@ class Coordinator:
                     self._end_halted()
                 else:
                     self._end(Ending.FINISHED, f"step {self._spec.num_steps} is done and committed")
+
+    def _take_step(self, stepped: Stepped) -> None:
+        step, metrics = stepped.progress.step, dict(stepped.metrics)
+        self._reached = stepped.progress
+        self._event("step", attempt=self._attempt, step=step, metrics=metrics)
+        if "skipped" in metrics and "loss" in metrics:
+            numbers = f"loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}"
+            self._event("bad_step", attempt=self._attempt, step=step, numbers=numbers)
+        difference = self._replay.check(step, metrics, stepped.losses, stepped.ranks)
+        if difference is not None:
+            ranks, message = list(difference.ranks), difference.message
+            self._event("replay_differs", attempt=self._attempt, step=step, ranks=ranks, message=message)
+            if self._spec.failures.on_replay_difference == "stop":
+                self._end(Ending.GAVE_UP, f"{message} (failures.on_replay_difference=stop)")
 
     def _hear_of_save(self, rank: int, message: Receipt | SaveFailed) -> None:
         if self._save.has_ended(message.progress):
@@ -236,27 +254,8 @@ class Coordinator:
             self._send(rank, Kill(attempt=self._attempt, cause=causes.get(rank)))
 
     def _decide(self) -> None:
-        rank, cause = classify({rank: down.exit for rank, down in self._down.items()})
-        failure = Failure(
-            kind=cause.kind,
-            rank=rank,
-            message=cause.message,
-            details=cause.details,
-            restored_step=self._opening.progress.step,
-            reached_step=self._reached.step,
-        )
-        self._history.append(failure)
-        decision = decide(self._history)
-        self._event(
-            "failure",
-            attempt=self._attempt,
-            rank=rank,
-            kind=cause.kind.value,
-            action=decision.action.value,
-            reason=decision.reason,
-            details=cause.details,
-            step=self._reached.step,
-        )
+        exits = {rank: down.exit for rank, down in self._down.items()}
+        decision = self._casebook.judge(self._attempt, exits, self._opening.progress.step, self._reached.step)
         if decision.action is Action.REFUSE:
             self._end(Ending.CONFIG, decision.reason)
         elif decision.action is Action.GIVE_UP:
@@ -268,7 +267,7 @@ class Coordinator:
                 # The file with the damage, where a full check finds it; else what the loading rank saw.
                 report = self._opener.report_quarantine
                 set_aside(self._store, self._opening.checkpoint, decision.reason, self._attempt, report)
-            self._launch_at, self._cause = time.monotonic() + decision.delay_s, cause.kind.value
+            self._launch_at, self._cause = time.monotonic() + decision.delay_s, self._casebook.last_kind.value
 
     def broken(self, error: BaseException) -> None:
         """The coordinator itself failed: end the run with the trace, rather than have everything restarted for ever."""

@@ -18,13 +18,7 @@ from orchestrator.checkpoint.catalog import newest_stable
 from orchestrator.checkpoint.keys import CONFIG
 from orchestrator.checkpoint.run_record import RunRecord, open_or_create
 from orchestrator.checkpoint.store import Store
-from orchestrator.config import (
-    RunConfig,
-    run_url,
-    to_dict,
-    to_yaml,
-    trainer_dict,
-)
+from orchestrator.config import RunConfig, run_url, to_dict, to_yaml, trainer_dict
 from orchestrator.errors import (
     AlreadyExistsError,
     GaveUpError,
@@ -106,6 +100,8 @@ def _spec(config: RunConfig, run_id: str) -> RunSpec:
         versions=versions(),
         preload=preload(config),
         watchdog=config.watchdog,
+        failures=config.failures,
+        quarantine=config.data.quarantine,
     )
 
 

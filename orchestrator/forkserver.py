@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import platform
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle, send_handle
 from subprocess import Popen
 
-from orchestrator.messages import ChildEnded
+from orchestrator.errors import StartError
+from orchestrator.messages import ChildEnded, ImportFailed
 
 _PR_SET_PDEATHSIG = 1
 
@@ -56,13 +59,37 @@ class ForkServer:
         """Start a trainer that owns duplicates of these file descriptors. Returns its process id.
 
         Raises:
-            EOFError: the fork server has died.
+            StartError: the fork server can not import what trainers need, or has died.
         """
-        self.connection.send(_Fork(len(handles)))
-        for handle in handles:
-            send_handle(self.connection, handle, self._process.pid)
-        while not isinstance(answer := self.connection.recv(), int):
+        with suppress(BrokenPipeError, ConnectionResetError):  # what it said before it died says more
+            self.connection.send(_Fork(len(handles)))
+            for handle in handles:
+                send_handle(self.connection, handle, self._process.pid)
+        while not isinstance(answer := self._hear(), int):
             continue  # the end of an earlier child, already known from its pipe
+        return answer
+
+    def hear(self) -> ChildEnded:
+        """What `connection` delivers next.
+
+        Raises:
+            StartError: as for `fork`.
+        """
+        answer = self._hear()
+        assert isinstance(answer, ChildEnded), answer
+        return answer
+
+    def _hear(self) -> ChildEnded | int:
+        try:
+            answer = self.connection.recv()
+        except (EOFError, OSError) as error:
+            status = self._process.wait()
+            raise StartError(f"the process that trainers are forked from ended with status {status}") from error
+        if isinstance(answer, ImportFailed):
+            last = answer.trace.strip().splitlines()[-1]
+            raise StartError(
+                f"a trainer can not be started on {platform.node()}, its imports fail: {last}", details=answer.trace
+            )
         return answer
 
     def signal(self, pid: int, number: int) -> None:
@@ -78,12 +105,16 @@ class ForkServer:
 
 
 def _serve(connection: Connection, preload: Sequence[str]) -> None:
-    for name in preload:
-        module, _, attribute = name.partition(":")
-        imported = importlib.import_module(module)
-        if attribute:
-            getattr(imported, attribute)
-    trainer = importlib.import_module("orchestrator.trainer_process")  # pulls in what is not preloaded yet
+    try:
+        for name in preload:
+            module, _, attribute = name.partition(":")
+            imported = importlib.import_module(module)
+            if attribute:
+                getattr(imported, attribute)
+        trainer = importlib.import_module("orchestrator.trainer_process")  # pulls in what is not preloaded yet
+    except BaseException:  # a broken package may raise anything, SystemExit too
+        connection.send(ImportFailed(traceback.format_exc()))
+        return
     awake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)

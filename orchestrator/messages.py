@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from trainers.exclusions import Exclusions
 from trainers.progress import Progress
 from trainers.shards import Chunk
+from trainers.trace import Place
 
 
 class ExitKind(Enum):
@@ -18,10 +20,12 @@ class ExitKind(Enum):
     PEER_LOST = "peer lost"  # a consequence of another rank's end
     DAMAGED = "damaged checkpoint"  # quarantine it, take the next older
     CONFIG = "configuration"  # the user's to mend: stop
-    NON_FINITE = "not finite"  # the same step would fail again
+    DIVERGED = "diverged"  # go back to before it began, leave that data out
+    START = "start"  # no trainer can be started on this node: try a few times
     HANG = "hang"  # no progress: its stack is stored, start again
     STORAGE = "storage"  # reading or writing failed: try again
     ERROR = "error"  # an exception in model, data or our code
+    CRASHED = "crashed"  # by a signal that its own code caused, such as SIGSEGV: as an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +36,24 @@ class TrainerExit:
     message: str
     details: str = ""
     """A stack trace, if there is one."""
+    frame: str = ""
+    """The line of the user's code, if an exception says so."""
+    place: Place | None = None
+    """The microbatch at work."""
+    skip: tuple[int, int] | None = None
+    """First and last step to undo and leave out, of a divergence."""
+    num_rollbacks: int = 0
+    """How often that was done before."""
 
 
 # fork server -> agent
+
+
+@dataclass(frozen=True)
+class ImportFailed:
+    """The fork server can not import what trainers need, and has ended."""
+
+    trace: str
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,10 @@ class Stepped:
 
     progress: Progress
     metrics: Mapping[str, float]
+    losses: tuple[float, ...] = ()
+    """Of every microbatch, by index."""
+    ranks: tuple[int, ...] = ()
+    """Which rank each microbatch ran on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +142,8 @@ class Begin:
     world_size: int
     restore: str | None
     """Name of the checkpoint to start from."""
+    exclusions: Exclusions
+    """What is left out, beside what the checkpoint says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +231,7 @@ class Launch:
 
     attempt: int
     restore: str | None
+    exclusions: Exclusions = field(default_factory=Exclusions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from orchestrator.checkpoint.probe import probe
 from orchestrator.checkpoint.retention import claim_fields
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import GaveUpError
-from orchestrator.failures import MAX_ATTEMPTS_WITHOUT_PROGRESS
 from orchestrator.restore_point import newest_sound
 from orchestrator.run_spec import RunSpec
+from trainers.exclusions import Exclusions
 from trainers.progress import Progress
 
 
@@ -47,8 +47,11 @@ class Opener:
         self._event = event
         self._probed = False
 
-    def open(self, cause: str) -> Opening:
+    def open(self, cause: str, exclusions: Exclusions) -> Opening:
         """Claim the next attempt and choose its restore point; damaged checkpoints on the way are quarantined.
+
+        Args:
+            exclusions: what the run leaves out since a divergence; checkpoints that do not know of it are quarantined.
 
         Raises:
             GaveUpError: groups of agents have died one after the other without a newer checkpoint.
@@ -62,7 +65,8 @@ class Opener:
             self._check_progress_since(seen)
         info = {"session": self._spec.session, "cause": cause, "from": seen, "world_size": self._world_size}
         attempt = claim_attempt(self._store, info | claim_fields(self._spec.keep))
-        return Opening(attempt=attempt, checkpoint=newest_sound(self._store, attempt, self.report_quarantine))
+        checkpoint = newest_sound(self._store, attempt, self.report_quarantine, exclusions)
+        return Opening(attempt=attempt, checkpoint=checkpoint)
 
     def report_quarantine(self, checkpoint: CheckpointInfo, reason: str) -> None:
         self._event("quarantined", checkpoint=str(checkpoint.ref), reason=reason)
@@ -74,8 +78,10 @@ class Opener:
             if record.get("session") != self._spec.session or record.get("from") != newest:
                 break
             stalled += 1
-        if stalled >= MAX_ATTEMPTS_WITHOUT_PROGRESS:
-            raise GaveUpError(f"{stalled} attempts in a row made no newer checkpoint than {newest}")
+        if stalled >= (budget := self._spec.failures.agents):
+            raise GaveUpError(
+                f"{stalled} groups of agents in a row made no newer checkpoint than {newest} (failures.agents={budget})"
+            )
 
 
 def _name(checkpoint: CheckpointInfo | None) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.checkpoint.policy import RetentionConfig
+from orchestrator.failures import FailureConfig
 from orchestrator.watchdog import WatchdogConfig
 
 
@@ -30,3 +31,6 @@ class RunSpec:
     preload: tuple[str, ...]
     """What the fork server imports before the first trainer."""
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    failures: FailureConfig = field(default_factory=FailureConfig)
+    quarantine: bool = False
+    """`data.quarantine` of the config."""

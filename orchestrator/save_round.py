@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import CommitInfo, commit
@@ -61,16 +64,28 @@ class SaveRound:
     def _commit(self, last: Receipt) -> Manifest:
         receipts = [self._receipts[rank] for rank in range(self._world_size)]
         assert {receipt.progress for receipt in receipts} == {last.progress}, "one save is in flight at a time"
+        final = last.progress.step == self._spec.num_steps
         info = CommitInfo(
             run_id=self._spec.run_id,
             attempt=last.attempt,
             progress=last.progress,
-            reason="final" if last.progress.step == self._spec.num_steps else "interval",
+            reason="final" if final else "interval",
             strategy=self._spec.strategy,
             config_hash=self._spec.config_hash,
             versions=self._spec.versions,
             store={"kind": self._store.backend.kind, "conditional_create": self._store.conditional_create},
             scalars=receipts[0].scalars,
-            health={"ok": True},  # a step that is not finite is never taken, so never saved
+            health=_health(receipts[0].scalars, final),
         )
         return commit(self._store, [receipt.shard for receipt in receipts], info)
+
+
+def _health(scalars: Mapping[str, Any], final: bool) -> dict[str, Any]:
+    """Whether a run may go on from this state: not while steps are bad, for it may have gone wrong before them.
+
+    A run whose last steps were bad, but too few to be a divergence, is finished with what it had before them.
+    """
+    num_bad = scalars.get("divergence", {}).get("num_bad", 0)
+    if num_bad == 0 or final:
+        return {"ok": True}
+    return {"ok": False, "reason": f"the last {num_bad} steps before it were bad and made no update"}

@@ -22,6 +22,7 @@ class Screen:
         self._write = write
         self._stable: int | None = None
         self._down_at: float | None = None
+        self._last_trace = ""
         self._last_line_s = 0.0
         self._since: tuple[int, float] | None = None
         """Step and time from which samples/s is measured; starts anew with every attempt."""
@@ -60,8 +61,9 @@ class Screen:
         rate = (step - first) / (at - since) if at > since else 0.0
         eta = str(timedelta(seconds=round((self._num_steps - step) / rate))) if rate else "?"
         stable = "none" if self._stable is None else f"step {self._stable}"
+        loss = f"loss {metrics['loss']:.4f}" if "loss" in metrics else "left out"
         self._write(
-            f"step {step}/{self._num_steps}  loss {metrics['loss']:.4f}  {rate * self._global_batch_size:.0f} samples/s"
+            f"step {step}/{self._num_steps}  {loss}  {rate * self._global_batch_size:.0f} samples/s"
             f"  ETA {eta}  attempt {attempt}  newest stable checkpoint: {stable}"
         )
 
@@ -75,9 +77,23 @@ class Screen:
         self._down_at = at
 
     def _failure(self, at: float, *, kind: str, reason: str, action: str, details: str, **where: Any) -> None:
-        self._write(f"attempt {where['attempt']}: stopped after step {where['step']}, {kind}: {reason}; {action}")
-        if kind == "error" and details:
+        what = reason.splitlines()[0]  # the rest of a bug's three lines is told at the end
+        self._write(f"attempt {where['attempt']}: stopped after step {where['step']}, {kind}: {what}; {action}")
+        if details and kind in ("error", "start") and details != self._last_trace:
+            self._last_trace = details  # once, however often it fails like this
             self._write(details.rstrip())
+
+    def _bad_step(self, at: float, *, attempt: int, step: int, numbers: str) -> None:
+        self._write(f"step {step} is bad and makes no update: {numbers}")
+
+    def _diverged(self, at: float, *, attempt: int, reason: str, skip: list[int], rollback: int) -> None:
+        self._write(f"training diverged: {reason}; rollback {rollback}: steps {skip[0]} to {skip[1]} are left out")
+
+    def _left_out(self, at: float, *, attempt: int, step: int, samples: list[int], reason: str) -> None:
+        self._write(f"from step {step} on {len(samples)} samples are left out: {reason}")
+
+    def _replay_differs(self, at: float, *, attempt: int, step: int, ranks: list[int], message: str) -> None:
+        self._write(f"warning: {message}")
 
     def _agent_lost(self, at: float, *, rank: int, why: str) -> None:
         self._down_at = at

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import write_shard
-from orchestrator.errors import UnbrokenError
+from orchestrator.errors import StartError, UnbrokenError
 from orchestrator.forkserver import ForkServer
 from orchestrator.heartbeat import Heartbeat
 from orchestrator.hub import Wire
@@ -45,6 +45,9 @@ from orchestrator.stragglers import REPORT_S, REPORT_STEPS
 from orchestrator.trainer_probe import STACK_SIGNAL, busy_s, process_state, read_stack
 from orchestrator.watchdog import BEAT_S, SILENT_LIMIT_S, Silence
 from trainers.progress import Progress
+from trainers.trace import num_bytes, read_place
+
+_OWN_FAULT = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
 
 class ShardWriter:
@@ -107,9 +110,13 @@ class Supervisor:
         self._coordinator = coordinator
         self._node = node
         self._start_fork_server = start_fork_server
-        self._fork_server = start_fork_server(spec.preload)
+        self._fork_server: ForkServer | None = start_fork_server(spec.preload)
         # Anonymous shared memory: it outlives the trainers, and cannot outlive this process.
         self._buffer = os.memfd_create("unbroken-snapshot")
+        # Also read when the trainer has left no word: which samples was it at?
+        self._trace_handle = os.memfd_create("unbroken-trace")
+        os.ftruncate(self._trace_handle, num_bytes(spec.config["train"]["microbatch_size"]))
+        self._trace = mmap.mmap(self._trace_handle, 0)
         self._writer = ShardWriter(Store.open(spec.run_url), self._buffer, rank, world_size)
         self._attempt = 0
         self._stacks = os.memfd_create("unbroken-stacks")
@@ -131,7 +138,9 @@ class Supervisor:
         """
         try:
             while True:
-                sources = [self._coordinator, self._fork_server.connection, self._writer.connection]
+                sources = [self._coordinator, self._writer.connection]
+                if self._fork_server is not None:
+                    sources.append(self._fork_server.connection)
                 if self._trainer is not None:
                     sources.append(self._trainer)
                 # One at a time: serving a source may consume what made the next one ready.
@@ -143,8 +152,10 @@ class Supervisor:
                     raise ConnectionError(f"rank {self._rank}: rank 0 has been silent for {SILENT_LIMIT_S:g} s")
         finally:
             self._heartbeat.close()
-            self._fork_server.close()
+            if self._fork_server is not None:
+                self._fork_server.close()
             self._coordinator.close()
+            os.close(self._trace_handle)
             os.close(self._buffer)
             os.close(self._stacks)
 
@@ -168,9 +179,14 @@ class Supervisor:
 
     def _obey(self, message: object) -> None:
         match message:
-            case Launch(attempt=attempt, restore=restore):
-                self._launch(attempt, restore)
+            case Launch():
+                try:
+                    self._launch(message)
+                except StartError as error:
+                    self._drop_fork_server()
+                    self._report_down(TrainerExit(kind=ExitKind.START, message=str(error), details=error.details))
             case Kill(attempt=attempt) if attempt == self._attempt and self._pid is not None:
+                assert self._fork_server is not None, "the trainer's end was not reported"
                 self._kill = message
                 self._fork_server.signal(self._pid, signal.SIGKILL)
             case Dump(attempt=attempt) if attempt == self._attempt:
@@ -186,27 +202,32 @@ class Supervisor:
             case Rendezvous():
                 self._tell_trainer(message)
 
-    def _launch(self, attempt: int, restore: str | None) -> None:
-        self._attempt, self._exit, self._kill, self._pending, self._work = attempt, None, None, None, None
-        ours, theirs = socket.socketpair()
-        orders, ordered = socket.socketpair()
-        with theirs, ordered:
-            self._pid = self._fork_server.fork(theirs.fileno(), self._buffer, ordered.fileno(), self._stacks)
-        self._trainer = Connection(ours.detach())
+    def _launch(self, launch: Launch) -> None:
+        self._attempt, self._exit, self._kill, self._pending, self._work = launch.attempt, None, None, None, None
+        self._trace[:] = bytes(len(self._trace))
+        if self._fork_server is None:
+            self._fork_server = self._start_fork_server(self._spec.preload)
         if self._orders is not None:
             self._orders.close()
-        self._orders = Connection(orders.detach())
-        self._heartbeat.watch(attempt, self._pid)
+            self._orders = None
+        ours, theirs = socket.socketpair()
+        orders, ordered = socket.socketpair()
+        with ours, theirs, orders, ordered:
+            handles = (theirs.fileno(), self._buffer, ordered.fileno(), self._stacks, self._trace_handle)
+            self._pid = self._fork_server.fork(*handles)
+            self._trainer, self._orders = Connection(ours.detach()), Connection(orders.detach())
+        self._heartbeat.watch(launch.attempt, self._pid)
         begin = Begin(
             config=self._spec.config,
             run_url=self._spec.run_url,
             every_steps=self._spec.every_steps,
             rank=self._rank,
             world_size=self._world_size,
-            restore=restore,
+            restore=launch.restore,
+            exclusions=launch.exclusions,
         )
         self._tell_trainer(begin)
-        self._coordinator.send(Started(attempt=attempt, pid=self._pid, agent_pid=os.getpid(), node=self._node))
+        self._coordinator.send(Started(attempt=launch.attempt, pid=self._pid, agent_pid=os.getpid(), node=self._node))
 
     def _tell_trainer(self, message: object) -> None:
         self._tell(self._trainer, message)
@@ -218,10 +239,10 @@ class Supervisor:
                 pipe.send(message)
 
     def _stack(self) -> Stack:
-        pid, text = self._pid, ""
+        pid, server, text = self._pid, self._fork_server, ""
         state = process_state(pid) if pid is not None else ""
-        if pid is not None and state not in ("", "T"):
-            text = read_stack(self._stacks, lambda: self._fork_server.signal(pid, STACK_SIGNAL))
+        if pid is not None and server is not None and state not in ("", "T"):
+            text = read_stack(self._stacks, lambda: server.signal(pid, STACK_SIGNAL))
         return Stack(attempt=self._attempt, state=state, text=text)
 
     def _measure(self, step: int) -> None:
@@ -259,19 +280,29 @@ class Supervisor:
                 self._coordinator.send(FromTrainer(attempt=self._attempt, message=message))
 
     def _hear_fork_server(self) -> None:
+        assert self._fork_server is not None
         try:
-            ended = self._fork_server.connection.recv()
-        except (EOFError, ConnectionResetError):
-            self._fork_server.close()
-            self._fork_server = self._start_fork_server(self._spec.preload)
+            ended = self._fork_server.hear()
+        except StartError:
+            # The next launch starts another one. If that can not start, it is a failure of that launch: bounded, and
+            # with the reason.
+            self._drop_fork_server()
             ended = ChildEnded(self._pid or 0, -signal.SIGKILL)  # the trainer went with it
-        if ended.pid != self._pid:
+        if self._pid is None or ended.pid != self._pid:
             return
-        self._pid = None
         self._heartbeat.watch(self._attempt, None)
         while self._trainer is not None:  # its last words, up to the end of file
             self._hear_trainer()
-        self._coordinator.send(Down(attempt=self._attempt, exit=self._cause(ended.status), pending=self._pending))
+        self._report_down(self._cause(ended.status))
+
+    def _drop_fork_server(self) -> None:
+        assert self._fork_server is not None
+        self._fork_server.close()
+        self._fork_server = None
+
+    def _report_down(self, end: TrainerExit) -> None:
+        self._pid = None
+        self._coordinator.send(Down(attempt=self._attempt, exit=end, pending=self._pending))
 
     def _cause(self, status: int) -> TrainerExit:
         if self._exit is not None:
@@ -279,6 +310,7 @@ class Supervisor:
         if self._kill is not None:
             return self._kill.cause or TrainerExit(kind=ExitKind.PEER_LOST, message="ended together with the others")
         if status < 0:
-            name = signal.Signals(-status).name
-            return TrainerExit(kind=ExitKind.KILLED, message=f"the trainer was ended by {name}")
+            kind = ExitKind.CRASHED if -status in _OWN_FAULT else ExitKind.KILLED
+            message = f"the trainer was ended by {signal.Signals(-status).name}"
+            return TrainerExit(kind=kind, message=message, place=read_place(memoryview(self._trace)))
         return TrainerExit(kind=ExitKind.ERROR, message=f"the trainer left with exit code {status} and no word")

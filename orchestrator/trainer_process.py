@@ -6,8 +6,8 @@ import faulthandler
 import mmap
 import os
 import time
-import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 
@@ -19,11 +19,11 @@ from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.checkpoint.reader import Destination, expected_fingerprints, read_rows
 from orchestrator.checkpoint.store import Store
-from orchestrator.errors import DamagedCheckpointError, RunMismatchError, StorageError
+from orchestrator.errors import StorageError
+from orchestrator.last_words import last_words
 from orchestrator.liveness import AtGate, Entered, Gate, StopAt
 from orchestrator.messages import (
     Begin,
-    ExitKind,
     Finished,
     Listening,
     Paused,
@@ -33,34 +33,20 @@ from orchestrator.messages import (
     SaveEnded,
     Snapshot,
     Stepped,
-    TrainerExit,
 )
 from orchestrator.trainer_probe import STACK_SIGNAL
 from orchestrator.watchdog import Phase
 from trainers.build import build
 from trainers.config import TrainerConfig
 from trainers.decode import decode
-from trainers.errors import ConfigError, NonFiniteError, StateMismatchError
+from trainers.errors import StateMismatchError
 from trainers.fingerprint import format_fingerprint
 from trainers.loop import train
 from trainers.ports import Directive
 from trainers.progress import Progress
 from trainers.shards import Chunk
 from trainers.state import LocalTensor, TrainState, fingerprints
-
-_KINDS: dict[type[BaseException], ExitKind] = {
-    ConfigError: ExitKind.CONFIG,
-    RunMismatchError: ExitKind.CONFIG,
-    NonFiniteError: ExitKind.NON_FINITE,
-    StateMismatchError: ExitKind.DAMAGED,
-    DamagedCheckpointError: ExitKind.DAMAGED,
-    StorageError: ExitKind.STORAGE,
-    dist.DistBackendError: ExitKind.PEER_LOST,
-    dist.DistNetworkError: ExitKind.PEER_LOST,
-    dist.DistStoreError: ExitKind.PEER_LOST,
-}
-
-_GLOO_LOST = ("Connection closed by peer", "Connection reset by peer", "gloo", "Broken pipe")
+from trainers.trace import StepTrace
 
 
 class EverySteps:
@@ -107,11 +93,13 @@ class StopOnOrder:
 class PipeSink:
     """Numbers of a step, sent to the agent."""
 
-    def __init__(self, agent: Connection) -> None:
+    def __init__(self, agent: Connection, trace: StepTrace) -> None:
         self._agent = agent
+        self._trace = trace
 
     def log(self, progress: Progress, metrics: Mapping[str, float]) -> None:
-        self._agent.send(Stepped(progress=progress, metrics=dict(metrics)))
+        losses, ranks = self._trace.losses, self._trace.ranks
+        self._agent.send(Stepped(progress=progress, metrics=dict(metrics), losses=losses, ranks=ranks))
 
 
 class SharedMemoryCheckpointer:
@@ -239,15 +227,7 @@ def _join(agent: Connection, begin: Begin) -> None:
     dist.init_process_group(backend, store=store, rank=begin.rank, world_size=begin.world_size)
 
 
-def _describe(error: BaseException) -> TrainerExit:
-    kind = next((kind for cls, kind in _KINDS.items() if isinstance(error, cls)), ExitKind.ERROR)
-    if kind is ExitKind.ERROR and isinstance(error, RuntimeError) and any(sign in str(error) for sign in _GLOO_LOST):
-        kind = ExitKind.PEER_LOST
-    message = str(error) if kind in (ExitKind.CONFIG, ExitKind.DAMAGED, ExitKind.STORAGE) else repr(error)
-    return TrainerExit(kind=kind, message=message, details=traceback.format_exc())
-
-
-def main(pipe: int, buffer: int, orders: int, stacks: int) -> int:
+def main(pipe: int, buffer: int, orders: int, stacks: int, trace_memory: int) -> int:
     """Train until done. Called in the forked process; returns its exit code.
 
     Args:
@@ -255,28 +235,33 @@ def main(pipe: int, buffer: int, orders: int, stacks: int) -> int:
         buffer: file descriptor of the agent's shared memory for snapshots.
         orders: file descriptor of the connection that orders to stop come on.
         stacks: file descriptor of the agent's memory for the stacks of a process that hangs.
+        trace_memory: that of its memory for a `StepTrace`.
     """
     faulthandler.enable()
     faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
-    agent = Connection(pipe)
+    agent, trace, quarantine = Connection(pipe), None, False
     begin = agent.recv()
     assert isinstance(begin, Begin), begin
     try:
         config = decode(TrainerConfig, begin.config)
+        quarantine = config.data.quarantine
+        trace = StepTrace(config.train.microbatch_size, memoryview(mmap.mmap(trace_memory, 0)))
         torch.set_num_threads(config.parallel.cpu_threads)
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         _join(agent, begin)
         agent.send(Reached(stage="process group"))
-        state, task = build(config, device)
+        state, task = build(config, device, trace)
+        state.exclusions = begin.exclusions
         agent.send(Reached(stage="built"))
         every = EverySteps(begin.every_steps, config.train.num_steps)
         control = StopOnOrder(every, config.train.num_steps, agent, Connection(orders))
-        train(state, task, control, SharedMemoryCheckpointer(agent, buffer, begin), PipeSink(agent))
+        train(state, task, control, SharedMemoryCheckpointer(agent, buffer, begin), PipeSink(agent, trace))
         agent.send(Finished(progress=state.progress))
         agent.recv()  # the others may still need this process; the agent closes the pipe when all are done
     except EOFError:
         return 0  # the agent has let go of us
     except BaseException as error:
-        agent.send(_describe(error))
+        with suppress(BrokenPipeError):  # the agent has let go of us: nobody wants to know
+            agent.send(last_words(error, trace.place() if trace else None, quarantine))
         return 1
     return 0

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from trainers.build import build
 from trainers.config import TrainerConfig
 from trainers.decode import decode
-from trainers.errors import ConfigError
+from trainers.errors import ConfigError, DivergedError
 from trainers.export import ExportWeights, export_pipeline
 from trainers.loop import train
 from trainers.parallel import gather_rows
@@ -110,6 +110,8 @@ def main() -> None:
             print(f"fingerprint of the state after step {state.progress.step}: {combined}", flush=True)
         if arguments.out:
             _write_weights(state, config, arguments.out)
+    except DivergedError as error:
+        parser.exit(3, f"error: training diverged: {error}; `unbroken train` would roll back\n")
     finally:
         dist.destroy_process_group()
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 from trainers.config import TrainerConfig
+from trainers.data.guarded import GuardedSource
 from trainers.data.sources import open_source
+from trainers.divergence import DivergenceGuard
 from trainers.ema import EMA
 from trainers.errors import ConfigError
+from trainers.exclusions import Exclusions
 from trainers.generators import GeneratorStates
 from trainers.models import build_model, check_fits, null_label
 from trainers.norm import StepSums
@@ -18,21 +21,20 @@ from trainers.progress import Progress
 from trainers.reduction import Rounds
 from trainers.state import TrainState
 from trainers.step import Task
+from trainers.trace import StepTrace
 
 
-def build(config: TrainerConfig, device: torch.device) -> tuple[TrainState, Task]:
+def build(config: TrainerConfig, device: torch.device, trace: StepTrace | None = None) -> tuple[TrainState, Task]:
     """A fresh state at step 0, and the task it is trained on. Collective: all ranks of the default process group.
+
+    Args:
+        trace: where this rank writes down what it does; None: where nobody reads it.
 
     Raises:
         ConfigError: the model, data or strategy cannot be built from this configuration.
     """
     topology, mesh = make_topology(config.parallel, device)
-    if topology.world_size > config.train.num_microbatches:
-        raise ConfigError(
-            f"{topology.world_size} workers cannot share train.global_batch_size={config.train.global_batch_size} /"
-            f" train.microbatch_size={config.train.microbatch_size} = {config.train.num_microbatches} microbatches;"
-            f" use fewer workers or a smaller microbatch_size"
-        )
+    _check_microbatches(topology.world_size, config)
     source = open_source(config.data)
     model = build_model(config.model, config.seed).to(device)
     check_fits(
@@ -42,7 +44,9 @@ def build(config: TrainerConfig, device: torch.device) -> tuple[TrainState, Task
         num_classes=source.num_classes,
         label_drop=config.objective.label_drop,
     )
+    trace = trace or StepTrace(config.train.microbatch_size)
     rounds = Rounds(config.train.num_microbatches, topology.world_size, local=config.parallel.accumulation == "local")
+    trace.ranks = tuple(map(rounds.rank_of, range(rounds.num_microbatches)))
     parameters = shard_model(model, config.parallel, topology, mesh, rounds, config.train.precision == "bf16")
     state = TrainState(
         model=model,
@@ -51,12 +55,15 @@ def build(config: TrainerConfig, device: torch.device) -> tuple[TrainState, Task
         moments=config.optimizer.moments,
         ema=EMA(config.ema, {p.name: p.local for p in parameters}, config.train.global_batch_size),
         generators=GeneratorStates(),
+        divergence=DivergenceGuard(config.divergence),
+        exclusions=Exclusions(),
         topology=topology,
         progress=Progress(),
     )
     task = Task(
         config=config,
-        source=source,
+        source=GuardedSource(source, trace),
+        trace=trace,
         objective=Objective(config.objective),
         rounds=rounds,
         sums=StepSums(parameters, topology, device),
@@ -64,3 +71,12 @@ def build(config: TrainerConfig, device: torch.device) -> tuple[TrainState, Task
         null_label=null_label(model),
     )
     return state, task
+
+
+def _check_microbatches(world_size: int, config: TrainerConfig) -> None:
+    if world_size > config.train.num_microbatches:
+        raise ConfigError(
+            f"{world_size} workers cannot share train.global_batch_size={config.train.global_batch_size} /"
+            f" train.microbatch_size={config.train.microbatch_size} = {config.train.num_microbatches} microbatches;"
+            f" use fewer workers or a smaller microbatch_size"
+        )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trainers.data.sources import DataConfig
+from trainers.divergence import DivergenceConfig
 from trainers.ema import EMAConfig
 from trainers.errors import ConfigError
 from trainers.models import ModelConfig
@@ -64,6 +65,7 @@ class TrainerConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: dict[str, EMAConfig] = field(default_factory=dict)
     """EMA profiles by name; the first one is the default for sampling and export."""
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from trainers.divergence import DivergenceGuard
 from trainers.ema import EMA
 from trainers.errors import StateMismatchError
+from trainers.exclusions import Exclusions
 from trainers.fingerprint import format_fingerprint, partial_fingerprint
 from trainers.generators import GeneratorStates
 from trainers.parallel import LocalParameter
@@ -63,6 +65,8 @@ class TrainState:
     """Names of the tensors that the optimizer keeps for every parameter."""
     ema: EMA
     generators: GeneratorStates
+    divergence: DivergenceGuard
+    exclusions: Exclusions
     topology: Topology
     progress: Progress
 
@@ -88,10 +92,17 @@ class TrainState:
 
     def scalars(self) -> dict[str, Any]:
         """What is not a tensor, JSON-ready and the same on all ranks."""
-        return {"optimizer_steps": self.optimizer_steps, "ema": self.ema.scalars()}
+        return {
+            "optimizer_steps": self.optimizer_steps,
+            "ema": self.ema.scalars(),
+            "divergence": self.divergence.scalars(),
+            "exclusions": self.exclusions.scalars(),
+        }
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
         """The counterpart of `scalars`; EMA profiles that had begun get their memory here. Local.
+
+        What is left out of the data adds to what this state leaves out already.
 
         Raises:
             StateMismatchError: a part is missing, or does not belong to this configuration.
@@ -99,6 +110,8 @@ class TrainState:
         try:
             steps = int(scalars["optimizer_steps"])
             self.ema.load_scalars(scalars["ema"])
+            self.divergence.load_scalars(scalars["divergence"])
+            self.exclusions = self.exclusions.merged(Exclusions.from_scalars(scalars["exclusions"]))
         except (KeyError, TypeError) as error:
             raise StateMismatchError(f"the checkpoint's scalars are incomplete: {error!r} in {scalars!r}") from error
         for slot in self.optimizer.state.values():

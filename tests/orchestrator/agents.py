@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import tempfile
 import threading
 import uuid
 from collections import defaultdict
@@ -21,7 +23,19 @@ from orchestrator.pruning import BackgroundPruner
 from orchestrator.run_spec import RunSpec
 from orchestrator.supervisor import Supervisor
 
-PRELOAD = ("torch", "diffusers:UNet2DModel", "trainers.build", "orchestrator.checkpoint.reader", "sklearn.datasets")
+PRELOAD = (
+    "torch",
+    "diffusers:UNet2DModel",
+    "trainers.build",
+    "orchestrator.checkpoint.reader",
+    "sklearn.datasets",
+    "tests.orchestrator.faults",
+)
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="unbroken-faults-")
+FAULTS = Path(_FOLDER.name) / "faults.json"
+"""What `tests.orchestrator.faults` reads."""
+os.environ["UNBROKEN_TEST_FAULTS"] = str(FAULTS)
 
 
 class _KeptForkServer(ForkServer):
@@ -30,9 +44,18 @@ class _KeptForkServer(ForkServer):
     def __init__(self, preload: Sequence[str]) -> None:
         super().__init__(preload)
         self._preload = tuple(preload)
+        self._works = False
+
+    def fork(self, *handles: int) -> int:
+        pid = super().fork(*handles)
+        self._works = True
+        return pid
 
     def close(self) -> None:
-        _SHELF[self._preload].append(self)
+        if self._works and self._process.poll() is None:
+            _SHELF[self._preload].append(self)
+        else:
+            super().close()
 
 
 _SHELF: defaultdict[tuple[str, ...], list[_KeptForkServer]] = defaultdict(list)
@@ -47,6 +70,7 @@ def make_spec(run: Path, config: Mapping[str, Any], every_steps: int, **changes:
     """The spec of a run in the folder `run`."""
     record = open_or_create(Store.open(str(run)), config)
     spec = RunSpec(
+        quarantine=config.get("data", {}).get("quarantine", False),
         run_id=record.run_id,
         run_url=str(run),
         session=uuid.uuid4().hex,

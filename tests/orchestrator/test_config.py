@@ -94,6 +94,10 @@ REFUSED = [
     (["checkpoint.every_steps=0"], "checkpoint.every_steps=0 must be at least 1"),
     (["checkpoint.keep.last=0"], "checkpoint.keep.last=0 must be at least 1, or null to keep all"),
     (["checkpoint.keep.every_steps=1500"], "checkpoint.keep.every_steps=1500 is not a multiple of every_steps=1000"),
+    (["failures.kills=0"], "failures.kills=0 must be at least 1"),
+    (["failures.on_replay_difference=ignore"], 'failures.on_replay_difference="ignore" is not one of warn, stop'),
+    (["divergence.patience=0"], "divergence.patience=0 must be at least 1"),
+    (["divergence.rollback_steps=10001"], "set checkpoint.keep.last=11, or go back less"),
     (["train.ema_health_every=0"], "train.ema_health_every=0 must be at least 1, or null"),
     (
         ["objective.prediction_type=flow", "objective.contrastive=0.1", "train.microbatch_size=1"],
@@ -206,6 +210,8 @@ FREE = [
     "parallel.strategy=ddp",
     "parallel.shard_size=1",
     "train.num_steps=200",
+    "failures.kills=5",
+    "data.quarantine=true",
     "train.ema_health_every=7",
 ]
 DECISIVE = [
@@ -217,6 +223,7 @@ DECISIVE = [
     "model.args.sample_size=16",
     "model.args.dropout=0.1",
     "data.flip=true",
+    "divergence.patience=5",
     "objective.prediction_type=flow",
     "optimizer.lr=2e-3",
     "optimizer.groups=[{match: bias}]",

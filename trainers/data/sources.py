@@ -26,6 +26,9 @@ class DataConfig:
     """Images are resized to this many pixels a side, >= 1."""
     flip: bool = False
     """Mirror half of the samples left to right."""
+    quarantine: bool = False
+    """Go on without a sample that ends training twice: an error or the process's death in reading it, or in the
+    forward and backward pass of its microbatch."""
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
