@@ -45,6 +45,8 @@ class FailureConfig:
     """Errors and crashes at any steps, >= 1."""
     kills: int = 30
     """Trainers ended by SIGKILL or another signal from outside, >= 1."""
+    hangs: int = 10
+    """Trainers ended by the watchdog, >= 1."""
     lost_peers: int = 30
     """Connections between trainers that broke with none of them dead, >= 1."""
     storage: int = 30
@@ -158,6 +160,7 @@ def decide(history: Sequence[Failure], config: FailureConfig, quarantine: bool, 
 _BUDGETS = {
     "errors": (ExitKind.ERROR, ExitKind.CRASHED),
     "kills": (ExitKind.KILLED,),
+    "hangs": (ExitKind.HANG,),
     "lost_peers": (ExitKind.PEER_LOST,),
     "storage": (ExitKind.STORAGE,),
     "damaged": (ExitKind.DAMAGED,),
