@@ -8,15 +8,18 @@ from trainers.config import TrainerConfig
 from trainers.data.sources import open_source
 from trainers.ema import EMA
 from trainers.errors import ConfigError
+from trainers.fitting import check_fits
+from trainers.frozen import open_frozen
 from trainers.generators import GeneratorStates
-from trainers.models import build_model, check_fits, null_label
+from trainers.initial_weights import load_initial_weights
+from trainers.models import empty_model, null_label
 from trainers.norm import StepSums
 from trainers.objectives import Objective
 from trainers.optimizers import make_optimizer
-from trainers.parallel import make_topology, shard_model
+from trainers.parallel import LocalParameter, make_topology, shard_model
 from trainers.progress import Progress
-from trainers.reduction import Rounds
-from trainers.state import TrainState
+from trainers.reduction import Rounds, Topology
+from trainers.state import TrainState, combined_fingerprint, sharded_fingerprints, sharded_tensor
 from trainers.step import Task
 
 
@@ -34,16 +37,13 @@ def build(config: TrainerConfig, device: torch.device) -> tuple[TrainState, Task
             f" use fewer workers or a smaller microbatch_size"
         )
     source = open_source(config.data)
-    model = build_model(config.model, config.seed).to(device)
-    check_fits(
-        model,
-        channels=source.channels,
-        image_size=config.data.image_size,
-        num_classes=source.num_classes,
-        label_drop=config.objective.label_drop,
-    )
+    model = empty_model(config.model, config.seed)
+    latent_shape = check_fits(model, source, config)
+    frozen = open_frozen(config.model, config.conditioning, device)
     rounds = Rounds(config.train.num_microbatches, topology.world_size, local=config.parallel.accumulation == "local")
-    parameters = shard_model(model, config.parallel, topology, mesh, rounds, config.train.precision == "bf16")
+    whole = shard_model(model, config.parallel, topology, mesh, rounds, config.train.precision == "bf16")
+    load_initial_weights(config.model, config.seed, model, whole)
+    parameters = [parameter for parameter in whole if parameter.parameter.requires_grad]
     state = TrainState(
         model=model,
         parameters=parameters,
@@ -53,6 +53,7 @@ def build(config: TrainerConfig, device: torch.device) -> tuple[TrainState, Task
         generators=GeneratorStates(),
         topology=topology,
         progress=Progress(),
+        frozen=_hash_of_untrained(whole, topology) | (frozen.hashes if frozen else {}),
     )
     task = Task(
         config=config,
@@ -62,5 +63,16 @@ def build(config: TrainerConfig, device: torch.device) -> tuple[TrainState, Task
         sums=StepSums(parameters, topology, device),
         device=device,
         null_label=null_label(model),
+        frozen=frozen,
+        latent_shape=latent_shape,
     )
     return state, task
+
+
+def _hash_of_untrained(parameters: list[LocalParameter], topology: Topology) -> dict[str, str]:
+    """The hash of the network's own frozen parameters, if it has any. Collective: all ranks."""
+    untrained = [p for p in parameters if not p.parameter.requires_grad]
+    if not untrained:
+        return {}
+    tensors = (sharded_tensor(p.name, p, p.local, topology) for p in untrained)
+    return {"network": combined_fingerprint(sharded_fingerprints(tensors))}

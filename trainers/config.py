@@ -8,6 +8,7 @@ from typing import Literal
 from trainers.data.sources import DataConfig
 from trainers.ema import EMAConfig
 from trainers.errors import ConfigError
+from trainers.frozen import ConditioningConfig
 from trainers.models import ModelConfig
 from trainers.objectives import ObjectiveConfig
 from trainers.optimizers import OptimizerConfig
@@ -59,6 +60,7 @@ class TrainerConfig:
     seed: int = 0
     """Everything random follows from it, 0 <= seed < 2**63."""
     data: DataConfig = field(default_factory=DataConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

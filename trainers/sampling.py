@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from trainers.conditioning import Condition, call_model
 from trainers.errors import ConfigError
-from trainers.models import call_model, learns_null_label, null_label
+from trainers.models import learns_null_label, null_label
 from trainers.objectives import Objective
 from trainers.rng import Stream, normal
 
@@ -83,9 +84,9 @@ def _denoise(
     for timestep in scheduler.timesteps:
         timesteps = timestep.expand(len(x))
         noisy = scale_input(x, timestep)
-        prediction = call_model(model, noisy, timesteps, labels).float()
+        prediction = call_model(model, noisy, timesteps, Condition(labels=labels)).float()
         if guidance != 1:
-            without = call_model(model, noisy, timesteps, without_label).float()
+            without = call_model(model, noisy, timesteps, Condition(labels=without_label)).float()
             prediction = without + guidance * (prediction - without)
         x = scheduler.step(prediction, timestep, x).prev_sample
     return x.cpu()

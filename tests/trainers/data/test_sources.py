@@ -14,18 +14,19 @@ from trainers.errors import ConfigError
 def test_digits():
     source = open_source(DataConfig())
     assert (len(source), source.channels, source.num_classes) == (1797, 1, 10)
-    images, labels = source.read(np.array([0, 5, 0]))
+    samples = source.read(np.array([0, 5, 0]))
+    images, labels = samples.images, samples.labels
     assert images.shape == (3, 1, 8, 8) and images.dtype == torch.float32
     assert labels is not None and labels.tolist() == [0, 5, 0]
     assert torch.equal(images[0], images[2])
-    everything, _ = source.read(np.arange(1797))
+    everything = source.read(np.arange(1797)).images
     assert everything.min() == -1 and everything.max() == 1
     images.zero_()
-    assert source.read(np.array([0]))[0].abs().sum() > 0, "reading must not hand out the source's own memory"
+    assert source.read(np.array([0])).images.abs().sum() > 0, "reading must not hand out the source's own memory"
 
 
 def test_digits_resized():
-    images, _ = open_source(DataConfig(image_size=16)).read(np.arange(50))
+    images = open_source(DataConfig(image_size=16)).read(np.arange(50)).images
     assert images.shape == (50, 1, 16, 16) and images.min() >= -1 and images.max() <= 1
 
 
@@ -55,7 +56,8 @@ def folder(tmp_path):
 def test_folder_with_classes(folder):
     source = open_source(DataConfig(source="folder", path=str(folder), image_size=4))
     assert (len(source), source.channels, source.num_classes) == (3, 3, 2)
-    images, labels = source.read(np.array([2, 0]))
+    samples = source.read(np.array([2, 0]))
+    images, labels = samples.images, samples.labels
     assert images.shape == (2, 3, 4, 4) and images.dtype == torch.float32
     assert labels is not None and labels.tolist() == [1, 0]
     assert torch.equal(images[0].mean((1, 2)), torch.tensor([1.0, -1.0, -1.0]))
@@ -64,7 +66,8 @@ def test_folder_with_classes(folder):
 def test_folder_without_classes(tmp_path):
     Image.new("L", (5, 9), 128).save(tmp_path / "grey.png")
     source = open_source(DataConfig(source="folder", path=str(tmp_path), image_size=8))
-    images, labels = source.read(np.array([0]))
+    samples = source.read(np.array([0]))
+    images, labels = samples.images, samples.labels
     assert images.shape == (1, 3, 8, 8) and labels is None and source.num_classes is None
 
 
@@ -74,7 +77,7 @@ def test_turned_photos_are_set_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate clockwise to see it upright
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    image = open_source(DataConfig(source="folder", path=str(tmp_path), image_size=4)).read(np.array([0]))[0][0]
+    image = open_source(DataConfig(source="folder", path=str(tmp_path), image_size=4)).read(np.array([0])).images[0]
     assert (image[:, :, -1] == 1).all() and (image[:, :, :-1] == -1).all()
 
 
