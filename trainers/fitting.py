@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import torch
 from torch import nn
 
@@ -9,8 +10,9 @@ from trainers.conditioning import Condition, takes_text, type_name
 from trainers.config import TrainerConfig
 from trainers.data.sources import Source
 from trainers.errors import ConfigError
-from trainers.frozen import latent_shape
+from trainers.frozen import check_schedule, latent_shape
 from trainers.models import learns_null_label, null_label, settings_of
+from trainers.pretrained import PretrainedFolder
 
 
 def check_fits(model: nn.Module, source: Source, config: TrainerConfig) -> tuple[int, int, int] | None:
@@ -24,10 +26,23 @@ def check_fits(model: nn.Module, source: Source, config: TrainerConfig) -> tuple
     """
     folder, image_size = config.model.folder(), config.data.image_size
     shape = latent_shape(folder, source.channels, image_size)
+    if folder is not None and not config.model.from_scratch:
+        check_schedule(folder, config.objective)
+    if folder is not None and config.model.lora is not None:
+        _check_adapters(folder)
     _check_channels(model, shape or (source.channels, image_size, image_size), config)
     _check_captions(model, source, encoded=folder is not None and folder.has("tokenizer"))
     _check_labels(model, source.num_classes, config.objective.label_drop)
     return shape
+
+
+def _check_adapters(folder: PretrainedFolder) -> None:
+    pipeline = folder.index.get("_class_name", "")
+    if not hasattr(getattr(diffusers, pipeline, None), "save_lora_weights"):
+        raise ConfigError(
+            f"model.lora: {f'a {pipeline}' if pipeline else 'a network without a pipeline'} cannot load adapters,"
+            " so they would be of no use; remove model.lora"
+        )
 
 
 def _check_channels(model: nn.Module, shape: tuple[int, int, int], config: TrainerConfig) -> None:

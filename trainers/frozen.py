@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import diffusers
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from trainers.conditioning import Condition
 from trainers.errors import ConfigError
 from trainers.models import ModelConfig
+from trainers.objectives import Objective, ObjectiveConfig
 from trainers.pretrained import PretrainedFolder
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,6 +30,15 @@ _ENCODED: dict[str, tuple[int, int | None, int | None]] = {
     "PixArtAlphaPipeline": (0, None, 1),
     "PixArtSigmaPipeline": (0, None, 1),
 }
+_SCHEDULE = (
+    "prediction_type",
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "rescale_betas_zero_snr",
+    "trained_betas",
+)
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -184,6 +194,60 @@ def open_frozen(model: ModelConfig, config: ConditioningConfig, device: torch.de
             f" known are {', '.join(_ENCODED)}"
         )
     return FrozenParts(pipeline, config, device)
+
+
+def pipeline_scheduler(folder: PretrainedFolder, objective: ObjectiveConfig) -> Any:
+    """The sampler of an exported pipeline: the folder's own, on the noise schedule that was trained on."""
+    ours: Any = Objective(objective).scheduler()
+    shared = _shared_settings(folder.scheduler, ours)
+    if shared is None:
+        changed = {"clip_sample": False} if "clip_sample" in ours.config else {}  # latents reach beyond 1
+        return type(ours).from_config(ours.config, **changed)
+    cls: Any = getattr(diffusers, folder.scheduler["_class_name"])
+    return cls.from_config({**folder.scheduler, **{key: ours.config[key] for key in shared}})
+
+
+def check_schedule(folder: PretrainedFolder, objective: ObjectiveConfig) -> None:
+    """Check that pretrained weights go on with the noise schedule and the kind of prediction that they know.
+
+    Raises:
+        ConfigError: they don't; names the key, and what the folder has.
+    """
+    stored, ours = folder.scheduler, Objective(objective).scheduler()
+    if not stored:
+        return
+    shared = _shared_settings(stored, ours)
+    if shared is None:
+        known = "objective.prediction_type=flow" if _is_flow(stored) else "another objective.prediction_type"
+        differing = [known]
+    else:
+        names = {"rescale_betas_zero_snr": "zero_terminal_snr"}
+        differing = [
+            f"objective.{names.get(key, key)}={json.dumps(stored[key])}"
+            for key in shared
+            if key in stored and stored[key] != cast(Any, ours).config[key]
+        ]
+    if differing:
+        raise ConfigError(
+            f"objective: the weights in {folder.root} were trained with {', '.join(differing)} (its scheduler says so);"
+            " set that, or model.from_scratch=true"
+        )
+
+
+def _shared_settings(stored: Mapping[str, Any], ours: Any) -> tuple[str, ...] | None:
+    """What a stored sampler and ours must agree on; None if they are of different kinds."""
+    kind = stored.get("_class_name", "")
+    flow = _is_flow(stored)
+    if not hasattr(diffusers, kind) or flow != _is_flow({"_class_name": type(ours).__name__}):
+        return None
+    if flow:
+        # A dynamic shift follows from the size of the image, not from `shift`.
+        return ("num_train_timesteps",) if stored.get("use_dynamic_shifting") else ("num_train_timesteps", "shift")
+    return _SCHEDULE if "beta_schedule" in ours.config else None
+
+
+def _is_flow(settings: Mapping[str, Any]) -> bool:
+    return "FlowMatch" in settings.get("_class_name", "")
 
 
 def latent_shape(folder: PretrainedFolder | None, channels: int, image_size: int) -> tuple[int, int, int] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +37,26 @@ class PretrainedFolder:
     def network(self) -> Path:
         return self.root / self.part if self.part else self.root
 
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """The settings of the pipeline's sampler, empty if there are none."""
+        file = self.root / "scheduler" / "scheduler_config.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
     def libraries(self) -> set[tuple[str, str]]:
         """Library and class of the pipeline and each of its parts."""
         parts = {(entry[0], entry[1]) for entry in self.index.values() if isinstance(entry, list) and entry[0]}
         return {("diffusers", self.index["_class_name"]), *parts}
+
+    def num_elements(self, part: str) -> int:
+        """Elements of the tensors in a part's files, of one variant if there are several."""
+        counts: dict[str, int] = {}
+        for file in sorted((self.root / part).glob("*.safetensors")):
+            with safe_open(file, "pt") as opened:
+                count = sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())
+            variant = re.sub(r"-\d+-of-\d+", "", file.name)
+            counts[variant] = counts.get(variant, 0) + count
+        return max(counts.values(), default=0)
 
     def has(self, part: str) -> bool:
         """Whether the pipeline has such a part: `vae`, `tokenizer`, ..."""
@@ -70,7 +88,7 @@ def open_pretrained(where: str, subfolder: str | None = None, variant: str | Non
 
 
 def _holds(index: Mapping[str, Any], part: str) -> bool:
-    return bool(index.get(part) and index[part][0])
+    return isinstance(index.get(part), list) and index[part][0] is not None
 
 
 def _download(name: str, variant: str | None) -> Path:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 
 import numpy as np
 import pytest
@@ -108,3 +109,22 @@ def test_refusals(tmp_path):
         open_source(DataConfig(source="folder", path=str(tmp_path / "none")))
     with pytest.raises(ConfigError, match="holds no images"):
         open_source(DataConfig(source="folder", path=str(tmp_path)))
+
+
+def test_captions(folder):
+    digits = open_source(DataConfig(captions=True)).read(np.array([7, 0]))
+    assert digits.captions == ("a handwritten seven", "a handwritten zero")
+    assert open_source(DataConfig()).read(np.array([7])).captions is None
+    config = DataConfig(source="folder", path=str(folder), image_size=4, captions=True)
+    with pytest.raises(ConfigError, match=r"data\.captions=true needs .*metadata\.jsonl"):
+        open_source(config)
+    files = sorted(file.relative_to(folder) for file in folder.rglob("*.[pj][np]g"))
+    lines = [json.dumps({"file_name": str(file), "text": f"picture {file.stem}"}) for file in files]
+    (folder / "metadata.jsonl").write_text("\n".join(lines[1:]))
+    with pytest.raises(ConfigError, match="has no line for 1 images"):
+        open_source(config)
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    samples = open_source(config).read(np.array([2, 0]))
+    assert samples.captions == (f"picture {files[2].stem}", f"picture {files[0].stem}")
+    # 20 x 10 pixels, made 8 x 4 and cropped to the middle 4 x 4
+    assert samples.sizes.tolist() == [[10, 20, 0, 2, 4, 4]] * 2
