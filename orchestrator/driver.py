@@ -150,10 +150,7 @@ def _open_run(store: Store, config: RunConfig) -> RunRecord:
 def preload(config: RunConfig) -> tuple[str, ...]:
     """What a trainer of this configuration imports: paid once by the fork server, not at every restart."""
     modules = ["torch", "trainers.build", "orchestrator.checkpoint.reader"]
-    folder = config.model.folder()
-    modules.append(f"diffusers:{folder.class_name if folder else config.model.class_name}")
-    if folder and folder.index:
-        modules += [f"{library}:{name}" for library, name in sorted(folder.libraries())]
+    modules += config.model.classes()
     if config.data.source == "digits":
         modules.append("sklearn.datasets")
     return tuple(modules)

@@ -204,7 +204,8 @@ def pipeline_scheduler(folder: PretrainedFolder, objective: ObjectiveConfig) -> 
         changed = {"clip_sample": False} if "clip_sample" in ours.config else {}  # latents reach beyond 1
         return type(ours).from_config(ours.config, **changed)
     cls: Any = getattr(diffusers, folder.scheduler["_class_name"])
-    return cls.from_config({**folder.scheduler, **{key: ours.config[key] for key in shared}})
+    known = inspect.signature(cls.__init__).parameters
+    return cls.from_config({**folder.scheduler, **{key: ours.config[key] for key in shared if key in known}})
 
 
 def check_schedule(folder: PretrainedFolder, objective: ObjectiveConfig) -> None:

@@ -69,6 +69,16 @@ class ModelConfig:
         """
         return open_pretrained(self.pretrained, self.subfolder, self.variant) if self.pretrained else None
 
+    def classes(self) -> list[str]:
+        """`library:class` of the network and of its pipeline's parts, for whoever wants them imported early."""
+        folder = self.folder()
+        if folder is None:
+            return [f"diffusers:{self.class_name}"]
+        return [
+            f"diffusers:{folder.class_name}",
+            *(f"{library}:{name}" for library, name in sorted(folder.libraries())),
+        ]
+
 
 def model_class(config: ModelConfig) -> tuple[type[diffusers.ModelMixin], dict[str, Any]]:
     """The class of `config` and its arguments, after checking all that can be checked without building it.

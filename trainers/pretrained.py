@@ -46,7 +46,7 @@ class PretrainedFolder:
     def libraries(self) -> set[tuple[str, str]]:
         """Library and class of the pipeline and each of its parts."""
         parts = {(entry[0], entry[1]) for entry in self.index.values() if isinstance(entry, list) and entry[0]}
-        return {("diffusers", self.index["_class_name"]), *parts}
+        return parts | ({("diffusers", self.index["_class_name"])} if self.index else set())
 
     def num_elements(self, part: str) -> int:
         """Elements of the tensors in a part's files, of one variant if there are several."""
