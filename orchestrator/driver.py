@@ -145,7 +145,8 @@ def _open_run(store: Store, config: RunConfig) -> RunRecord:
 
 def preload(config: RunConfig) -> tuple[str, ...]:
     """What a trainer of this configuration imports: paid once by the fork server, not at every restart."""
-    modules = ["torch", f"diffusers:{config.model.class_name}", "trainers.build", "orchestrator.checkpoint.reader"]
+    modules = ["torch", "trainers.build", "orchestrator.checkpoint.reader"]
+    modules += config.model.classes()
     if config.data.source == "digits":
         modules.append("sklearn.datasets")
     return tuple(modules)

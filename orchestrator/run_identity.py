@@ -18,7 +18,15 @@ _ABSENT = "not set"
 
 # What changes no number, and so may differ between two attempts of one run. (With `parallel.reduction: fast` the number
 # of workers and the strategy do change numbers: that is what choosing it means. What quarantine leaves out is state.)
-_PLACEMENT = frozenset({"parallel.strategy", "parallel.shard_size", "parallel.accumulation", "data.quarantine"})
+_PLACEMENT = frozenset(
+    {
+        "parallel.strategy",
+        "parallel.shard_size",
+        "parallel.accumulation",
+        "model.gradient_checkpointing",
+        "data.quarantine",
+    }
+)
 _OBSERVATION = frozenset({"train.ema_health_every"})
 
 

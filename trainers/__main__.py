@@ -73,13 +73,12 @@ def _write_weights(state: TrainState, config: TrainerConfig, out: Path) -> None:
     }
     if dist.get_rank() == 0:
         description = f"EMA profile {profile}" if profile else "raw weights"
-        buffers = {name: value for name, value in state.model.state_dict().items() if name not in whole}
+        kept = state.model.state_dict()
+        buffers = {name: value.cpu() for name, value in state.model.named_buffers() if name in kept}
         export_pipeline(
             out,
-            config.model,
-            config.objective,
+            config,
             [ExportWeights(tensors={**buffers, **whole}, description=description)],
-            image_size=config.data.image_size,
             origin=f"python -m trainers, step {state.progress.step}",
         )
         print(f"{description} written to {out}", flush=True)

@@ -9,6 +9,7 @@ from trainers.data.sources import DataConfig
 from trainers.divergence import DivergenceConfig
 from trainers.ema import EMAConfig
 from trainers.errors import ConfigError
+from trainers.frozen import ConditioningConfig
 from trainers.models import ModelConfig
 from trainers.objectives import ObjectiveConfig
 from trainers.optimizers import OptimizerConfig
@@ -60,6 +61,7 @@ class TrainerConfig:
     seed: int = 0
     """Everything random follows from it, 0 <= seed < 2**63."""
     data: DataConfig = field(default_factory=DataConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from trainers.conditioning import Condition, call_model
 from trainers.config import TrainerConfig
-from trainers.data.batch import load_microbatch
+from trainers.data.batch import Batch, load_microbatch
 from trainers.data.guarded import GuardedSource
+from trainers.frozen import FrozenParts
 from trainers.generators import settle
-from trainers.models import call_model
 from trainers.norm import StepSums, clip_
 from trainers.objectives import Objective
 from trainers.parallel import begin_round
@@ -35,6 +36,10 @@ class Task:
     device: torch.device
     null_label: int | None
     """What a dropped label becomes; None: the model takes no labels."""
+    frozen: FrozenParts | None = None
+    """What makes latents of images and embeddings of captions; None: the model takes images and labels as they are."""
+    latent_shape: tuple[int, int, int] | None = None
+    """(c, h, w) of the latents; None: the images themselves are denoised."""
 
 
 def train_step(state: TrainState, task: Task) -> dict[str, float]:
@@ -115,20 +120,32 @@ def _backward(state: TrainState, task: Task, index: int, scale: float) -> torch.
         flip=config.data.flip,
         null_label=task.null_label,
         label_drop=config.objective.label_drop,
+        latent_shape=task.latent_shape,
     )
     task.trace.computing()
+    clean, condition = _inputs(task, batch)
     seed_global_generators(config.seed, state.progress.step, index)
-    images = batch.images.to(task.device)
     noise, in_input = (part.to(task.device) for part in task.objective.noises(batch.noise, config.seed, positions))
-    labels = batch.labels.to(task.device) if batch.labels is not None else None
     timesteps = task.objective.timesteps(batch.uniform).to(task.device)
-    noisy = task.objective.noisy(images, in_input, timesteps)
+    noisy = task.objective.noisy(clean, in_input, timesteps)
     if config.train.precision == "bf16":
-        noisy = noisy.bfloat16()
-    prediction = call_model(state.model, noisy, timesteps, labels, with_variance=config.objective.learned_variance)
-    loss = task.objective.loss(prediction, images, noise, timesteps).mean()
+        noisy, condition = noisy.bfloat16(), condition.cast(torch.bfloat16)
+    prediction = call_model(state.model, noisy, timesteps, condition, with_variance=config.objective.learned_variance)
+    loss = task.objective.loss(prediction, clean, noise, timesteps).mean()
     (loss * scale).backward()
     return loss.detach()
+
+
+def _inputs(task: Task, batch: Batch) -> tuple[torch.Tensor, Condition]:
+    """What is made noisy, (B, c, h, w) float32, and under which condition; both on the device."""
+    images, labels, sizes, posterior = (
+        None if value is None else value.to(task.device)
+        for value in (batch.images, batch.labels, batch.sizes, batch.posterior)
+    )
+    assert images is not None
+    if task.frozen is None:
+        return images, Condition(labels=labels)
+    return task.frozen.latents(images, posterior), task.frozen.condition(labels, batch.captions, sizes)
 
 
 def _update(state: TrainState, lr: float) -> None:

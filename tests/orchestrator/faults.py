@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import trainers.build
-from trainers.data.sources import DataConfig, Source, open_source
+from trainers.data.sources import DataConfig, Samples, Source, open_source
 
 FILE = "UNBROKEN_TEST_FAULTS"
 """Environment variable with the path of a JSON file: {"nan": [index, ...], "raise": [...], "signal": {index: number},
@@ -22,13 +22,14 @@ class FaultySource:
         self._source = source
         self._faults = faults
         self.channels, self.num_classes = source.channels, source.num_classes
+        self.has_captions = source.has_captions
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def read(self, indices: np.ndarray) -> Any:
-        images, labels = self._source.read(indices)
-        for image, index in zip(images, indices.tolist(), strict=True):
+    def read(self, indices: np.ndarray) -> Samples:
+        samples = self._source.read(indices)
+        for image, index in zip(samples.images, indices.tolist(), strict=True):
             if index in self._faults.get("raise", ()):
                 raise ValueError(f"sample {index} is broken")
             if number := self._faults.get("signal", {}).get(str(index)):
@@ -38,7 +39,7 @@ class FaultySource:
             flag = self._faults.get("drift", {}).get(str(index))
             if flag and Path(flag).exists():
                 image.add_(0.01)
-        return images, labels
+        return samples
 
 
 def _open(config: DataConfig) -> Source:

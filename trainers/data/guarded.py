@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from trainers.data.sources import Source
+from trainers.data.sources import Samples, Source
 from trainers.errors import ConfigError
 from trainers.trace import Blame, StepTrace
 
@@ -23,6 +22,7 @@ class GuardedSource:
         self._left_out: frozenset[int] = frozenset()
         self.channels = source.channels
         self.num_classes = source.num_classes
+        self.has_captions = source.has_captions
 
     def __len__(self) -> int:
         return len(self._source)
@@ -37,7 +37,7 @@ class GuardedSource:
             raise ConfigError(f"data.quarantine has left out all {len(self)} samples of the dataset; repair it")
         self._left_out = samples
 
-    def read(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read(self, indices: np.ndarray) -> Samples:
         """As `Source.read`. On an error the trace tells which samples can not be read."""
         if self._left_out:
             indices = np.array([self._replacement(index) for index in indices.tolist()], dtype=np.int64)
