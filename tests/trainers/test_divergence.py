@@ -115,9 +115,9 @@ def _poisoned(world_size: int, exclusions: Exclusions) -> tuple[list[dict[str, f
     read = task.source._source.read
 
     def poisoned(indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
-        images, labels = read(indices)
-        images[torch.from_numpy(indices == poison)] = math.nan
-        return images, labels
+        samples = read(indices)
+        samples.images[torch.from_numpy(indices == poison)] = math.nan
+        return samples
 
     task.source._source.read = poisoned  # type: ignore[method-assign]
     metrics, prints = [], []

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from trainers.data.guarded import GuardedSource
+from trainers.data.sources import Samples
 from trainers.errors import ConfigError
 from trainers.trace import Blame, StepTrace
 
@@ -12,7 +13,7 @@ from trainers.trace import Blame, StepTrace
 class Numbers:
     """Ten images of their own index, some of which can not be read."""
 
-    channels, num_classes = 1, None
+    channels, num_classes, has_captions = 1, None, False
 
     def __init__(self, *unreadable: int) -> None:
         self.unreadable = set(unreadable)
@@ -20,16 +21,17 @@ class Numbers:
     def __len__(self) -> int:
         return 10
 
-    def read(self, indices: np.ndarray) -> tuple[torch.Tensor, None]:
+    def read(self, indices: np.ndarray) -> Samples:
         if broken := self.unreadable & set(indices.tolist()):
             raise ValueError(f"{broken} can not be read")
-        return torch.from_numpy(indices).float().view(-1, 1, 1, 1), None
+        images = torch.from_numpy(indices).float().view(-1, 1, 1, 1)
+        return Samples(images=images, sizes=torch.zeros(len(indices), 6))
 
 
 def read(left_out: set[int], indices: list[int]) -> list[int]:
     source = GuardedSource(Numbers(), StepTrace(4))
     source.leave_out(frozenset(left_out))
-    return source.read(np.array(indices))[0].flatten().int().tolist()
+    return source.read(np.array(indices)).images.flatten().int().tolist()
 
 
 def test_a_sample_that_is_left_out_is_replaced_by_the_next_that_is_not() -> None:
