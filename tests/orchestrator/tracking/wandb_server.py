@@ -10,6 +10,7 @@ import base64
 import gzip
 import json
 import re
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -79,7 +80,7 @@ class WandbServer:
         self.uploads: dict[str, bytes] = {}
         self.unknown: list[str] = []
         self.lock = threading.RLock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": self}))
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -160,6 +161,12 @@ class WandbServer:
         key = variables["artifactID"]
         self.artifacts[key]["committed"] = True
         return {"commitArtifact": {"artifact": {"id": key, "digest": self.artifacts[key].get("digest")}}}
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionResetError):  # a client that was killed
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
