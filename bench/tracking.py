@@ -35,7 +35,7 @@ def measure(quick: bool) -> list[Comparison]:
     with _arms(channels) as (tracked, plain):
         arms = {"tracked": tracked, "plain": plain}
         for arm in arms.values():
-            arm.wait_for(lambda line: line["kind"] == "step" and line["step"] >= _WARM_UP_STEPS)
+            arm.wait_for(lambda line: line["kind"] == "step" and line["step"] >= _WARM_UP_STEPS, timeout_s=600)
         for arm in arms.values():
             arm.freeze()
         times: dict[str, list[float]] = {name: [] for name in arms}
