@@ -15,6 +15,7 @@ from orchestrator.commands.doctor import doctor
 from orchestrator.commands.ema import ema
 from orchestrator.commands.prove import prove
 from orchestrator.commands.status import report, status
+from orchestrator.commands.tracking import tracking
 from orchestrator.commands.train import train
 from orchestrator.commands.weights import export, sample
 from orchestrator.errors import GaveUpError, UnbrokenError
@@ -108,5 +109,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (train, status, report, prove, sample, export, ema, checkpoints, config, doctor, deploy):
+for command in (train, status, report, prove, sample, export, ema, checkpoints, tracking, config, doctor, deploy):
     main.add_command(command)

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from orchestrator.deploy.config import DeployConfig
 from orchestrator.failures import FailureConfig
 from orchestrator.sections import SAFE_NAME, CheckpointConfig, Resources, RunSection, Workers
+from orchestrator.tracking.config import TrackingConfig
 from orchestrator.watchdog import WatchdogConfig
 from trainers.config import TrainerConfig
 from trainers.decode import decode
@@ -39,6 +40,7 @@ class RunConfig(TrainerConfig):
     deploy: DeployConfig = field(default_factory=DeployConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     failures: FailureConfig = field(default_factory=FailureConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -224,8 +224,8 @@ class Coordinator:
             return
         assert self._save.ended
         if manifest is not None:
-            size = sum(file.size_bytes for file in manifest.files)
-            self._event("saved", step=message.progress.step, attempt=self._attempt, bytes=size)
+            facts = {"checkpoint": str(manifest.ref), "bytes": sum(file.size_bytes for file in manifest.files)}
+            self._event("saved", step=message.progress.step, attempt=self._attempt, **facts)
             self._prune(self._attempt)
         else:
             self._event("save_failed", step=message.progress.step, error=self._save.ended.error)

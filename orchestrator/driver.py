@@ -47,6 +47,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from orchestrator.agent import agent
 from orchestrator.control import Listener, LiveNodesPolicy, NodeWatch, make_mailbox
 from orchestrator.run_spec import RunSpec
+from orchestrator.tracking.fan_out import FanOut, check_tracking
 
 _MAX_CONTROLLER_DEATHS = 5
 """Times in a row that Ray Train's controller may die without a newer checkpoint."""
@@ -73,15 +74,17 @@ def run(config: RunConfig, show: _Tell) -> None:
         GaveUpError, ConfigError, SupersededError, StorageError: the run ended before its last step.
         UnbrokenError: Ray Train itself failed again and again.
     """
+    check_tracking(config.tracking)
     spec = _spec(config, _open_run(Store.open(run_url(config)), config).run_id)
-    recorder = Recorder(spec.run_url, spec.session, report=show)
+    fan_out = FanOut(show)
+    recorder = Recorder(spec.run_url, spec.session, report=fan_out.take)
 
     def note(event: Event) -> None:
-        show(event)
+        fan_out.take(event)
         recorder.take(event)
 
     try:
-        _go_on(config, spec, show, note)
+        _go_on(config, spec, fan_out, note)
     finally:
         recorder.close()
 
@@ -105,8 +108,8 @@ def _spec(config: RunConfig, run_id: str) -> RunSpec:
     )
 
 
-def _go_on(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell) -> None:
-    """Args: note: as `show`, for events that only this process can record."""
+def _go_on(config: RunConfig, spec: RunSpec, fan_out: FanOut, note: _Tell) -> None:
+    """Args: note: as `fan_out.take`, for events that only this process can record."""
     newest = newest_stable(Store.open(spec.run_url))
     if newest is not None and newest.manifest and newest.manifest.progress.step >= config.train.num_steps:
         note(_event("already_finished", step=newest.manifest.progress.step, checkpoint=str(newest.ref)))
@@ -117,7 +120,10 @@ def _go_on(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell) -> None:
     # After Ray has set its own handler, which would abort with a stack dump.
     with Interrupts(config.run.grace_s) as interrupts:
         try:
-            outcome = _supervise(config, spec, show, note, interrupts)
+            fan_out.open(config, spec)
+            outcome = _supervise(config, spec, fan_out.take, note, interrupts)
+            if Ending(outcome["ending"]) is not Ending.STOPPED:  # the grace time is not for uploads: they go on alone
+                fan_out.close()
         except SystemExit:
             note(_event("interrupted", kept=""))
             raise

@@ -67,7 +67,7 @@ class Screen:
             f"  ETA {eta}  attempt {attempt}  newest stable checkpoint: {stable}"
         )
 
-    def _saved(self, at: float, *, step: int, attempt: int, bytes: int) -> None:
+    def _saved(self, at: float, *, step: int, attempt: int, checkpoint: str, bytes: int) -> None:
         self._stable = step
 
     def _save_failed(self, at: float, *, step: int, error: str) -> None:
@@ -144,6 +144,9 @@ class Screen:
 
     def _quarantined(self, at: float, *, checkpoint: str, reason: str) -> None:
         self._write(f"checkpoint {checkpoint} is quarantined: {reason}; the next older one is taken")
+
+    def _tracking(self, at: float, *, message: str) -> None:
+        self._write(message)
 
     def _interrupted(self, at: float, *, kept: str) -> None:
         self._write(f"interrupted{': ' * bool(kept)}{kept}; the same command goes on from the newest stable checkpoint")
