@@ -1,7 +1,7 @@
 """`python -m bench [ROW ...] [--quick]`: measure, print the table, and write `bench/results/ROW.json`.
 
-Rows: reduction, ema, overhead, recovery, s3; all of them take about 15 minutes. `--quick` tries the benchmarks out on
-small models and keeps nothing.
+Rows: reduction, ema, overhead, recovery, s3, tracking; all of them take about 20 minutes. `--quick` tries the
+benchmarks out on small models and keeps nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 
-ROWS = ("reduction", "ema", "overhead", "recovery", "s3")
+ROWS = ("reduction", "ema", "overhead", "recovery", "s3", "tracking")
 
 
 def main(arguments: list[str] | None = None) -> None:

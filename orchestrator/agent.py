@@ -12,9 +12,11 @@ import ray.train.collective
 
 from orchestrator.checkpoint.peer_objects import PeerRing
 from orchestrator.committing import BackgroundChores
+from orchestrator.control import take_orders
 from orchestrator.coordinator import Coordinator
+from orchestrator.errors import RegroupError
 from orchestrator.hub import Hub, connect
-from orchestrator.messages import Event
+from orchestrator.messages import Ending, Event
 from orchestrator.peer_memory import home
 from orchestrator.run_spec import RunSpec
 from orchestrator.stores import Stores
@@ -26,12 +28,16 @@ from orchestrator.tracking.sinks import Sink
 def agent(arguments: dict[str, Any]) -> None:
     """Serve this rank until the run has an outcome. Runs on every Ray Train worker.
 
-    It returns normally however the run ends, so that Ray restarts only agents and nodes that died; the outcome goes to
-    the driver through `mailbox`.
+    It returns normally however the run ends; the outcome goes to the driver through `mailbox`. So whatever raises or
+    dies here is for Ray Train to place anew.
 
     Args:
-        arguments: `spec`, the `RunSpec`; `mailbox`, the actor handle that takes `Event`s; `directory`, the one that
-            knows the memory of the nodes, or None.
+        arguments: `spec`, the `RunSpec`; `mailbox`, the actor handle that takes `Event`s and has orders; `directory`,
+            the one that knows the memory of the nodes, or None.
+
+    Raises:
+        RegroupError: the group is to be placed anew, on other nodes.
+        ConnectionError: another agent is gone.
     """
     spec: RunSpec = arguments["spec"]
     mailbox, directory = arguments["mailbox"], arguments["directory"]
@@ -59,11 +65,15 @@ def agent(arguments: dict[str, Any]) -> None:
             notify(Event(kind="peers", fields={"num_nodes": len(ring.peers)}, time_s=time.time()))
         chores = BackgroundChores(spec, stores, notify)
         hub.start(lambda send: Coordinator(spec, stores, world_size, host, send, notify, chores), chores.results)
+        take_orders(mailbox, hub.order)
     address, key, ring = cast(
         tuple[tuple[str, int], bytes, PeerRing | None], ray.train.collective.broadcast_from_rank_zero(wire)
     )
+    node = ray.get_runtime_context().get_node_id()
     try:
-        Supervisor(spec, rank, world_size, connect(address, key, rank), ring=home(ring)).run()
+        outcome = Supervisor(spec, rank, world_size, connect(address, key, rank), node, ring=home(ring)).run()
     finally:
         for sink in sinks:
             sink.close()
+    if outcome.ending is Ending.REGROUP:
+        raise RegroupError(outcome.message)

@@ -17,9 +17,11 @@ from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.checkpoint.reader import Destination, expected_fingerprints, read_rows
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError
+from orchestrator.liveness import Entered
 from orchestrator.memory_restore import fill_from_memory
 from orchestrator.messages import Begin, Overwriting, Paused, Restored, SaveEnded, Skipped, Snapshot
-from orchestrator.sections import CheckpointConfig
+from orchestrator.sections import CheckpointConfig, TierName
+from orchestrator.watchdog import Phase
 from trainers.errors import StateMismatchError
 from trainers.fingerprint import format_fingerprint
 from trainers.ports import Directive
@@ -46,6 +48,11 @@ class SaveSchedule:
         due = self._config.tiers_due(progress.step, self._num_steps)
         return Directive(save=bool(due) and self._checkpointer.may_save(progress))
 
+    def stop(self) -> Directive:
+        """Stop here, saved. All ranks say so after the same step."""
+        self._checkpointer.stopping = True
+        return Directive(save=True, stop=True)
+
 
 class SharedMemoryCheckpointer:
     """Copies this rank's rows into the agent's buffer and trains on; the agent stores them."""
@@ -65,6 +72,8 @@ class SharedMemoryCheckpointer:
         """What all ranks had heard of when the last snapshot was taken."""
         self._undecided = False
         """A snapshot was taken that not all ranks are known to have heard the end of; alike on all ranks."""
+        self.stopping = False
+        """The next save is the last of this process: it has to outlive the memory of the nodes."""
 
     def restore(self, state: TrainState) -> None:
         memory = self._begin.memory
@@ -104,9 +113,12 @@ class SharedMemoryCheckpointer:
         self._settle()  # a failed save was reported by the coordinator; this newer one takes its place
         self._agreed = self._committed
         lags = self._lags(state.progress, self._agreed)
+        self._agent.send(Entered(phase=Phase.SAVING))
         self._take_snapshot(state)
+        error = self._settle() if lags else None
         self._agent.send(Paused(progress=state.progress, stall_s=time.monotonic() - begun_s))
-        if lags and (error := self._settle()) is not None:
+        self._agent.send(Entered(phase=Phase.TRAINING))
+        if error is not None:
             raise LaggingError(
                 f"stopped at step {state.progress.step}: the newest committed checkpoint is of step"
                 f" {self._agreed.step}, checkpoint.max_lag_steps={self._config.max_lag_steps} allows no more, and"
@@ -130,7 +142,13 @@ class SharedMemoryCheckpointer:
             target[chunk.begin : chunk.end].copy_(piece.detach().contiguous().view(-1).view(torch.uint8))
         self._pending, self._undecided = state.progress, True
         self._agent.send(
-            Snapshot(progress=state.progress, chunks=tuple(chunks), size_bytes=end, scalars=state.scalars())
+            Snapshot(
+                progress=state.progress,
+                chunks=tuple(chunks),
+                size_bytes=end,
+                scalars=state.scalars(),
+                tiers=self._tiers(state.progress),
+            )
         )
 
     def wait(self) -> None:
@@ -141,6 +159,8 @@ class SharedMemoryCheckpointer:
         """Wait for the save in flight, if there is one; why it failed, if it did."""
         if self._pending is None:
             return None
+        if not self._agent.poll():
+            self._agent.send(Entered(phase=Phase.STORING))  # storage has limits of its own
         ended = self._agent.recv()
         assert isinstance(ended, SaveEnded) and ended.progress == self._pending, ended
         self._pending = None
@@ -151,9 +171,14 @@ class SharedMemoryCheckpointer:
     def _lags(self, progress: Progress, committed: Progress) -> bool:
         """Whether training must not go on to the next save before this one is committed."""
         most = self._config.max_lag_steps
-        if most is None or "storage" not in self._config.tiers_due(progress.step, self._num_steps):
+        if most is None or "storage" not in self._tiers(progress):
             return False
         return progress.step + self._config.interval_steps - committed.step > most
+
+    def _tiers(self, progress: Progress) -> tuple[TierName, ...]:
+        """Where the state of `progress` is saved; one that is saved for a reason of its own is to last."""
+        due = self._config.tiers_due(progress.step, self._num_steps)
+        return ("storage",) if not due or (self.stopping and "storage" not in due) else due
 
     def _restore_from_storage(self, state: TrainState, name: str) -> None:
         store = self._begin.peers.open() if self._begin.peers else Store.open(self._begin.run_url)

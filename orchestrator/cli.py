@@ -10,13 +10,15 @@ import click
 
 from orchestrator.commands.checkpoints import checkpoints
 from orchestrator.commands.config import config
+from orchestrator.commands.deploy import deploy
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.ema import ema
 from orchestrator.commands.prove import prove
 from orchestrator.commands.status import report, status
+from orchestrator.commands.tracking import tracking
 from orchestrator.commands.train import train
 from orchestrator.commands.weights import export, sample
-from orchestrator.errors import UnbrokenError
+from orchestrator.errors import GaveUpError, UnbrokenError
 from trainers.errors import ConfigError, TrainersError
 
 _EPILOG = """\
@@ -62,8 +64,10 @@ class _Cli(click.Group):
 
 
 def describe(error: Exception) -> tuple[str, int]:
-    """What a user reads about `error`, on one line, and the exit code."""
-    text = " ".join(str(error).split())
+    """What a user reads about `error`, on one line where it is not a bug of theirs, and the exit code."""
+    # A bug that ends the run is told in three lines: what, where, which samples.
+    lines = str(error).splitlines() if isinstance(error, GaveUpError) else [str(error)]
+    text = "\n".join(" ".join(line.split()) for line in lines)
     match error:
         case click.Abort():
             return "interrupted; run the same command again to go on", 130
@@ -105,5 +109,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (train, status, report, prove, sample, export, ema, checkpoints, config, doctor):
+for command in (train, status, report, prove, sample, export, ema, checkpoints, tracking, config, doctor, deploy):
     main.add_command(command)

@@ -14,7 +14,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from orchestrator.deploy.config import DeployConfig
+from orchestrator.failures import FailureConfig
 from orchestrator.sections import SAFE_NAME, CheckpointConfig, Resources, RunSection, Workers
+from orchestrator.tracking.config import TrackingConfig
+from orchestrator.watchdog import WatchdogConfig
 from trainers.config import TrainerConfig
 from trainers.decode import decode
 from trainers.errors import ConfigError
@@ -33,6 +37,10 @@ class RunConfig(TrainerConfig):
     """Ray Train workers: a number, or {min, max}; at most one for each microbatch of a step."""
     resources: Resources = field(default_factory=Resources)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    deploy: DeployConfig = field(default_factory=DeployConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    failures: FailureConfig = field(default_factory=FailureConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,12 +52,25 @@ class RunConfig(TrainerConfig):
         if tier is not None and self.storage not in ("runs", tier.url):
             raise ConfigError(f"storage={self.storage!r} and the tier {tier.url!r} name two places; give one of them")
         self._check_workers()
+        self._check_rollback()
         for name in self.ema:
             if not SAFE_NAME.fullmatch(name) or name in _RESERVED_PROFILES:
                 raise ConfigError(
                     f"ema.{name} is no usable profile name; use letters, digits, '.', '_' and '-', but none of"
                     f" {', '.join(_RESERVED_PROFILES)}"
                 )
+
+    def _check_rollback(self) -> None:
+        keep, every = self.checkpoint.retention.last, self.checkpoint.interval_steps
+        undone, tier = self.divergence.rollback_steps, self.checkpoint.storage
+        if keep is not None and keep * every < undone:
+            key, interval = "checkpoint.keep.last", "checkpoint.every_steps"
+            if tier is not None:
+                key, interval = f"keep of the tier {tier.url}", "its every"
+            raise ConfigError(
+                f"divergence.rollback_steps={undone} goes back further than {key}={keep} checkpoints of every"
+                f" {interval}={every} steps; set {key}={-(-undone // every)}, or go back less"
+            )
 
     def _check_workers(self) -> None:
         fewest, most = self.min_workers, self.max_workers
@@ -69,6 +90,11 @@ class RunConfig(TrainerConfig):
                 f"parallel.shard_size={size} does not divide workers={shown}; hsdp needs whole shard groups, so give a"
                 f" fixed number of workers that is a multiple of {size}"
             )
+
+    @property
+    def storage_url(self) -> str:
+        """What holds all runs: `storage`, or the tier that takes its place."""
+        return self.checkpoint.storage.url if self.checkpoint.storage else self.storage
 
     @property
     def min_workers(self) -> int:
@@ -102,7 +128,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def run_url(config: RunConfig) -> str:
     """Where the run lives: `<storage>/<run.name>`. A local path is made absolute: workers start in other folders."""
-    storage = config.checkpoint.storage.url if config.checkpoint.storage else config.storage
+    storage = config.storage_url
     if "://" not in storage:
         storage = os.path.abspath(os.path.expanduser(storage))
     return f"{storage}{'' if storage.endswith('/') else '/'}{config.run.name}"

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+from orchestrator.casebook import Casebook
 from orchestrator.committing import Chores, CommitEnded
 from orchestrator.errors import GaveUpError, UnbrokenError
-from orchestrator.failures import Action, Failure, classify, decide
+from orchestrator.failures import Action
+from orchestrator.guard import Guard
+from orchestrator.halting import HaltOrder, Purpose
+from orchestrator.liveness import Beat, Busy, Stack, Told
 from orchestrator.messages import (
     Down,
     Ending,
@@ -35,12 +40,13 @@ from orchestrator.messages import (
     Skipped,
     Started,
     Stepped,
+    TrainerExit,
 )
 from orchestrator.opening import Opener, Opening
+from orchestrator.replay import ReplayCheck
 from orchestrator.restore_point import set_aside
 from orchestrator.run_spec import RunSpec
 from orchestrator.save_round import SaveRound
-from orchestrator.sections import TierName
 from orchestrator.stores import Stores
 from trainers.progress import Progress
 
@@ -68,8 +74,8 @@ class Coordinator:
         self._host = host
         self._send = send
         self._notify = notify
-        self._chores = chores
-        self._history: list[Failure] = []
+        self._casebook = Casebook(spec, self._event)
+        self._replay = ReplayCheck()
         self._opener = Opener(spec, stores, world_size, self._event)
         self._opening = Opening(attempt=0)
         self._reached = Progress()
@@ -78,9 +84,10 @@ class Coordinator:
         self._finished: set[int] = set()
         self._down: dict[int, Down] = {}
         self._stopping = False
-        self._save = SaveRound(spec, stores, world_size)
+        self._save = SaveRound(spec, stores, world_size, chores, send, self._event)
         self._memory: Progress | None = None
-        self._last_words: tuple[Ending, str] | None = None
+        self._waiting: tuple[Progress, Callable[[], None]] | None = None
+        self._guard = Guard(spec, world_size, send, self._event)
         self._launch_at: float | None = None
         self._launch_failures = 0
         self._cause = "start"
@@ -97,36 +104,45 @@ class Coordinator:
                 if len(self._joined) == self._world_size:
                     self._try_launch(cause="start")
             case Started():
-                self._event("trainer", rank=rank, pid=message.pid, agent_pid=message.agent_pid, attempt=message.attempt)
+                self._event("trainer", rank=rank, **vars(message))
+                self._guard.hear_trainer(rank, message)
+            case Beat() | Busy() | Stack() | Told():
+                self._guard.hear(rank, message)
             case FromTrainer(attempt=attempt, message=inner) if attempt == self._attempt and not self._stopping:
                 self._from_trainer(rank, inner)
-            case Receipt() | SaveFailed() if message.attempt == self._attempt:
+            case Receipt() | SaveFailed() | CommitEnded() if message.attempt == self._attempt:
                 self._hear_of_save(rank, message)
             case SaveDelayed() if message.attempt == self._attempt:
                 self._event("save_delayed", rank=rank, step=message.progress.step, error=message.error)
-            case CommitEnded() if (
-                message.attempt == self._attempt
-            ):  # of an older one, this very group has superseded it
-                self._hear_of_commit(message)
             case Down(attempt=attempt) if attempt == self._attempt:
                 self._take_down(rank, message)
 
-    def agent_lost(self, rank: int) -> None:
+    def agent_lost(self, rank: int, why: str) -> None:
         """An agent is gone: end the trainers; whoever placed the agents replaces the group."""
-        self._event("agent_lost", rank=rank)
-        self._stopping = True
-        self._to_all(Kill(attempt=self._attempt))
+        self._event("agent_lost", rank=rank, why=why)
+        self._stop({})
+
+    def take_order(self, order: HaltOrder) -> None:
+        """Bring all ranks to a stop, saved; at once, if there is nothing to save."""
+        if self.outcome is not None or not self._guard.halt.request(order):
+            return
+        self._event("halting", purpose=order.purpose.value, reason=order.reason)
+        if order.purpose is not Purpose.GROW and (self._launch_at is not None or not self._guard.halt.can_save):
+            self._launch_at = None
+            self._after_save(self._end_halted)
 
     @property
     def wait_s(self) -> float | None:
         """Seconds until `tick` has something to do; None: nothing is due."""
-        return None if self._launch_at is None else max(0.0, self._launch_at - time.monotonic())
+        return self._guard.wait_s if self._launch_at is None else max(0.0, self._launch_at - time.monotonic())
 
     def tick(self) -> None:
         """Do what is due."""
         if self._launch_at is not None and time.monotonic() >= self._launch_at:
             self._launch_at = None
             self._try_launch(self._cause)
+        if (causes := self._guard.tick()) is not None:
+            self._stop(causes)
 
     def _try_launch(self, cause: str) -> None:
         """Launch, or try again in a while if storage does not answer; the trainers are down and lose nothing."""
@@ -146,24 +162,35 @@ class Coordinator:
             self._launch_failures = 0
 
     def _launch(self, cause: str) -> None:
-        self._opening = opening = self._opener.open(cause, self._save.remembered(self._memory))
+        remembered = self._save.remembered(self._memory)
+        self._opening = opening = self._opener.open(cause, self._casebook.exclusions, remembered)
+        exclusions = self._casebook.learn(opening.checkpoint)
         self._reached = opening.progress
+        self._replay.begin_attempt(self._reached.step, self._casebook.changed_from)
         self._ready, self._finished, self._down = set(), set(), {}
         self._save.begin_attempt(opening)
         self._stopping = False
+        self._guard.begin_attempt(self._attempt)
         attempt, restore, memory = opening.attempt, opening.restore, opening.memory
-        in_memory = memory and memory.step
-        where = {"restore": restore, "tier": opening.tier, "memory": in_memory}
+        where = {"restore": restore, "tier": opening.tier, "memory": memory and memory.step}
         self._event("attempt", attempt=attempt, **where, cause=cause, world_size=self._world_size)
-        launch = Launch(attempt=attempt, restore=restore, tier=opening.tier, memory=memory, committed=opening.committed)
+        launch = Launch(
+            attempt=attempt,
+            restore=restore,
+            tier=opening.tier,
+            memory=memory,
+            committed=opening.committed,
+            exclusions=exclusions,
+        )
         self._to_all(launch)
 
     @property
     def _attempt(self) -> int:
         return self._opening.attempt
 
-    def _from_trainer(self, rank: int, message: object) -> None:
-        match message:
+    def _from_trainer(self, rank: int, inner: object) -> None:
+        self._guard.hear_trainer(rank, inner)
+        match inner:
             case Listening(port=port):
                 self._to_all(Rendezvous(host=self._host, port=port))
             case Reached(stage=stage):
@@ -172,117 +199,125 @@ class Coordinator:
                 self._ready.add(rank)
                 if len(self._ready) == self._world_size:
                     self._event("training", attempt=self._attempt, step=progress.step)
-            case Stepped(progress=progress, metrics=metrics):
-                self._reached = progress
-                self._save.note(progress, metrics)
-                self._event("step", attempt=self._attempt, step=progress.step, metrics=dict(metrics))
+                    self._guard.halt.training()
+                    self._waiting = None  # if there is an order to stop: now there is more to save
+            case Stepped():
+                self._take_step(inner)
             case Skipped(progress=progress):
                 self._event("save_skipped", step=progress.step)
             case Paused(progress=progress, stall_s=stall_s):
                 self._event("snapshot", attempt=self._attempt, step=progress.step, stall_s=stall_s)
-            case Finished(stopped=stopped):
+            case Finished(progress=progress, stopped=stopped):
                 self._finished.add(rank)
-                if len(self._finished) == self._world_size:
-                    finished = f"step {self._spec.num_steps} is done and committed"
-                    self._end(Ending.STORAGE if stopped else Ending.FINISHED, stopped or finished)
+                if len(self._finished) < self._world_size:
+                    return
+                if stopped is not None:
+                    self._end(Ending.STORAGE, stopped)
+                elif progress.step < self._spec.num_steps:
+                    self._end_halted()
+                else:
+                    self._end(Ending.FINISHED, f"step {self._spec.num_steps} is done and committed")
 
-    def _hear_of_save(self, rank: int, message: Receipt | SaveFailed) -> None:
-        if self._save.has_ended(message.progress, message.tier):
-            # Another rank's failure has ended this save, maybe before this rank took its snapshot: it has to be told
-            # (again), or it waits for ever.
-            if self._save.ended is not None:
-                self._send(rank, self._save.ended)
-            return
-        job = self._save.take(rank, message)
-        if job is not None:
-            self._chores.commit(job)
-        elif isinstance(message, SaveFailed):
-            self._announce_save(message.progress, message.tier, f"rank {rank}: {message.error}")
+    def _take_step(self, stepped: Stepped) -> None:
+        step, metrics = stepped.progress.step, dict(stepped.metrics)
+        self._reached = stepped.progress
+        self._save.note(stepped.progress, metrics, last=step == self._guard.halt.step)
+        self._event("step", attempt=self._attempt, step=step, metrics=metrics)
+        if "skipped" in metrics and "loss" in metrics:
+            numbers = f"loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}"
+            self._event("bad_step", attempt=self._attempt, step=step, numbers=numbers)
+        difference = self._replay.check(step, metrics, stepped.losses, stepped.ranks)
+        if difference is not None:
+            ranks, message = list(difference.ranks), difference.message
+            self._event("replay_differs", attempt=self._attempt, step=step, ranks=ranks, message=message)
+            if self._spec.failures.on_replay_difference == "stop":
+                self._end(Ending.GAVE_UP, f"{message} (failures.on_replay_difference=stop)")
 
-    def _hear_of_commit(self, commit: CommitEnded) -> None:
-        if commit.superseded:
-            self._end(Ending.SUPERSEDED, commit.error or "")
-            return
-        self._save.end(commit.progress, commit.tier, commit.error, commit.attempt)
-        if commit.error is None:
-            size, step = commit.size_bytes, commit.progress.step
-            self._event("saved", step=step, attempt=commit.attempt, bytes=size, tier=commit.tier)
-            self._chores.prune(commit.attempt, commit.tier)
-        self._announce_save(commit.progress, commit.tier, commit.error)
-
-    def _announce_save(self, progress: Progress, tier: TierName, error: str | None) -> None:
-        """Report a failure, and tell everybody if the save is over in all tiers."""
-        if error is not None:
-            self._event("save_failed", step=progress.step, tier=tier, error=error)
-        if not self._save.has_ended(progress):
-            return
-        self._to_all(self._save.ended)
-        if self._last_words is not None:
-            self._end(*self._last_words)
+    def _hear_of_save(self, rank: int, message: Receipt | SaveFailed | CommitEnded) -> None:
+        if not isinstance(message, CommitEnded):
+            self._save.take(rank, message)
+        elif message.superseded and self._opener.claimed == message.attempt:
+            self._end(Ending.SUPERSEDED, message.error or "")
+        else:  # superseded by this very group, which is about to launch the next attempt: a failed save like others
+            self._save.take_commit(message)
+        if self._waiting is not None and self._save.has_ended(self._waiting[0]):
+            (_, then), self._waiting = self._waiting, None
+            then()
 
     def _take_down(self, rank: int, down: Down) -> None:
         self._down[rank] = down
         if not self._stopping:
-            self._stopping = True
             self._event("down", rank=rank, kind=down.exit.kind.value, message=down.exit.message)
-            self._to_all(Kill(attempt=self._attempt))
+            self._stop({})
         if len(self._down) == self._world_size:
             self._decide()
 
+    def _stop(self, causes: Mapping[int, TrainerExit]) -> None:
+        """End the trainers; `causes` says why, for those whose fault it is."""
+        self._stopping = True
+        self._guard.end_attempt()
+        for rank in range(self._world_size):
+            self._send(rank, Kill(attempt=self._attempt, cause=causes.get(rank)))
+
     def _decide(self) -> None:
-        rank, cause = classify({rank: down.exit for rank, down in self._down.items()})
-        failure = Failure(
-            kind=cause.kind,
-            rank=rank,
-            message=cause.message,
-            details=cause.details,
-            restored_step=self._opening.progress.step,
-            reached_step=self._reached.step,
-        )
-        self._history.append(failure)
-        decision = decide(self._history)
-        self._event(
-            "failure",
-            attempt=self._attempt,
-            rank=rank,
-            kind=cause.kind.value,
-            action=decision.action.value,
-            reason=decision.reason,
-            details=cause.details,
-            step=self._reached.step,
-        )
+        exits = {rank: down.exit for rank, down in self._down.items()}
+        decision = self._casebook.judge(self._attempt, exits, self._opening.progress.step, self._reached.step)
+        self._memory = None
         if decision.action is Action.REFUSE:
-            self._end_after_save(Ending.CONFIG, decision.reason)
+            self._after_save(partial(self._end, Ending.CONFIG, decision.reason))
         elif decision.action is Action.GIVE_UP:
-            self._end_after_save(Ending.GAVE_UP, decision.reason)
+            self._after_save(partial(self._end, Ending.GAVE_UP, decision.reason))
+        elif self._guard.halt.order is not None:
+            self._after_save(self._end_halted)
+        elif decision.action in (Action.ROLL_BACK, Action.LEAVE_OUT):
+            self._after_save(partial(self._relaunch, decision.delay_s))
         else:
             held = {down.held for down in self._down.values()}
-            # Only a plain restart may go on from memory: anything else distrusts what the trainers were doing.
+            # Only a plain restart may go on from memory: anything else distrusts what the trainers were doing, or
+            # changes what they are to do.
             self._memory = held.pop() if decision.action is Action.RESTART and len(held) == 1 else None
             if decision.action is Action.QUARANTINE and self._opening.checkpoint is not None:
                 # The file with the damage, where a full check finds it; else what the loading rank saw.
                 report = self._opener.report_quarantine
-                set_aside(
-                    self._stores.of(self._opening.tier),
-                    self._opening.checkpoint,
-                    decision.reason,
-                    self._attempt,
-                    report,
-                )
-            self._launch_at, self._cause = time.monotonic() + decision.delay_s, cause.kind.value
+                opening, stores = self._opening, self._stores
+                set_aside(stores.of(opening.tier), opening.checkpoint, decision.reason, self._attempt, report)
+            self._relaunch(decision.delay_s)
+
+    def _relaunch(self, delay_s: float) -> None:
+        """Start the trainers again in a while, unless they are to stop anyway."""
+        if self._guard.halt.order is not None:
+            self._end_halted()
+        else:
+            self._launch_at, self._cause = time.monotonic() + delay_s, self._casebook.last_kind.value
 
     def broken(self, error: BaseException) -> None:
         """The coordinator itself failed: end the run with the trace, rather than have everything restarted for ever."""
         self._end(Ending.BROKEN, "".join(traceback.format_exception(error)))
 
-    def _end_after_save(self, ending: Ending, message: str) -> None:
-        """A snapshot that outlived the trainers on all ranks is still committed before the run ends."""
-        pending = {down.pending for down in self._down.values()}
+    def _after_save(self, then: Callable[[], None]) -> None:
+        """Do `then` when a snapshot that no trainer needs any more, but that all agents hold, is committed or lost."""
+        if len(self._down) == self._world_size:
+            pending = {down.pending for down in self._down.values()}
+        else:  # the trainers are about to begin from it
+            pending = {None if self._opening.memory == self._opening.committed else self._opening.memory}
         # An agent may not have read yet that the save it names has ended: that one is nothing to wait for.
         if len(pending) == 1 and (progress := pending.pop()) and not self._save.has_ended(progress):
-            self._last_words = ending, message
+            self._waiting = progress, then
         else:
-            self._end(ending, message)
+            then()
+
+    def _end_halted(self) -> None:
+        """All ranks have stopped as ordered, or failed on the way."""
+        order, saved = self._guard.halt.order, self._save.ended
+        assert order is not None
+        self._guard.end_attempt()
+        kept = f"step {saved.progress.step} is saved" if saved and not saved.error else "nothing new to save"
+        if order.purpose is Purpose.END:
+            self._end(Ending.STOPPED, f"{order.reason}: {kept}")
+            return
+        self._event("regroup", reason=order.reason, kept=kept)
+        self.outcome = Outcome(ending=Ending.REGROUP, message=order.reason)
+        self._to_all(self.outcome)
 
     def _end(self, ending: Ending, message: str) -> None:
         self.outcome = Outcome(ending=ending, message=message)

@@ -18,7 +18,7 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig, run_url
 from orchestrator.errors import UnbrokenError
 from orchestrator.preflight import check_trainable
-from trainers.models import build_model
+from trainers.models import empty_model
 
 _DEADLINE_S = 15.0
 _TEST_BYTES = 64 << 20
@@ -70,10 +70,11 @@ def examine(config: RunConfig) -> Iterator[Check]:
 def state_size(config: RunConfig) -> StateSize:
     """Counted on a model without memory."""
     with torch.device("meta"):
-        model = build_model(config.model, config.seed)
+        model = empty_model(config.model, config.seed)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    everything = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    return StateSize(parameters=trained, total=everything + (len(config.optimizer.moments) + len(config.ema)) * trained)
+    buffers = sum(value.numel() * value.element_size() for value in model.buffers())
+    copies = 1 + len(config.optimizer.moments) + len(config.ema)
+    return StateSize(parameters=trained, total=buffers + copies * trained)
 
 
 def _memory(config: RunConfig, size: StateSize) -> Check:

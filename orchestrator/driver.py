@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.metadata
 import logging
 import os
 import platform
-import signal
 import tempfile
 import threading
 import time
@@ -20,13 +18,7 @@ from orchestrator.checkpoint.catalog import newest_stable
 from orchestrator.checkpoint.keys import CONFIG
 from orchestrator.checkpoint.run_record import RunRecord, open_or_create
 from orchestrator.checkpoint.store import Store
-from orchestrator.config import (
-    RunConfig,
-    run_url,
-    to_dict,
-    to_yaml,
-    trainer_dict,
-)
+from orchestrator.config import RunConfig, run_url, to_dict, to_yaml, trainer_dict
 from orchestrator.errors import (
     AlreadyExistsError,
     GaveUpError,
@@ -35,6 +27,8 @@ from orchestrator.errors import (
     SupersededError,
     UnbrokenError,
 )
+from orchestrator.halting import HaltOrder, Purpose
+from orchestrator.interrupts import Interrupts
 from orchestrator.messages import Ending, Event
 from orchestrator.run_identity import config_hash, conflicting_keys
 from orchestrator.sections import Workers
@@ -43,17 +37,18 @@ from trainers.errors import ConfigError
 
 # Ray reads these when it is imported or when a worker group starts. Each moved a measured recovery time.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a dead agent is seen in 0.1 s instead of 1.5 s
-os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "60")  # a stopped agent; Ray's default is 600 s
+os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "60")  # if even the hub's heartbeat sees nothing
 os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
 
 import ray
 import ray.train
-from ray.exceptions import RayError
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from orchestrator.agent import agent
+from orchestrator.control import Listener, LiveNodesPolicy, NodeWatch, make_mailbox
 from orchestrator.peer_memory import start_directory
 from orchestrator.run_spec import RunSpec
+from orchestrator.tracking.fan_out import FanOut, check_tracking
 
 _MAX_CONTROLLER_DEATHS = 5
 """Times in a row that Ray Train's controller may die without a newer checkpoint."""
@@ -69,24 +64,6 @@ _ERRORS = {
 }
 
 
-@ray.remote(num_cpus=0)
-class _Mailbox:
-    """Carries events from the coordinator to the driver, wherever the two run."""
-
-    def __init__(self) -> None:
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-
-    async def put(self, event: Event) -> None:
-        self._events.put_nowait(event)
-
-    async def take(self) -> list[Event]:
-        """The events since the last call; waits for the first one."""
-        events = [await self._events.get()]
-        while not self._events.empty():
-            events.append(self._events.get_nowait())
-        return events
-
-
 def run(config: RunConfig, show: _Tell) -> None:
     """Train until the run of this configuration is finished; continue it if it has begun.
 
@@ -98,15 +75,17 @@ def run(config: RunConfig, show: _Tell) -> None:
         GaveUpError, ConfigError, SupersededError, StorageError: the run ended before its last step.
         UnbrokenError: Ray Train itself failed again and again.
     """
+    check_tracking(config.tracking)
     spec = _spec(config, _open_run(Store.open(run_url(config)), config).run_id)
-    recorder = Recorder(spec.run_url, spec.session, report=show)
+    fan_out = FanOut(show)
+    recorder = Recorder(spec.run_url, spec.session, report=fan_out.take)
 
     def note(event: Event) -> None:
-        show(event)
+        fan_out.take(event)
         recorder.take(event)
 
     try:
-        _go_on(config, spec, show, note)
+        _go_on(config, spec, fan_out, note)
     finally:
         recorder.close()
 
@@ -123,11 +102,14 @@ def _spec(config: RunConfig, run_id: str) -> RunSpec:
         num_steps=config.train.num_steps,
         versions=versions(),
         preload=preload(config),
+        watchdog=config.watchdog,
+        failures=config.failures,
+        quarantine=config.data.quarantine,
     )
 
 
-def _go_on(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell) -> None:
-    """Args: note: as `show`, for events that only this process can record."""
+def _go_on(config: RunConfig, spec: RunSpec, fan_out: FanOut, note: _Tell) -> None:
+    """Args: note: as `fan_out.take`, for events that only this process can record."""
     newest = newest_stable(Store.open(spec.run_url))
     if newest is not None and newest.manifest and newest.manifest.progress.step >= config.train.num_steps:
         note(_event("already_finished", step=newest.manifest.progress.step, checkpoint=str(newest.ref)))
@@ -135,16 +117,22 @@ def _go_on(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell) -> None:
     facts = {"num_steps": spec.num_steps, "workers": to_dict(config)["workers"], "versions": dict(spec.versions)}
     note(_event("started", host=platform.node(), pid=os.getpid(), system=platform.platform(), **facts))
     _connect_ray(config)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)  # Ray's own handler, set by now, would abort with a stack dump
-    try:
-        outcome = _supervise(config, spec, show, note)
-    except (KeyboardInterrupt, SystemExit):
-        note(_event("interrupted"))
-        raise
-    finally:
-        ray.shutdown()
+    # After Ray has set its own handler, which would abort with a stack dump.
+    with Interrupts(config.run.grace_s) as interrupts:
+        try:
+            fan_out.open(config, spec)
+            outcome = _supervise(config, spec, fan_out.take, note, interrupts)
+            if Ending(outcome["ending"]) is not Ending.STOPPED:  # the grace time is not for uploads: they go on alone
+                fan_out.close()
+        except SystemExit:
+            note(_event("interrupted", kept=""))
+            raise
+        finally:
+            ray.shutdown()
     ending, message = Ending(outcome["ending"]), outcome["message"]
+    if ending is Ending.STOPPED:
+        note(_event("interrupted", kept=message))
+        raise SystemExit(interrupts.exit_code)
     if ending is not Ending.FINISHED:
         raise _ERRORS[ending](message)
 
@@ -163,7 +151,8 @@ def _open_run(store: Store, config: RunConfig) -> RunRecord:
 
 def preload(config: RunConfig) -> tuple[str, ...]:
     """What a trainer of this configuration imports: paid once by the fork server, not at every restart."""
-    modules = ["torch", f"diffusers:{config.model.class_name}", "trainers.build", "orchestrator.checkpoint.reader"]
+    modules = ["torch", "trainers.build", "orchestrator.checkpoint.reader"]
+    modules += config.model.classes()
     if config.data.source == "digits":
         modules.append("sklearn.datasets")
     return tuple(modules)
@@ -199,14 +188,23 @@ def _connect_ray(config: RunConfig) -> None:
     )
 
 
-def _supervise(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell) -> dict[str, Any]:
+def _supervise(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell, interrupts: Interrupts) -> dict[str, Any]:
     """Call Ray Train until the coordinator reports an outcome; Ray restarts agents and nodes by itself."""
     deaths, stalled_at = 0, None
     directory = start_directory(config.resources.cpu) if config.checkpoint.peer else None
+    if config.resources.gpu:  # NCCL's own word on a collective that is stuck, in Ray's log; it observes only
+        os.environ.setdefault("RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "1")
+    if isinstance(config.workers, Workers):
+        # After that the number of workers is chosen anew. A fixed number may have to wait for machines to boot.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "8")
     while True:
-        mailbox = _Mailbox.remote()
-        listener = _Listener(mailbox, show)
-        error = _fit(_trainer(spec, config, {"mailbox": mailbox, "directory": directory}))
+        mailbox = make_mailbox()
+        listener = Listener(mailbox, show)
+        most = config.max_workers if isinstance(config.workers, Workers) else 0
+        nodes = NodeWatch(listener, mailbox.order.remote, most, _resources(config))
+        trainer = _trainer(spec, config, {"mailbox": mailbox, "directory": directory})
+        error = _fit(trainer, interrupts, listener, mailbox)
+        nodes.close()
         outcome = listener.finish()
         if outcome is not None:
             return outcome
@@ -223,10 +221,13 @@ def _supervise(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell) -> di
         time.sleep(min(10.0, 0.5 * 2**deaths))
 
 
-def _fit(trainer: DataParallelTrainer) -> Exception | None:
+def _fit(trainer: DataParallelTrainer, interrupts: Interrupts, listener: Listener, mailbox: Any) -> Exception | None:
     """Run Ray Train to its end; what ended it before the train function returned, if anything did.
 
     In a thread: there Ray leaves signals alone, and this one is free to be interrupted.
+
+    Raises:
+        SystemExit: a signal came, and there was nothing to save, or the grace time is over.
     """
     errors: list[Exception] = []
 
@@ -238,25 +239,26 @@ def _fit(trainer: DataParallelTrainer) -> Exception | None:
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
+    ordered = False
     while thread.is_alive():
         thread.join(0.2)
+        if interrupts.name is None:
+            continue
+        if interrupts.overdue or not (ordered or listener.nodes):
+            raise SystemExit(interrupts.exit_code)
+        if not ordered:
+            mailbox.order.remote(HaltOrder(purpose=Purpose.END, reason=interrupts.name))
+            ordered = True
     return errors[0] if errors else None
-
-
-def _terminate(*_: object) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _trainer(spec: RunSpec, config: RunConfig, actors: dict[str, Any]) -> DataParallelTrainer:
     workers = (config.workers.min, config.workers.max) if isinstance(config.workers, Workers) else config.workers
-    resources = {"CPU": config.resources.cpu}
-    if config.resources.gpu:
-        resources["GPU"] = config.resources.gpu
-    return DataParallelTrainer(
+    return _Trainer(
         agent,
         train_loop_config={"spec": spec, **actors},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=config.resources.gpu > 0, resources_per_worker=resources
+            num_workers=workers, use_gpu=config.resources.gpu > 0, resources_per_worker=_resources(config)
         ),
         run_config=ray.train.RunConfig(
             # Ray gets no checkpoints to index and needs a folder only for its own marker.
@@ -269,32 +271,15 @@ def _trainer(spec: RunSpec, config: RunConfig, actors: dict[str, Any]) -> DataPa
     )
 
 
-class _Listener:
-    """Passes the mailbox's events on in a thread, and remembers the outcome."""
+def _resources(config: RunConfig) -> dict[str, float]:
+    """What one worker asks for, in Ray's words."""
+    return {"CPU": config.resources.cpu, **({"GPU": config.resources.gpu} if config.resources.gpu else {})}
 
-    def __init__(self, mailbox: Any, show: _Tell) -> None:
-        self._mailbox = mailbox
-        self._show = show
-        self._outcome: dict[str, Any] | None = None
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="mailbox", daemon=True)
-        self._thread.start()
 
-    def finish(self) -> dict[str, Any] | None:
-        """Stop listening; the outcome, if one arrived."""
-        self._done.set()
-        self._thread.join(timeout=5)
-        return self._outcome
+class _Trainer(DataParallelTrainer):
+    """Ray Train with our choice of the number of workers, where that is elastic."""
 
-    def _listen(self) -> None:
-        while True:
-            try:
-                events = ray.get(self._mailbox.take.remote(), timeout=None if not self._done.is_set() else 1)
-            except (RayError, TimeoutError):
-                return
-            for event in events:
-                if event.kind == "outcome":
-                    self._outcome = dict(event.fields)
-                self._show(event)
-            if self._outcome is not None:
-                return
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            arguments["scaling_policy"] = LiveNodesPolicy(self.scaling_config)
+        return super()._initialize_and_run_controller(**arguments)

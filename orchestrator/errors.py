@@ -9,6 +9,8 @@
     ├── SupersededError             a newer attempt owns the run: stop                                            6
     ├── RunMismatchError            the run was made with another configuration: change a name or a key           2
     ├── RunNotFoundError            the RUN given on the command line is none                                     2
+    ├── RegroupError                the workers are to be placed anew: for Ray Train, never for a user            3
+    ├── StartError                  no trainer can be started on this node: another may do                        3
     └── GaveUpError                 the failure policy ended the run, with its reason                             4
 
 `AlreadyExistsError` is no `StorageError`: the store worked, and repeating is wrong.
@@ -74,7 +76,20 @@ class RunNotFoundError(UnbrokenError):
     exit_code = 2
 
 
+class RegroupError(UnbrokenError):
+    """This group of agents ends on purpose, saved: a node is taken away, or there is room for more workers."""
+
+
 class GaveUpError(UnbrokenError):
     """The failure policy decided that going on makes no sense; the message says why."""
 
     exit_code = 4
+
+
+class StartError(UnbrokenError):
+    """No trainer process can be started here; another node may do."""
+
+    def __init__(self, message: str, details: str = "") -> None:
+        """Args: details: the stack trace."""
+        super().__init__(message)
+        self.details = details

@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import platform
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle, send_handle
 from subprocess import Popen
 
-from orchestrator.messages import ChildEnded
+from orchestrator.errors import StartError
+from orchestrator.messages import ChildEnded, ImportFailed
 
 _PR_SET_PDEATHSIG = 1
 
@@ -31,8 +34,9 @@ class _Fork:
 
 
 @dataclass(frozen=True)
-class _Kill:
+class _Signal:
     pid: int
+    number: int
 
 
 class ForkServer:
@@ -55,19 +59,43 @@ class ForkServer:
         """Start a trainer that owns duplicates of these file descriptors. Returns its process id.
 
         Raises:
-            EOFError: the fork server has died.
+            StartError: the fork server can not import what trainers need, or has died.
         """
-        self.connection.send(_Fork(len(handles)))
-        for handle in handles:
-            send_handle(self.connection, handle, self._process.pid)
-        while not isinstance(answer := self.connection.recv(), int):
+        with suppress(BrokenPipeError, ConnectionResetError):  # what it said before it died says more
+            self.connection.send(_Fork(len(handles)))
+            for handle in handles:
+                send_handle(self.connection, handle, self._process.pid)
+        while not isinstance(answer := self._hear(), int):
             continue  # the end of an earlier child, already known from its pipe
         return answer
 
-    def kill(self, pid: int) -> None:
-        """End a trainer with SIGKILL, if it still runs. The fork server does it, as it alone knows whose the id is."""
+    def hear(self) -> ChildEnded:
+        """What `connection` delivers next.
+
+        Raises:
+            StartError: as for `fork`.
+        """
+        answer = self._hear()
+        assert isinstance(answer, ChildEnded), answer
+        return answer
+
+    def _hear(self) -> ChildEnded | int:
+        try:
+            answer = self.connection.recv()
+        except (EOFError, OSError) as error:
+            status = self._process.wait()
+            raise StartError(f"the process that trainers are forked from ended with status {status}") from error
+        if isinstance(answer, ImportFailed):
+            last = answer.trace.strip().splitlines()[-1]
+            raise StartError(
+                f"a trainer can not be started on {platform.node()}, its imports fail: {last}", details=answer.trace
+            )
+        return answer
+
+    def signal(self, pid: int, number: int) -> None:
+        """Send a trainer a signal, if it still runs. The fork server does it, as it alone knows whose the id is."""
         with suppress(BrokenPipeError):  # it has died, and its trainers with it
-            self.connection.send(_Kill(pid))
+            self.connection.send(_Signal(pid, number))
 
     def close(self) -> None:
         """End the fork server and every trainer."""
@@ -77,12 +105,16 @@ class ForkServer:
 
 
 def _serve(connection: Connection, preload: Sequence[str]) -> None:
-    for name in preload:
-        module, _, attribute = name.partition(":")
-        imported = importlib.import_module(module)
-        if attribute:
-            getattr(imported, attribute)
-    trainer = importlib.import_module("orchestrator.trainer_process")  # pulls in what is not preloaded yet
+    try:
+        for name in preload:
+            module, _, attribute = name.partition(":")
+            imported = importlib.import_module(module)
+            if attribute:
+                getattr(imported, attribute)
+        trainer = importlib.import_module("orchestrator.trainer_process")  # pulls in what is not preloaded yet
+    except BaseException:  # a broken package may raise anything, SystemExit too
+        connection.send(ImportFailed(traceback.format_exc()))
+        return
     awake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
@@ -95,11 +127,11 @@ def _serve(connection: Connection, preload: Sequence[str]) -> None:
             continue
         try:
             request = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the latter if the agent left something unread
             return
-        if isinstance(request, _Kill):
+        if isinstance(request, _Signal):
             if request.pid in children:
-                os.kill(request.pid, signal.SIGKILL)
+                os.kill(request.pid, request.number)
             continue
         handles = [recv_handle(connection) for _ in range(request.num_handles)]
         parent = os.getpid()

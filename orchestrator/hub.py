@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, wait
-from typing import cast
+from multiprocessing.connection import Client, Connection, Listener, Pipe, wait
+from typing import Any, cast
 
 from orchestrator.coordinator import Coordinator
+from orchestrator.halting import HaltOrder
+from orchestrator.liveness import Beat
 from orchestrator.messages import Joined
+from orchestrator.watchdog import BEAT_S, SILENT_LIMIT_S, Silence
 
 
-def connect(address: tuple[str, int], key: bytes, rank: int) -> Connection:
+class Wire:
+    """A connection that several threads may send on."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        with socket.socket(fileno=connection.fileno()) as wrapped:
+            # Small messages that somebody waits for must not be held back to be sent together.
+            wrapped.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            wrapped.detach()
+
+    def send(self, message: object) -> None:
+        with self._sending:
+            self._connection.send(message)
+
+    def recv(self) -> object:
+        return self._connection.recv()
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def close(self) -> None:
+        with self._sending:  # not under a thread that is sending: the number may be another file's by then
+            self._connection.close()
+
+
+def connect(address: tuple[str, int], key: bytes, rank: int) -> Wire:
     """An agent's end of the wire."""
-    connection = cast(Connection, Client(address, authkey=key))
-    _no_delay(connection)
-    connection.send(Joined(rank=rank))
-    return connection
+    wire = Wire(cast(Connection, Client(address, authkey=key)))
+    wire.send(Joined(rank=rank))
+    return wire
 
 
 class Hub:
@@ -28,7 +58,11 @@ class Hub:
         self._listener = Listener((host, 0), backlog=world_size, authkey=key)
         self.address = (host, int(self._listener.address[1]))
         self._world_size = world_size
-        self._agents: dict[int, Connection] = {}
+        self._agents: dict[int, Wire] = {}
+        self._silences: dict[int, Silence] = {}
+        self._lost = False
+        self._orders, self._order = Pipe(duplex=False)
+        self._ordering = threading.Lock()
 
     def start(
         self, make_coordinator: Callable[[Callable[[int, object], None]], Coordinator], results: Connection
@@ -41,6 +75,12 @@ class Hub:
         """
         self._results = results
         threading.Thread(target=self._serve, args=(make_coordinator,), name="hub", daemon=True).start()
+        threading.Thread(target=self._beat, name="hub-beat", daemon=True).start()
+
+    def order(self, order: HaltOrder) -> None:
+        """Pass an order to the coordinator. From any thread."""
+        with self._ordering:
+            self._order.send(order)
 
     def _send(self, rank: int, message: object) -> None:
         connection = self._agents.get(rank)
@@ -58,44 +98,62 @@ class Hub:
                 self._admit()
             for rank in range(self._world_size):
                 coordinator.handle(rank, Joined(rank=rank))
-            while coordinator.outcome is None:
+            now = time.monotonic()
+            self._silences = {rank: Silence(now) for rank in self._agents}
+            while coordinator.outcome is None and not self._lost:
                 self._turn(coordinator)
         except BaseException as error:
             coordinator.broken(error)
         finally:
-            for connection in self._agents.values():
-                connection.close()
+            # After a loss this ends all agents with an error, which has the group replaced.
+            for agent in list(self._agents.values()):
+                agent.close()
+            self._agents = {}
             self._listener.close()
 
     def _admit(self) -> None:
         try:
-            connection = cast(Connection, self._listener.accept())
-            _no_delay(connection)
-            joined = connection.recv()
+            agent = Wire(cast(Connection, self._listener.accept()))
+            joined = agent.recv()
         except (AuthenticationError, EOFError, OSError):
             return  # a stranger, or an agent that died: whoever placed the agents replaces the group
-        self._agents[joined.rank] = connection
+        assert isinstance(joined, Joined)
+        self._agents[joined.rank] = agent
 
     def _turn(self, coordinator: Coordinator) -> None:
-        ranks = {connection: rank for rank, connection in self._agents.items()}
-        for connection in wait([*ranks, self._results], timeout=coordinator.wait_s):
-            assert isinstance(connection, Connection)
-            if connection is self._results:
-                coordinator.handle(0, connection.recv())
+        ranks = {agent: rank for rank, agent in self._agents.items()}
+        sources: list[Any] = [*ranks, self._orders, self._results]
+        ready: list[Any] = wait(sources, timeout=BEAT_S if (due_s := coordinator.wait_s) is None else due_s)
+        for source in ready:
+            if source is self._orders:
+                coordinator.take_order(self._orders.recv())
                 continue
-            rank = ranks[connection]
+            if source is self._results:
+                coordinator.handle(0, self._results.recv())
+                continue
+            rank = ranks[source]
             try:
-                message = connection.recv()
+                message = source.recv()
             except (EOFError, OSError):
-                del self._agents[rank]
-                coordinator.agent_lost(rank)
-            else:
-                coordinator.handle(rank, message)
+                self._lose(coordinator, rank, "its connection is closed")
+                return
+            self._silences[rank].heard()
+            coordinator.handle(rank, message)
+        now = time.monotonic()
+        for rank, silence in self._silences.items():
+            if silence.passed(now) > SILENT_LIMIT_S:
+                self._lose(coordinator, rank, f"silent for {SILENT_LIMIT_S:g} s")
+                return
         coordinator.tick()
 
+    def _lose(self, coordinator: Coordinator, rank: int, why: str) -> None:
+        self._lost = True
+        coordinator.agent_lost(rank, why)
 
-def _no_delay(connection: Connection) -> None:
-    """Small messages that somebody waits for must not be held back to be sent together."""
-    with socket.socket(fileno=connection.fileno()) as wrapped:
-        wrapped.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        wrapped.detach()
+    def _beat(self) -> None:
+        """Tell the agents that this process runs, also while the coordinator waits for storage."""
+        while not self._lost:
+            for agent in list(self._agents.values()):
+                with contextlib.suppress(OSError):  # closed, or about to be found closed
+                    agent.send(Beat())
+            time.sleep(BEAT_S)

@@ -9,8 +9,10 @@ from typing import Any
 
 from orchestrator.checkpoint.peer_objects import PeerRing
 from orchestrator.sections import CheckpointConfig, TierName
+from trainers.exclusions import Exclusions
 from trainers.progress import Progress
 from trainers.shards import Chunk
+from trainers.trace import Place
 
 
 class ExitKind(Enum):
@@ -20,9 +22,12 @@ class ExitKind(Enum):
     PEER_LOST = "peer lost"  # a consequence of another rank's end
     DAMAGED = "damaged checkpoint"  # quarantine it, take the next older
     CONFIG = "configuration"  # the user's to mend: stop
-    NON_FINITE = "not finite"  # the same step would fail again
+    DIVERGED = "diverged"  # go back to before it began, leave that data out
+    START = "start"  # no trainer can be started on this node: try a few times
+    HANG = "hang"  # no progress: its stack is stored, start again
     STORAGE = "storage"  # reading or writing failed: try again
     ERROR = "error"  # an exception in model, data or our code
+    CRASHED = "crashed"  # by a signal that its own code caused, such as SIGSEGV: as an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +38,24 @@ class TrainerExit:
     message: str
     details: str = ""
     """A stack trace, if there is one."""
+    frame: str = ""
+    """The line of the user's code, if an exception says so."""
+    place: Place | None = None
+    """The microbatch at work."""
+    skip: tuple[int, int] | None = None
+    """First and last step to undo and leave out, of a divergence."""
+    num_rollbacks: int = 0
+    """How often that was done before."""
 
 
 # fork server -> agent
+
+
+@dataclass(frozen=True)
+class ImportFailed:
+    """The fork server can not import what trainers need, and has ended."""
+
+    trace: str
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,10 @@ class Stepped:
 
     progress: Progress
     metrics: Mapping[str, float]
+    losses: tuple[float, ...] = ()
+    """Of every microbatch, by index."""
+    ranks: tuple[int, ...] = ()
+    """Which rank each microbatch ran on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +111,8 @@ class Snapshot:
     chunks: tuple[Chunk, ...]
     size_bytes: int
     scalars: Mapping[str, Any]
+    tiers: tuple[TierName, ...] = ("storage",)
+    """Where it is to be stored, one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +133,12 @@ class Paused:
 
     progress: Progress
     stall_s: float
-    """Seconds that it stood still: waiting for the save before this one, and copying."""
+    """Seconds that it stood still: waiting for saves, and copying."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """The last step is done and committed, or the trainer stopped at this step."""
+    """The last step, or the one to stop at, is done and committed; or the trainer may not go on."""
 
     progress: Progress
     stopped: str | None = None
@@ -151,6 +177,8 @@ class Begin:
     """What to start from instead: it lies in the agent's buffer."""
     committed: Progress
     """Of the newest committed checkpoint."""
+    exclusions: Exclusions
+    """What is left out, beside what the checkpoint says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +216,8 @@ class Started:
     attempt: int
     pid: int
     agent_pid: int
+    node: str = ""
+    """Ray's id of the node that they run on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,10 +265,12 @@ class Down:
 
 @dataclass(frozen=True, kw_only=True)
 class FromTrainer:
-    """A trainer's message, passed on."""
+    """What a trainer says, passed on."""
 
     attempt: int
-    message: Listening | Reached | Restored | Stepped | Skipped | Paused | Finished
+    message: object
+    """`Listening`, `Reached`, `Restored`, `Stepped`, `Skipped`, `Paused` or `Finished`; `Entered` or `AtGate` of
+    `liveness`."""
 
 
 # coordinator -> agent
@@ -257,6 +289,7 @@ class Launch:
     """Start from the snapshot of this progress in the agents' buffers; no other one is to be used any more."""
     committed: Progress = field(default_factory=Progress)
     """Of the newest committed checkpoint."""
+    exclusions: Exclusions = field(default_factory=Exclusions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +297,8 @@ class Kill:
     """End the trainer of this attempt, if it lives, and answer `Down`."""
 
     attempt: int
+    cause: TrainerExit | None = None
+    """Why, if the fault is its own."""
 
 
 class Ending(Enum):
@@ -274,6 +309,8 @@ class Ending(Enum):
     CONFIG = "refused"
     SUPERSEDED = "superseded"
     STORAGE = "storage"
+    STOPPED = "stopped"
+    REGROUP = "regroup"  # of these agents only: others take the run on
     BROKEN = "broken"
 
 

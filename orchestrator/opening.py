@@ -12,19 +12,20 @@ from orchestrator.checkpoint.catalog import (
     CheckpointInfo,
     CheckpointState,
     newest_stable,
+    quarantine,
     scan_checkpoints,
     take_over,
 )
-from orchestrator.checkpoint.keys import CHECKPOINTS, CheckpointRef, attempt_key
+from orchestrator.checkpoint.keys import CHECKPOINTS, QUARANTINE_NAME, CheckpointRef, attempt_key
 from orchestrator.checkpoint.probe import probe
 from orchestrator.checkpoint.records import encode
 from orchestrator.checkpoint.retention import claim_fields
 from orchestrator.errors import GaveUpError, UnbrokenError
-from orchestrator.failures import MAX_ATTEMPTS_WITHOUT_PROGRESS
-from orchestrator.restore_point import newest_sound
+from orchestrator.restore_point import newest_sound, undone
 from orchestrator.run_spec import RunSpec
 from orchestrator.sections import TierName
 from orchestrator.stores import Stores
+from trainers.exclusions import Exclusions
 from trainers.progress import Progress
 
 
@@ -75,10 +76,10 @@ class Opener:
         self._world_size = world_size
         self._event = event
         self._probed = False
-        self._claimed = 0
+        self.claimed = 0
         """The newest attempt of this group."""
 
-    def open(self, cause: str, remembered: Remembered | None = None) -> Opening:
+    def open(self, cause: str, exclusions: Exclusions, remembered: Remembered | None = None) -> Opening:
         """Claim the next attempt and choose where it begins; damaged checkpoints on the way are quarantined.
 
         A snapshot in the agents' memory may be newer than every committed checkpoint. To begin from it is right only if
@@ -97,7 +98,11 @@ class Opener:
         of the whole state. Of storage, only names are read.
 
         Args:
+            exclusions: what the run leaves out since a divergence; checkpoints that do not know of it are quarantined.
             remembered: what lies in the agents' memory, if it may be used.
+
+        Args:
+            exclusions: what the run leaves out since a divergence; checkpoints that do not know of it are quarantined.
 
         Raises:
             GaveUpError: groups of agents have died one after the other without a newer checkpoint.
@@ -109,16 +114,16 @@ class Opener:
             self._check_progress_since(seen)
         info = {"session": self._spec.session, "cause": cause, "from": seen, "world_size": self._world_size}
         info["conditional_create"] = self._store.conditional_create
-        previous = self._claimed
+        previous = self.claimed
         info |= claim_fields(self._spec.checkpoint.retention)
-        self._claimed = attempt = claim_attempt(self._store, info)
+        self.claimed = attempt = claim_attempt(self._store, info)
         self._tell_peers(attempt, info)
         if remembered and attempt == previous + 1 and not self._lists_newer(remembered.progress):
             return Opening(attempt=attempt, memory=remembered.progress, committed=remembered.committed)
-        near = self._newest_in_memory(attempt)
+        near = self._newest_in_memory(attempt, exclusions)
         if near is not None and not self._lists_newer(near.progress):
             return Opening(attempt=attempt, checkpoint=near, tier="peer", committed=near.progress)
-        checkpoint = newest_sound(self._store, attempt, self.report_quarantine)
+        checkpoint = newest_sound(self._store, attempt, self.report_quarantine, exclusions)
         if near is not None and (checkpoint is None or checkpoint.progress.step < near.progress.step):
             return Opening(attempt=attempt, checkpoint=near, tier="peer", committed=near.progress)
         progress = checkpoint.progress if checkpoint else Progress()
@@ -142,20 +147,28 @@ class Opener:
         except UnbrokenError:  # no memory is left: there is storage
             return []
 
-    def _newest_in_memory(self, attempt: int = 0) -> CheckpointInfo | None:
+    def _newest_in_memory(self, attempt: int = 0, exclusions: Exclusions | None = None) -> CheckpointInfo | None:
         """The newest whole checkpoint in the memory of the nodes; one that lacks what a lost node held counts not.
 
         Args:
             attempt: 0, or the one that takes over: older ones cannot commit anything newer any more.
+            exclusions: as for `open`; those that do not know of it are quarantined there too, as the next group of
+                agents finds them again.
         """
         if self._peer is None:
             return None
         try:
-            found = take_over(self._peer, attempt) if attempt else scan_checkpoints(self._peer)
-            return next((info for info in found if info.state is CheckpointState.STABLE), None)
+            for info in take_over(self._peer, attempt) if attempt else scan_checkpoints(self._peer):
+                if info.state is not CheckpointState.STABLE:
+                    continue
+                reason = undone(info, exclusions) if exclusions is not None else None
+                if reason is None:
+                    return info
+                quarantine(self._peer, info.ref, reason, attempt)
+                self.report_quarantine(info, reason)
         except UnbrokenError as error:  # no memory is left: there is storage
             self._event("peers_lost", error=str(error))
-            return None
+        return None
 
     def _tell_peers(self, attempt: int, info: Mapping[str, Any]) -> None:
         """The same claim in the memory of the nodes, so that an older attempt commits nothing there either."""
@@ -167,9 +180,11 @@ class Opener:
                 self._event("peers_lost", error=str(error))
 
     def _lists_newer(self, progress: Progress) -> bool:
-        """Whether storage has a folder of a later checkpoint; asked without reading any."""
+        """Whether storage has a folder of a later checkpoint that counts; asked without reading any."""
         refs = [CheckpointRef.parse(name) for name in self._store.list(CHECKPOINTS)]
-        return any(ref is not None and ref.samples_seen > progress.samples_seen for ref in refs)
+        newer = [ref for ref in refs if ref is not None and ref.samples_seen > progress.samples_seen]
+        # Nobody goes on from one that is quarantined; after a rollback there are some.
+        return any(QUARANTINE_NAME not in self._store.list(ref.folder) for ref in newer)
 
     def report_quarantine(self, checkpoint: CheckpointInfo, reason: str) -> None:
         self._event("quarantined", checkpoint=str(checkpoint.ref), reason=reason)
@@ -181,8 +196,10 @@ class Opener:
             if record.get("session") != self._spec.session or record.get("from") != newest:
                 break
             stalled += 1
-        if stalled >= MAX_ATTEMPTS_WITHOUT_PROGRESS:
-            raise GaveUpError(f"{stalled} attempts in a row made no newer checkpoint than {newest}")
+        if stalled >= (budget := self._spec.failures.agents):
+            raise GaveUpError(
+                f"{stalled} groups of agents in a row made no newer checkpoint than {newest} (failures.agents={budget})"
+            )
 
 
 def _name(checkpoint: CheckpointInfo | None) -> str | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from trainers.conditioning import call_model
 from trainers.config import TrainerConfig
 from trainers.data.sources import open_source
 from trainers.errors import ConfigError
-from trainers.models import build_model, call_model, check_fits, null_label
+from trainers.fitting import blank_condition, check_fits
+from trainers.models import empty_model
 
 
 def check_trainable(config: TrainerConfig) -> None:
@@ -17,35 +19,32 @@ def check_trainable(config: TrainerConfig) -> None:
         ConfigError: unknown model, refused arguments, missing data, or a model that does not fit the data.
     """
     with torch.device("meta"):  # shapes only: no memory and no arithmetic, however large the model
-        model = build_model(config.model, config.seed)
+        model = empty_model(config.model, config.seed)
     source = open_source(config.data)
     size = config.data.image_size
-    check_fits(
-        model,
-        channels=source.channels,
-        image_size=size,
-        num_classes=source.num_classes,
-        label_drop=config.objective.label_drop,
-    )
-    images = torch.zeros((1, source.channels, size, size), device="meta")
+    shape = check_fits(model, source, config) or (source.channels, size, size)
+    noisy = torch.zeros((1, *shape), device="meta")
     index = torch.zeros(1, dtype=torch.long, device="meta")
     try:
         with torch.no_grad():
-            labels = None if null_label(model) is None else index
-            output = call_model(model, images, index, labels, with_variance=config.objective.learned_variance)
+            condition = blank_condition(model, 1, num_tokens=8, device=noisy.device)
+            output = call_model(model, noisy, index, condition, with_variance=config.objective.learned_variance)
     except NotImplementedError:  # an operation that has no shape-only form: the first step will tell
         return
     except Exception as error:  # whatever a layer raises about the shapes that it was given
         raise ConfigError(_misfit(config, f"{type(error).__name__}: {error}")) from error
     if config.objective.learned_variance:
-        config.objective.check_variance(output.shape[1], source.channels)
+        config.objective.check_variance(output.shape[1], noisy.shape[1])
         output = output.chunk(2, dim=1)[0]
-    if output.shape != images.shape:
-        raise ConfigError(_misfit(config, f"it makes {list(output.shape)} of {list(images.shape)}"))
+    if output.shape != noisy.shape:
+        raise ConfigError(_misfit(config, f"it makes {list(output.shape)} of {list(noisy.shape)}"))
 
 
 def _misfit(config: TrainerConfig, reason: str) -> str:
+    which = f"model.class_name={config.model.class_name}"
+    if config.model.pretrained:
+        which = f"model.pretrained={config.model.pretrained}"
     return (
-        f"model.class_name={config.model.class_name} cannot take images of data.image_size={config.data.image_size}:"
+        f"{which} cannot take images of data.image_size={config.data.image_size}:"
         f" {reason}; change model.args or data.image_size"
     )

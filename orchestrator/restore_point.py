@@ -8,22 +8,40 @@ from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, qua
 from orchestrator.checkpoint.reader import verify
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import UnbrokenError
+from trainers.exclusions import Exclusions
 
 Report = Callable[[CheckpointInfo, str], None]
 
 
-def newest_sound(store: Store, attempt: int, report: Report) -> CheckpointInfo | None:
-    """The newest stable checkpoint. Damaged ones that are newer are quarantined and reported.
+def newest_sound(store: Store, attempt: int, report: Report, exclusions: Exclusions) -> CheckpointInfo | None:
+    """The newest stable checkpoint. Newer ones that are damaged, or of a course that was undone, are quarantined.
 
     To be called after `attempt` was claimed: from then on an older attempt can commit nothing newer than what this
     finds.
+
+    Args:
+        report: told what is quarantined, and why.
+        exclusions: what the run leaves out by now.
     """
     for info in take_over(store, attempt):
+        reason = info.detail if info.state is CheckpointState.DAMAGED else None
         if info.state is CheckpointState.STABLE:
-            return info
-        if info.state is CheckpointState.DAMAGED:
-            quarantine(store, info.ref, info.detail, attempt)
-            report(info, info.detail)
+            reason = undone(info, exclusions)
+            if reason is None:
+                return info
+        if reason is not None:
+            quarantine(store, info.ref, reason, attempt)
+            report(info, reason)
+    return None
+
+
+def undone(info: CheckpointInfo, exclusions: Exclusions) -> str | None:
+    """Why a checkpoint belongs to a course that a rollback has undone; None: it does not."""
+    assert info.manifest is not None
+    known = info.manifest.scalars.get("exclusions", {}).get("steps", [])
+    for first, last in exclusions.steps:
+        if info.step >= first and [first, last] not in known:
+            return f"training diverged in step {last}; what it learned from step {first} on is undone"
     return None
 
 

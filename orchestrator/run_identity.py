@@ -17,8 +17,16 @@ from trainers.schedules import ScheduleConfig, depends_on_num_steps
 _ABSENT = "not set"
 
 # What changes no number, and so may differ between two attempts of one run. (With `parallel.reduction: fast` the number
-# of workers and the strategy do change numbers: that is what choosing it means.)
-_PLACEMENT = frozenset({"parallel.strategy", "parallel.shard_size", "parallel.accumulation"})
+# of workers and the strategy do change numbers: that is what choosing it means. What quarantine leaves out is state.)
+_PLACEMENT = frozenset(
+    {
+        "parallel.strategy",
+        "parallel.shard_size",
+        "parallel.accumulation",
+        "model.gradient_checkpointing",
+        "data.quarantine",
+    }
+)
 _OBSERVATION = frozenset({"train.ema_health_every"})
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.failures import FailureConfig
 from orchestrator.sections import CheckpointConfig
+from orchestrator.watchdog import WatchdogConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,3 +29,7 @@ class RunSpec:
     """Of the libraries that decide numbers; recorded in every manifest."""
     preload: tuple[str, ...]
     """What the fork server imports before the first trainer."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    failures: FailureConfig = field(default_factory=FailureConfig)
+    quarantine: bool = False
+    """`data.quarantine` of the config."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.writer import CommitInfo
-from orchestrator.committing import CommitJob
+from orchestrator.committing import Chores, CommitEnded, CommitJob
 from orchestrator.messages import Receipt, SaveEnded, SaveFailed
 from orchestrator.opening import Opening, Remembered
 from orchestrator.run_spec import RunSpec
@@ -17,12 +18,24 @@ from trainers.progress import Progress
 
 
 class SaveRound:
-    """Takes every rank's word on the save in flight; when all shards are there, it is to be committed."""
+    """Takes every rank's word on the save in flight, has it committed when all shards are there, and tells the end."""
 
-    def __init__(self, spec: RunSpec, stores: Stores, world_size: int) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        stores: Stores,
+        world_size: int,
+        chores: Chores,
+        send: Callable[[int, object], None],
+        event: Callable[..., None],
+    ) -> None:
+        """Args: event: reports; called with the event's kind and its fields."""
         self._spec = spec
         self._stores = stores
         self._world_size = world_size
+        self._chores = chores
+        self._send = send
+        self._event = event
         self._receipts: dict[TierName, dict[int, Receipt]] = {}
         self._over: dict[TierName, Progress] = {}
         self.ended: SaveEnded | None = None
@@ -43,9 +56,9 @@ class SaveRound:
         """What the agents hold, if it is a snapshot that all of them have."""
         return held and Remembered(progress=held, committed=self.committed, checkpoint=self.checkpoint)
 
-    def note(self, progress: Progress, metrics: Mapping[str, float]) -> None:
-        """The numbers of a step; they go into its checkpoint, if it gets one."""
-        if self._spec.checkpoint.tiers_due(progress.step, self._spec.num_steps):
+    def note(self, progress: Progress, metrics: Mapping[str, float], last: bool) -> None:
+        """The numbers of a step; they go into its checkpoint, if it gets one, as the `last` before a stop does."""
+        if last or self._spec.checkpoint.tiers_due(progress.step, self._spec.num_steps):
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
             self._metrics = progress, finite
 
@@ -55,40 +68,57 @@ class SaveRound:
             return self.ended is not None and progress.step <= self.ended.progress.step
         return tier in self._over and progress.step <= self._over[tier].step
 
-    def take(self, rank: int, message: Receipt | SaveFailed) -> CommitJob | None:
-        """One rank's shard, or that there is none; afterwards `ended` may tell of this save.
-
-        Returns:
-            What to commit, if this was the last shard missing.
-        """
+    def take(self, rank: int, message: Receipt | SaveFailed) -> None:
+        """One rank's shard, or that there is none."""
+        if self.has_ended(message.progress, message.tier):
+            # Another rank's failure has ended this save, maybe before this rank took its snapshot: it has to be told
+            # (again), or it waits for ever.
+            if self.ended is not None:
+                self._send(rank, self.ended)
+            return
         if isinstance(message, SaveFailed):
-            self.end(message.progress, message.tier, f"rank {rank}: {message.error}")
-            return None
+            self._end(message.progress, message.tier, f"rank {rank}: {message.error}")
+            return
         receipts = self._receipts.setdefault(message.tier, {})
         receipts[rank] = message
         if len(receipts) < self._world_size:
-            return None
+            return
         assert {receipt.progress for receipt in receipts.values()} == {message.progress}, "one save at a time"
         shards = [receipts[rank].shard for rank in range(self._world_size)]
-        return CommitJob(shards=shards, info=self._info(message), tier=message.tier)
+        self._chores.commit(CommitJob(shards=shards, info=self._info(message), tier=message.tier))
 
-    def end(self, progress: Progress, tier: TierName, error: str | None, attempt: int = 0) -> None:
-        """The save of `progress` is committed in `tier`, by `attempt`, or has failed there."""
+    def take_commit(self, commit: CommitEnded) -> None:
+        """The checkpoint is committed in one tier, or is not to be."""
+        progress, tier = commit.progress, commit.tier
+        if commit.error is None:
+            ref = str(CheckpointRef(progress.samples_seen, commit.attempt))
+            if tier == "storage":
+                self.committed, self.checkpoint = progress, ref
+            facts = {"checkpoint": ref, "bytes": commit.size_bytes, "tier": tier}
+            self._event("saved", step=progress.step, attempt=commit.attempt, **facts)
+            self._chores.prune(commit.attempt, tier)
+        self._end(progress, tier, commit.error)
+
+    def _end(self, progress: Progress, tier: TierName, error: str | None) -> None:
+        """Report a failure, and tell everybody if the save is over in all its tiers."""
         self._receipts.pop(tier, None)
         self._over[tier] = progress
-        due = self._spec.checkpoint.tiers_due(progress.step, self._spec.num_steps) or ("storage",)
-        if tier == due[-1]:
+        if error is not None:
+            self._event("save_failed", step=progress.step, tier=tier, error=error)
+        # Storage comes last; what is saved at a step that is not due goes there alone.
+        if tier == "storage" or "storage" not in self._spec.checkpoint.tiers_due(progress.step, self._spec.num_steps):
             self.ended = SaveEnded(progress=progress, error=error, tier=tier)
-        if error is None and tier == "storage":
-            self.committed, self.checkpoint = progress, str(CheckpointRef(progress.samples_seen, attempt))
+            for rank in range(self._world_size):
+                self._send(rank, self.ended)
 
     def _info(self, receipt: Receipt) -> CommitInfo:
         store = self._stores.of(receipt.tier)
+        final = receipt.progress.step == self._spec.num_steps
         return CommitInfo(
             run_id=self._spec.run_id,
             attempt=receipt.attempt,
             progress=receipt.progress,
-            reason="final" if receipt.progress.step == self._spec.num_steps else "interval",
+            reason="final" if final else "interval",
             strategy=self._spec.strategy,
             config_hash=self._spec.config_hash,
             versions=self._spec.versions,
@@ -96,5 +126,16 @@ class SaveRound:
             verify=self._spec.checkpoint.verify,
             metrics=self._metrics[1] if self._metrics[0] == receipt.progress else {},
             scalars=receipt.scalars,
-            health={"ok": True},  # a step that is not finite is never taken, so never saved
+            health=_health(receipt.scalars, final),
         )
+
+
+def _health(scalars: Mapping[str, Any], final: bool) -> dict[str, Any]:
+    """Whether a run may go on from this state: not while steps are bad, for it may have gone wrong before them.
+
+    A run whose last steps were bad, but too few to be a divergence, is finished with what it had before them.
+    """
+    num_bad = scalars.get("divergence", {}).get("num_bad", 0)
+    if num_bad == 0 or final:
+        return {"ok": True}
+    return {"ok": False, "reason": f"the last {num_bad} steps before it were bad and made no update"}

@@ -22,6 +22,7 @@ class Screen:
         self._write = write
         self._stable: int | None = None
         self._down_at: float | None = None
+        self._last_trace = ""
         self._last_line_s = 0.0
         self._since: tuple[int, float] | None = None
         """Step and time from which samples/s is measured; starts anew with every attempt."""
@@ -49,8 +50,9 @@ class Screen:
         why = "" if cause == "start" else f", after: {cause}"
         self._write(f"attempt {attempt}: {world_size} worker{'s' * (world_size > 1)}, {start}{why}")
 
-    def _trainer(self, at: float, *, rank: int, pid: int, agent_pid: int, attempt: int) -> None:
-        self._write(f"attempt {attempt}: rank {rank} trains in process {pid} (agent {agent_pid})")
+    def _trainer(self, at: float, *, rank: int, pid: int, agent_pid: int, attempt: int, node: str) -> None:
+        where = f" on node {node[:8]}" if node else ""
+        self._write(f"attempt {attempt}: rank {rank} trains in process {pid} (agent {agent_pid}){where}")
 
     def _reached(self, at: float, *, attempt: int, rank: int, stage: str) -> None:
         pass  # for those who measure where a restart spends its time
@@ -71,12 +73,13 @@ class Screen:
         rate = (step - first) / (at - since) if at > since else 0.0
         eta = str(timedelta(seconds=round((self._num_steps - step) / rate))) if rate else "?"
         stable = "none" if self._stable is None else f"step {self._stable}"
+        loss = f"loss {metrics['loss']:.4f}" if "loss" in metrics else "left out"
         self._write(
-            f"step {step}/{self._num_steps}  loss {metrics['loss']:.4f}  {rate * self._global_batch_size:.0f} samples/s"
+            f"step {step}/{self._num_steps}  {loss}  {rate * self._global_batch_size:.0f} samples/s"
             f"  ETA {eta}  attempt {attempt}  newest stable checkpoint: {stable}"
         )
 
-    def _saved(self, at: float, *, step: int, attempt: int, bytes: int, tier: str = "storage") -> None:
+    def _saved(self, at: float, *, step: int, attempt: int, checkpoint: str, bytes: int, tier: str = "storage") -> None:
         self._stable = step
 
     def _save_failed(self, at: float, *, step: int, error: str, tier: str = "storage") -> None:
@@ -100,13 +103,48 @@ class Screen:
         self._down_at = at
 
     def _failure(self, at: float, *, kind: str, reason: str, action: str, details: str, **where: Any) -> None:
-        self._write(f"attempt {where['attempt']}: stopped after step {where['step']}, {kind}: {reason}; {action}")
-        if kind == "error" and details:
+        what = reason.splitlines()[0]  # the rest of a bug's three lines is told at the end
+        self._write(f"attempt {where['attempt']}: stopped after step {where['step']}, {kind}: {what}; {action}")
+        if details and kind in ("error", "start") and details != self._last_trace:
+            self._last_trace = details  # once, however often it fails like this
             self._write(details.rstrip())
 
-    def _agent_lost(self, at: float, *, rank: int) -> None:
+    def _bad_step(self, at: float, *, attempt: int, step: int, numbers: str) -> None:
+        self._write(f"step {step} is bad and makes no update: {numbers}")
+
+    def _diverged(self, at: float, *, attempt: int, reason: str, skip: list[int], rollback: int) -> None:
+        self._write(f"training diverged: {reason}; rollback {rollback}: steps {skip[0]} to {skip[1]} are left out")
+
+    def _left_out(self, at: float, *, attempt: int, step: int, samples: list[int], reason: str) -> None:
+        self._write(f"from step {step} on {len(samples)} samples are left out: {reason}")
+
+    def _replay_differs(self, at: float, *, attempt: int, step: int, ranks: list[int], message: str) -> None:
+        self._write(f"warning: {message}")
+
+    def _agent_lost(self, at: float, *, rank: int, why: str) -> None:
         self._down_at = at
-        self._write(f"rank {rank}: the agent or its node is gone; Ray Train replaces it")
+        self._write(f"rank {rank}: the agent or its node is gone ({why}); Ray Train replaces it")
+
+    def _hang(self, at: float, *, attempt: int, ranks: list[int], why: str, where: list[str]) -> None:
+        self._down_at = at
+        stuck = "; ".join(f"rank {rank} is stuck, {text}" for rank, text in zip(ranks, where, strict=True))
+        self._write(f"attempt {attempt}: {why}: {stuck or 'all ranks wait for each other'}; see stacks/ in the run")
+
+    def _stacks_lost(self, at: float, *, error: str) -> None:
+        self._write(f"the stacks of the hang could not be stored: {error}")
+
+    def _straggler(self, at: float, *, attempt: int, rank: int, step_s: float, others_s: float) -> None:
+        self._write(
+            f"rank {rank} is slow: its own work takes {step_s:.3f} s a step, that of the others {others_s:.3f} s"
+        )
+
+    def _halting(self, at: float, *, purpose: str, reason: str) -> None:
+        when = "at the next checkpoint" if purpose == "grow" else "after the step under way"
+        self._write(f"{reason}: saving and stopping {when}")
+
+    def _regroup(self, at: float, *, reason: str, kept: str) -> None:
+        self._down_at = at
+        self._write(f"{reason}: {kept}; Ray Train places the workers anew")
 
     def _controller_lost(self, at: float, *, reason: str) -> None:
         self._write(f"{reason}; starting Ray Train again")
@@ -133,8 +171,11 @@ class Screen:
     def _quarantined(self, at: float, *, checkpoint: str, reason: str) -> None:
         self._write(f"checkpoint {checkpoint} is quarantined: {reason}; the next older one is taken")
 
-    def _interrupted(self, at: float) -> None:
-        self._write("interrupted; the same command goes on from the newest stable checkpoint")
+    def _tracking(self, at: float, *, message: str) -> None:
+        self._write(message)
+
+    def _interrupted(self, at: float, *, kept: str) -> None:
+        self._write(f"interrupted{': ' * bool(kept)}{kept}; the same command goes on from the newest stable checkpoint")
 
     def _pruned(self, at: float, *, checkpoint: str, reason: str) -> None:
         self._write(f"checkpoint {checkpoint} is removed: {reason}")

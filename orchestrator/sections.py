@@ -22,6 +22,8 @@ class RunSection:
 
     name: str
     """Folder of the run inside `storage`: letters, digits, `.`, `_`, `-`, at most 100. The same name continues it."""
+    grace_s: float = 25.0
+    """Seconds from SIGTERM or Ctrl-C to the end, > 0: what the last save may take. Less than your scheduler grants."""
 
     def __post_init__(self) -> None:
         if not SAFE_NAME.fullmatch(self.name):
@@ -29,6 +31,8 @@ class RunSection:
                 f"name={json.dumps(self.name)} is no safe folder name; start with a letter or digit and use only"
                 " letters, digits, '.', '_' and '-', at most 100"
             )
+        if not self.grace_s > 0:
+            raise ConfigError(f"grace_s={self.grace_s:g} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

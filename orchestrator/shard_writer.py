@@ -32,7 +32,6 @@ class HeldSnapshot:
 class _Job:
     attempt: int
     held: HeldSnapshot
-    tiers: tuple[TierName, ...]
     retries: Retries
 
 
@@ -54,13 +53,13 @@ class ShardWriter:
         threading.Thread(target=self._hash, name="shard-hasher", daemon=True).start()
         threading.Thread(target=self._write, name="shard-writer", daemon=True).start()
 
-    def submit(self, attempt: int, held: HeldSnapshot, tiers: tuple[TierName, ...] = ("storage",)) -> None:
-        """Store it for `attempt` in one tier after the other.
+    def submit(self, attempt: int, held: HeldSnapshot) -> None:
+        """Store it for `attempt`, in one of its tiers after the other.
 
         The buffer must not change until the last result is there, or until nobody wants it any more: see `drop`.
         """
         self._retries = Retries(self._config.deadline_s)
-        self._snapshots.put(_Job(attempt=attempt, held=held, tiers=tiers, retries=self._retries))
+        self._snapshots.put(_Job(attempt=attempt, held=held, retries=self._retries))
 
     def drop(self) -> None:
         """Do not try the last one again: nobody waits for it any more."""
@@ -74,7 +73,7 @@ class ShardWriter:
             except Exception as error:  # whatever it is, the save has failed and the trainer waits to hear so
                 if not job.held.hashed.done():
                     job.held.hashed.set_exception(error)
-                for tier in job.tiers:
+                for tier in job.held.snapshot.tiers:
                     self._fail(job, error, tier)
             else:
                 self._shards.put((job, shard))
@@ -82,7 +81,7 @@ class ShardWriter:
     def _write(self) -> None:
         while True:
             job, shard = self._shards.get()
-            for tier in job.tiers:
+            for tier in job.held.snapshot.tiers:
                 try:
                     self._store_shard(job, shard, tier)
                 except Exception as error:  # as above; the next tier may work

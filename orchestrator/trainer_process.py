@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import faulthandler
-import traceback
+import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 
@@ -12,47 +13,66 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.checkpointer import LaggingError, SaveSchedule, SharedMemoryCheckpointer
-from orchestrator.errors import DamagedCheckpointError, RunMismatchError, StorageError
+from orchestrator.last_words import last_words
+from orchestrator.liveness import AtGate, Gate, StopAt
 from orchestrator.messages import (
     Begin,
-    ExitKind,
     Finished,
     Listening,
     Reached,
     Rendezvous,
     Stepped,
-    TrainerExit,
 )
+from orchestrator.trainer_probe import STACK_SIGNAL
 from trainers.build import build
 from trainers.config import TrainerConfig
 from trainers.decode import decode
-from trainers.errors import ConfigError, NonFiniteError, StateMismatchError
 from trainers.loop import train
+from trainers.ports import Directive
 from trainers.progress import Progress
+from trainers.trace import StepTrace
 
-_KINDS: dict[type[BaseException], ExitKind] = {
-    ConfigError: ExitKind.CONFIG,
-    RunMismatchError: ExitKind.CONFIG,
-    NonFiniteError: ExitKind.NON_FINITE,
-    StateMismatchError: ExitKind.DAMAGED,
-    DamagedCheckpointError: ExitKind.DAMAGED,
-    StorageError: ExitKind.STORAGE,
-    dist.DistBackendError: ExitKind.PEER_LOST,
-    dist.DistNetworkError: ExitKind.PEER_LOST,
-    dist.DistStoreError: ExitKind.PEER_LOST,
-}
 
-_GLOO_LOST = ("Connection closed by peer", "Connection reset by peer", "gloo", "Broken pipe")
+class StopOnOrder:
+    """A `Control`: a `SaveSchedule`, and a stop after the step that the coordinator has agreed on with all ranks."""
+
+    def __init__(self, schedule: SaveSchedule, num_steps: int, agent: Connection, orders: Connection) -> None:
+        """Args: orders: delivers `Gate` (to rank 0) and `StopAt`; see `orchestrator/halting.py`."""
+        self._schedule = schedule
+        self._num_steps = num_steps
+        self._agent = agent
+        self._orders = orders
+        self._stop_at: int | None = None
+
+    def poll(self, progress: Progress) -> Directive:
+        """The directive for `progress`. Raises EOFError when the agent has let go of this process."""
+        while self._orders.poll():
+            self._obey(self._orders.recv(), progress)
+        # The schedule may leave a save out, or ask the other ranks whether to; this one is made in any case, by all.
+        return self._schedule.stop() if progress.step == self._stop_at else self._schedule.poll(progress)
+
+    def _obey(self, order: object, progress: Progress) -> None:
+        if isinstance(order, StopAt):
+            self._stop_at = order.step
+        elif progress.step < self._num_steps:  # at the last step the run ends anyway
+            assert isinstance(order, Gate), order
+            self._agent.send(AtGate(progress=progress))
+            # An earlier order may still lie there; the one that answers the gate is for a later step than this.
+            while not isinstance(order := self._orders.recv(), StopAt):
+                continue
+            self._stop_at = order.step
 
 
 class PipeSink:
     """Numbers of a step, sent to the agent."""
 
-    def __init__(self, agent: Connection) -> None:
+    def __init__(self, agent: Connection, trace: StepTrace) -> None:
         self._agent = agent
+        self._trace = trace
 
     def log(self, progress: Progress, metrics: Mapping[str, float]) -> None:
-        self._agent.send(Stepped(progress=progress, metrics=dict(metrics)))
+        losses, ranks = self._trace.losses, self._trace.ranks
+        self._agent.send(Stepped(progress=progress, metrics=dict(metrics), losses=losses, ranks=ranks))
 
 
 def _join(agent: Connection, begin: Begin) -> None:
@@ -69,38 +89,38 @@ def _join(agent: Connection, begin: Begin) -> None:
     dist.init_process_group(backend, store=store, rank=begin.rank, world_size=begin.world_size)
 
 
-def _describe(error: BaseException) -> TrainerExit:
-    kind = next((kind for cls, kind in _KINDS.items() if isinstance(error, cls)), ExitKind.ERROR)
-    if kind is ExitKind.ERROR and isinstance(error, RuntimeError) and any(sign in str(error) for sign in _GLOO_LOST):
-        kind = ExitKind.PEER_LOST
-    message = str(error) if kind in (ExitKind.CONFIG, ExitKind.DAMAGED, ExitKind.STORAGE) else repr(error)
-    return TrainerExit(kind=kind, message=message, details=traceback.format_exc())
-
-
-def main(pipe: int, buffer: int) -> int:
+def main(pipe: int, buffer: int, orders: int, stacks: int, trace_memory: int) -> int:
     """Train until done. Called in the forked process; returns its exit code.
 
     Args:
         pipe: file descriptor of the connection to the agent.
         buffer: file descriptor of the agent's shared memory for snapshots.
+        orders: file descriptor of the connection that orders to stop come on.
+        stacks: file descriptor of the agent's memory for the stacks of a process that hangs.
+        trace_memory: that of its memory for a `StepTrace`.
     """
     faulthandler.enable()
-    agent = Connection(pipe)
+    faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
+    agent, trace, quarantine = Connection(pipe), None, False
     begin = agent.recv()
     assert isinstance(begin, Begin), begin
     try:
         config = decode(TrainerConfig, begin.config)
+        quarantine = config.data.quarantine
+        trace = StepTrace(config.train.microbatch_size, memoryview(mmap.mmap(trace_memory, 0)))
         torch.set_num_threads(config.parallel.cpu_threads)
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         _join(agent, begin)
         agent.send(Reached(stage="process group"))
-        state, task = build(config, device)
+        state, task = build(config, device, trace)
+        state.exclusions = begin.exclusions
         agent.send(Reached(stage="built"))
         checkpointer = SharedMemoryCheckpointer(agent, buffer, begin, config.train.num_steps)
-        control = SaveSchedule(checkpointer, begin.checkpoint, config.train.num_steps)
+        schedule = SaveSchedule(checkpointer, begin.checkpoint, config.train.num_steps)
+        control = StopOnOrder(schedule, config.train.num_steps, agent, Connection(orders))
         stopped = None
         try:
-            train(state, task, control, checkpointer, PipeSink(agent))
+            train(state, task, control, checkpointer, PipeSink(agent, trace))
         except LaggingError as error:
             stopped = str(error)
         agent.send(Finished(progress=state.progress, stopped=stopped))
@@ -108,6 +128,7 @@ def main(pipe: int, buffer: int) -> int:
     except EOFError:
         return 0  # the agent has let go of us
     except BaseException as error:
-        agent.send(_describe(error))
+        with suppress(BrokenPipeError):  # the agent has let go of us: nobody wants to know
+            agent.send(last_words(error, trace.place() if trace else None, quarantine))
         return 1
     return 0

@@ -89,8 +89,9 @@ class SavedModel:
         """The model with these weights, on the CPU, in float32."""
         model = build_model(self.config.model, self.config.seed)
         loaded = model.load_state_dict(self.tensors(weights), strict=False)
-        parameters = dict(model.named_parameters())
-        missing = [name for name in loaded.missing_keys if name in parameters]  # buffers are constants of the class
+        # Buffers are constants of the class; what is not trained follows from the configuration.
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        missing = [name for name in loaded.missing_keys if name in trained]
         assert not missing and not loaded.unexpected_keys, (missing, loaded.unexpected_keys)
         return model
 

@@ -8,7 +8,8 @@ import yaml
 from trainers.build import TrainerConfig
 from trainers.data.sources import open_source
 from trainers.decode import decode
-from trainers.models import build_model, check_fits
+from trainers.fitting import check_fits
+from trainers.models import build_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -19,12 +20,5 @@ def test_every_recipe_is_one_that_can_be_trained(file):
     for section in ("run", "storage", "workers", "checkpoint"):
         del sections[section]
     config = decode(TrainerConfig, sections)
-    source = open_source(config.data)
-    check_fits(
-        build_model(config.model, config.seed),
-        channels=source.channels,
-        image_size=config.data.image_size,
-        num_classes=source.num_classes,
-        label_drop=config.objective.label_drop,
-    )
+    check_fits(build_model(config.model, config.seed), open_source(config.data), config)
     assert config.ema

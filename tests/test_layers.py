@@ -17,11 +17,13 @@ DOORS = {
     "fsspec": {"orchestrator/checkpoint/store.py"},
     "s3fs": set(),
     "wandb": {"orchestrator/tracking/wandb_sink.py"},
+    "tensorboardX": {"orchestrator/tracking/tensorboard_sink.py"},
     "ray": {
         "orchestrator/driver.py",
         "orchestrator/agent.py",
         "orchestrator/control.py",
         "orchestrator/peer_memory.py",
+        "orchestrator/tracking/ray_metrics.py",
     },
 }
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "util", "helper"}

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from trainers.build import build
 from trainers.config import TrainerConfig
 from trainers.decode import decode
-from trainers.errors import ConfigError
+from trainers.errors import ConfigError, DivergedError
 from trainers.export import ExportWeights, export_pipeline
 from trainers.loop import train
 from trainers.parallel import gather_rows
@@ -73,13 +73,12 @@ def _write_weights(state: TrainState, config: TrainerConfig, out: Path) -> None:
     }
     if dist.get_rank() == 0:
         description = f"EMA profile {profile}" if profile else "raw weights"
-        buffers = {name: value for name, value in state.model.state_dict().items() if name not in whole}
+        kept = state.model.state_dict()
+        buffers = {name: value.cpu() for name, value in state.model.named_buffers() if name in kept}
         export_pipeline(
             out,
-            config.model,
-            config.objective,
+            config,
             [ExportWeights(tensors={**buffers, **whole}, description=description)],
-            image_size=config.data.image_size,
             origin=f"python -m trainers, step {state.progress.step}",
         )
         print(f"{description} written to {out}", flush=True)
@@ -110,6 +109,8 @@ def main() -> None:
             print(f"fingerprint of the state after step {state.progress.step}: {combined}", flush=True)
         if arguments.out:
             _write_weights(state, config, arguments.out)
+    except DivergedError as error:
+        parser.exit(3, f"error: training diverged: {error}; `unbroken train` would roll back\n")
     finally:
         dist.destroy_process_group()
 

@@ -5,45 +5,49 @@ from __future__ import annotations
 import torch
 
 from trainers.config import TrainerConfig
+from trainers.data.guarded import GuardedSource
 from trainers.data.sources import open_source
+from trainers.divergence import DivergenceGuard
 from trainers.ema import EMA
 from trainers.errors import ConfigError
+from trainers.exclusions import Exclusions
+from trainers.fitting import check_fits
+from trainers.frozen import open_frozen
 from trainers.generators import GeneratorStates
-from trainers.models import build_model, check_fits, null_label
+from trainers.initial_weights import load_initial_weights
+from trainers.models import empty_model, null_label
 from trainers.norm import StepSums
 from trainers.objectives import Objective
 from trainers.optimizers import make_optimizer
-from trainers.parallel import make_topology, shard_model
+from trainers.parallel import LocalParameter, make_topology, shard_model
 from trainers.progress import Progress
-from trainers.reduction import Rounds
-from trainers.state import TrainState
+from trainers.reduction import Rounds, Topology
+from trainers.state import TrainState, combined_fingerprint, sharded_fingerprints, sharded_tensor
 from trainers.step import Task
+from trainers.trace import StepTrace
 
 
-def build(config: TrainerConfig, device: torch.device) -> tuple[TrainState, Task]:
+def build(config: TrainerConfig, device: torch.device, trace: StepTrace | None = None) -> tuple[TrainState, Task]:
     """A fresh state at step 0, and the task it is trained on. Collective: all ranks of the default process group.
+
+    Args:
+        trace: where this rank writes down what it does; None: where nobody reads it.
 
     Raises:
         ConfigError: the model, data or strategy cannot be built from this configuration.
     """
     topology, mesh = make_topology(config.parallel, device)
-    if topology.world_size > config.train.num_microbatches:
-        raise ConfigError(
-            f"{topology.world_size} workers cannot share train.global_batch_size={config.train.global_batch_size} /"
-            f" train.microbatch_size={config.train.microbatch_size} = {config.train.num_microbatches} microbatches;"
-            f" use fewer workers or a smaller microbatch_size"
-        )
+    _check_microbatches(topology.world_size, config)
     source = open_source(config.data)
-    model = build_model(config.model, config.seed).to(device)
-    check_fits(
-        model,
-        channels=source.channels,
-        image_size=config.data.image_size,
-        num_classes=source.num_classes,
-        label_drop=config.objective.label_drop,
-    )
+    model = empty_model(config.model, config.seed)
+    latent_shape = check_fits(model, source, config)
+    frozen = open_frozen(config.model, config.conditioning, device)
+    trace = trace or StepTrace(config.train.microbatch_size)
     rounds = Rounds(config.train.num_microbatches, topology.world_size, local=config.parallel.accumulation == "local")
-    parameters = shard_model(model, config.parallel, topology, mesh, rounds, config.train.precision == "bf16")
+    trace.ranks = tuple(map(rounds.rank_of, range(rounds.num_microbatches)))
+    whole = shard_model(model, config.parallel, topology, mesh, rounds, config.train.precision == "bf16")
+    load_initial_weights(config.model, config.seed, model, whole)
+    parameters = [parameter for parameter in whole if parameter.parameter.requires_grad]
     state = TrainState(
         model=model,
         parameters=parameters,
@@ -51,16 +55,40 @@ def build(config: TrainerConfig, device: torch.device) -> tuple[TrainState, Task
         moments=config.optimizer.moments,
         ema=EMA(config.ema, {p.name: p.local for p in parameters}, config.train.global_batch_size),
         generators=GeneratorStates(),
+        divergence=DivergenceGuard(config.divergence),
+        exclusions=Exclusions(),
         topology=topology,
         progress=Progress(),
+        frozen=_hash_of_untrained(whole, topology) | (frozen.hashes if frozen else {}),
     )
     task = Task(
         config=config,
-        source=source,
+        source=GuardedSource(source, trace),
+        trace=trace,
         objective=Objective(config.objective),
         rounds=rounds,
         sums=StepSums(parameters, topology, device),
         device=device,
         null_label=null_label(model),
+        frozen=frozen,
+        latent_shape=latent_shape,
     )
     return state, task
+
+
+def _check_microbatches(world_size: int, config: TrainerConfig) -> None:
+    if world_size > config.train.num_microbatches:
+        raise ConfigError(
+            f"{world_size} workers cannot share train.global_batch_size={config.train.global_batch_size} /"
+            f" train.microbatch_size={config.train.microbatch_size} = {config.train.num_microbatches} microbatches;"
+            f" use fewer workers or a smaller microbatch_size"
+        )
+
+
+def _hash_of_untrained(parameters: list[LocalParameter], topology: Topology) -> dict[str, str]:
+    """The hash of the network's own frozen parameters, if it has any. Collective: all ranks."""
+    untrained = [p for p in parameters if not p.parameter.requires_grad]
+    if not untrained:
+        return {}
+    tensors = (sharded_tensor(p.name, p, p.local, topology) for p in untrained)
+    return {"network": combined_fingerprint(sharded_fingerprints(tensors))}

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trainers.data.sources import DataConfig
+from trainers.divergence import DivergenceConfig
 from trainers.ema import EMAConfig
 from trainers.errors import ConfigError
+from trainers.frozen import ConditioningConfig
 from trainers.models import ModelConfig
 from trainers.objectives import ObjectiveConfig
 from trainers.optimizers import OptimizerConfig
@@ -59,11 +61,13 @@ class TrainerConfig:
     seed: int = 0
     """Everything random follows from it, 0 <= seed < 2**63."""
     data: DataConfig = field(default_factory=DataConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: dict[str, EMAConfig] = field(default_factory=dict)
     """EMA profiles by name; the first one is the default for sampling and export."""
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:

@@ -162,12 +162,13 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights as they are after `step` completed steps. Call it after every step. Local."""
+        """Take in the weights as they are after `step` completed steps. Call it after every update. Local."""
         for name, config in self._profiles.items():
-            if step == config.start_step:
-                self._begin(name)
+            if name not in self._averages:
+                # Not only at start_step itself: the update of that step may not have been taken.
+                if step >= config.start_step:
+                    self._begin(name)
             elif step > config.start_step and (step - config.start_step) % config.every == 0:
-                assert name in self._averages, f"EMA profile {name} was not updated at its start_step"
                 decay = decay_of_update(config, self._num_updates[name], self._samples_per_step)
                 torch._foreach_lerp_(self._averages[name], self._parameters, 1.0 - decay)
                 self._num_updates[name] += 1

@@ -3,7 +3,7 @@
 TrainersError
 ├── ConfigError         the user's configuration: nothing was started, fix the named key (exit code 2)
 ├── StateMismatchError  what was loaded is not what was saved: do not train on it, take an older checkpoint
-└── NonFiniteError      loss or gradient is NaN or infinite: the update was not taken
+└── DivergedError       too many bad steps in a row: go back to before the first, leave their data out
 """
 
 from __future__ import annotations
@@ -21,5 +21,11 @@ class StateMismatchError(TrainersError):
     """The restored state differs from its recorded fingerprint, or a part of it is missing."""
 
 
-class NonFiniteError(TrainersError):
-    """The loss or the gradient norm of a step is not finite; the weights were left as they were."""
+class DivergedError(TrainersError):
+    """Loss or gradients were not finite, or far too large, in too many steps in a row; none of these was taken."""
+
+    def __init__(self, message: str, skip: tuple[int, int] = (0, 0), num_rollbacks: int = 0) -> None:
+        """Args: skip: first and last step to undo and leave out; num_rollbacks: how often that was done before."""
+        super().__init__(message)
+        self.skip = skip
+        self.num_rollbacks = num_rollbacks

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
-from torch import nn
 
 import trainers.pipeline
+from trainers.config import TrainerConfig
 from trainers.errors import ConfigError
-from trainers.models import ModelConfig, build_model, learns_null_label, null_label
-from trainers.objectives import Objective, ObjectiveConfig
+from trainers.fingerprint import partial_fingerprint
+from trainers.frozen import pipeline_scheduler
+from trainers.models import build_model, empty_model, learns_null_label, null_label
+from trainers.objectives import Objective
+from trainers.pretrained import PretrainedFolder
+from trainers.shards import TensorSpec
+from trainers.state import SAFETENSORS_DTYPES, combined_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,27 +35,30 @@ class ExportWeights:
     """What they are, for the model card: "EMA profile main", "raw weights"."""
     variant: str | None = None
     """diffusers' name for an alternative set of weights (`non_ema`); None: the default weights."""
+    half: bool = False
+    """Written in float16."""
 
 
 def export_pipeline(
     out_dir: str | Path,
-    model_config: ModelConfig,
-    objective_config: ObjectiveConfig,
+    config: TrainerConfig,
     weights: Sequence[ExportWeights],
     *,
-    image_size: int,
     origin: str,
+    max_shard_size: str = "10GB",
 ) -> None:
     """Write a folder that `DiffusionPipeline.from_pretrained` loads, with any of the `weights` as its variants.
 
-    It loads as diffusers' `DDPMPipeline`, of which the parts (`unet`, also where it is a transformer, and
-    `scheduler`) always work, and the call does for unconditional models. `pipeline.py` in the folder also samples
-    class-conditional ones. The model card in README.md says which weights are which, and how to load them.
+    Out of a pretrained pipeline comes a pipeline of the same kind, its frozen parts copied; of adapters, a folder for
+    its `load_lora_weights`. Any other network loads as diffusers' `DDPMPipeline`, of which the parts (`unet`, also
+    where it is a transformer, and `scheduler`) always work, and the call does for unconditional models; `pipeline.py`
+    in the folder also samples class-conditional ones. README.md says which weights are which, and how to load them;
+    unbroken.json says the same to programs.
 
     Args:
         weights: exactly one without variant, the default weights; in any order.
-        image_size: pixels a side, written to the model's config if it has none.
-        origin: where the weights come from, for the model card: run, step, samples.
+        origin: where the weights come from: run, step, samples.
+        max_shard_size: larger weights are cut into files of this size, with an index.
 
     Raises:
         ConfigError: `out_dir` is not empty.
@@ -57,50 +67,146 @@ def export_pipeline(
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ConfigError(f"OUT_DIR={out_dir} is not an empty folder; remove it, or name another")
-    model: Any = build_model(model_config, seed=0)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    folder = config.model.folder()
+    if config.model.lora is not None:
+        assert folder is not None
+        card = _write_adapters(out_dir, config, folder, weights)
+    elif folder is not None and folder.index:
+        card = _write_whole_pipeline(out_dir, config, folder, weights, max_shard_size)
+    else:
+        card = _write_network(out_dir, config, weights, max_shard_size)
+    (out_dir / "README.md").write_text(_model_card(weights, card, f"From {origin}. {_objective(config)}"))
+    variants = {entry.variant or "default": _facts(entry) for entry in weights}
+    (out_dir / "unbroken.json").write_text(json.dumps({"origin": origin, "weights": variants}, indent=2) + "\n")
+
+
+def _facts(entry: ExportWeights) -> dict[str, str]:
+    """What is said of one set of weights; the fingerprint is that of the float32 tensors in the run."""
+    tensors = {name: tensor.contiguous() for name, tensor in entry.tensors.items()}
+    found = {
+        name: partial_fingerprint(
+            TensorSpec(name=name, dtype=SAFETENSORS_DTYPES[tensor.dtype], shape=tuple(tensor.shape)),
+            0,
+            tensor.reshape(-1).view(torch.uint8).numpy(),
+        )
+        for name, tensor in tensors.items()
+    }
+    return {"description": entry.description, "fingerprint": combined_fingerprint(found)}
+
+
+def _write_network(
+    out_dir: Path, config: TrainerConfig, weights: Sequence[ExportWeights], max_shard_size: str
+) -> list[str]:
+    model: Any = build_model(config.model, config.seed)
     if model.config.get("sample_size") is None:
-        model.register_to_config(sample_size=image_size)
-    for entry in weights:
-        model.load_state_dict(dict(entry.tensors))
-        model.save_pretrained(out_dir / "unet", variant=entry.variant)
-    scheduler: Any = Objective(objective_config).scheduler()
+        model.register_to_config(sample_size=config.data.image_size)
+    _save_variants(model, out_dir / "unet", weights, max_shard_size)
+    scheduler: Any = Objective(config.objective).scheduler()
     scheduler.save_pretrained(out_dir / "scheduler")
     index = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
     index.save_config(out_dir)  # model_index.json
     shutil.copyfile(trainers.pipeline.__file__, out_dir / "pipeline.py")
-    (out_dir / "README.md").write_text(_model_card(weights, objective_config, model, origin))
-
-
-def _model_card(weights: Sequence[ExportWeights], objective: ObjectiveConfig, model: nn.Module, origin: str) -> str:
-    rows = [f"| {entry.variant or '(default)'} | {entry.description} |" for entry in weights]
-    null, guided = null_label(model), learns_null_label(model, objective.label_drop)
+    null, guided = null_label(model), learns_null_label(model, config.objective.label_drop)
     arguments, kind = "num_images=4", "Unconditional."
     if null is not None:
         arguments = f"labels=[0, {null - guided}], guidance={1.5 if guided else 1}"
         kind = f"Class-conditional: labels 0 to {null - guided}{f'; {null} stands for no label' if guided else ''}."
-    return "\n".join(
-        [
-            "---",
-            "library_name: diffusers",
-            "---",
-            "# Diffusion model trained with unbroken",
-            "",
-            f"From {origin}. Objective: {objective.prediction_type}. {kind}",
-            "",
-            "| variant | weights |",
-            "| --- | --- |",
-            *rows,
-            "",
-            "```python",
-            "from diffusers import DiffusionPipeline",
-            "",
-            'folder = "."  # this folder; variant="..." loads other weights than the default',
-            "pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)",
-            f"images = pipeline({arguments}).images",
-            "```",
-            "",
-            "`trust_remote_code` lets diffusers run the `pipeline.py` of this folder. Without it and without",
-            "`custom_pipeline` the folder loads as a plain DDPMPipeline, which can not pass on class labels.",
-            "",
-        ]
-    )
+    return [
+        kind,
+        "",
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        "",
+        'folder = "."  # this folder; variant="..." loads other weights than the default',
+        "pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)",
+        f"images = pipeline({arguments}).images",
+        "```",
+        "",
+        "`trust_remote_code` lets diffusers run the `pipeline.py` of this folder. Without it and without",
+        "`custom_pipeline` the folder loads as a plain DDPMPipeline, which can not pass on class labels.",
+    ]
+
+
+def _write_whole_pipeline(
+    out_dir: Path,
+    config: TrainerConfig,
+    folder: PretrainedFolder,
+    weights: Sequence[ExportWeights],
+    max_shard_size: str,
+) -> list[str]:
+    assert folder.part is not None
+    for name in folder.index:
+        if folder.has(name) and name not in (folder.part, "scheduler") and (folder.root / name).is_dir():
+            shutil.copytree(folder.root / name, out_dir / name)
+    shutil.copyfile(folder.root / "model_index.json", out_dir / "model_index.json")
+    scheduler = pipeline_scheduler(folder, config.objective)
+    scheduler.save_pretrained(out_dir / "scheduler")
+    index = json.loads((out_dir / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (out_dir / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    _save_variants(build_model(config.model, config.seed), out_dir / folder.part, weights, max_shard_size)
+    return [
+        f"The frozen parts are copies of {config.model.pretrained}.",
+        "",
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        "",
+        'folder = "."  # this folder; variant="..." loads other weights than the default',
+        "pipeline = DiffusionPipeline.from_pretrained(folder)",
+        "```",
+    ]
+
+
+def _save_variants(model: Any, folder: Path, weights: Sequence[ExportWeights], max_shard_size: str) -> None:
+    for entry in weights:
+        loaded = model.load_state_dict(dict(entry.tensors), strict=False)
+        assert not loaded.unexpected_keys, loaded.unexpected_keys
+        half = copy.deepcopy(model).half() if entry.half else model
+        half.save_pretrained(folder, variant=entry.variant, max_shard_size=max_shard_size)
+
+
+def _write_adapters(
+    out_dir: Path, config: TrainerConfig, folder: PretrainedFolder, weights: Sequence[ExportWeights]
+) -> list[str]:
+    pipeline: Any = getattr(diffusers, folder.index["_class_name"])
+    settings = cast(Any, empty_model(config.model, config.seed)).peft_config["default"].to_dict()
+    for entry in weights:
+        tensors = {name.replace(".default.", "."): tensor for name, tensor in entry.tensors.items()}
+        pipeline.save_lora_weights(
+            out_dir,
+            weight_name=adapter_file(entry.variant),
+            **{
+                f"{folder.part}_lora_layers": {
+                    name: tensor.half() if entry.half else tensor for name, tensor in tensors.items()
+                },
+                f"{folder.part}_lora_adapter_metadata": settings,
+            },
+        )
+    return [
+        f"Adapters (LoRA) for {config.model.pretrained}.",
+        "",
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipeline = DiffusionPipeline.from_pretrained("{config.model.pretrained}")',
+        f'pipeline.load_lora_weights(".", weight_name="{adapter_file(None)}")  # this folder',
+        "```",
+        "",
+        *(f"{adapter_file(entry.variant)}: {entry.description}." for entry in weights),
+    ]
+
+
+def adapter_file(variant: str | None) -> str:
+    """The file of one set of adapters in an export."""
+    return f"pytorch_lora_weights{f'.{variant}' if variant else ''}.safetensors"
+
+
+def _objective(config: TrainerConfig) -> str:
+    return f"Objective: {config.objective.prediction_type}."
+
+
+def _model_card(weights: Sequence[ExportWeights], card: Sequence[str], origin: str) -> str:
+    rows = [f"| {entry.variant or '(default)'} | {entry.description} |" for entry in weights]
+    head = ["---", "library_name: diffusers", "---", "# Diffusion model trained with unbroken", "", origin, ""]
+    return "\n".join([*head, "| variant | weights |", "| --- | --- |", *rows, "", *card, ""])

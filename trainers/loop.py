@@ -13,7 +13,7 @@ def train(state: TrainState, task: Task, control: Control, checkpointer: Checkpo
     Returns when `train.num_steps` are done, or when `control` says stop; everything asked to be saved is committed.
 
     Raises:
-        NonFiniteError: the step's numbers are not finite; the state is the one before that step.
+        DivergedError: too many bad steps in a row; the state is of no use any more.
     """
     checkpointer.restore(state)
     while state.progress.step < task.config.train.num_steps:

@@ -1,12 +1,11 @@
-"""Models by their diffusers class name: how they are built, called, and cut into FSDP units."""
+"""Models by their diffusers class name, or out of a pretrained folder: how they are built and what they fit."""
 
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -15,102 +14,207 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from trainers.conditioning import call_convention
 from trainers.errors import ConfigError
+from trainers.lora import LoraConfig, add_adapters, is_adapter
+from trainers.pretrained import FileWeights, PretrainedFolder, open_pretrained, weight_files
 from trainers.rng import Stream, derive_seed
-
-_SAMPLE_NAMES = ("sample", "hidden_states")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which network is trained."""
+    """Which network is trained, and from which weights on.
 
-    class_name: str
-    """A diffusers ModelMixin by name: UNet2DModel, DiTTransformer2DModel, ..."""
+    Either class_name and args, or pretrained: a pipeline folder of diffusers, whose VAE and text encoders are then
+    used as well, frozen.
+    """
+
+    class_name: str | None = None
+    """A diffusers ModelMixin by name: UNet2DModel, DiTTransformer2DModel, ... With pretrained: null."""
     args: dict[str, Any] = field(default_factory=dict)
-    """The arguments of that class."""
+    """The arguments of that class; with pretrained and from_scratch, those that differ from the folder's."""
+    pretrained: str | None = None
+    """A folder in diffusers form (a pipeline, or a network alone), or the name of a repository on the hub."""
+    subfolder: str | None = None
+    """Where the network lies in the pretrained folder; null: unet or transformer, as the pipeline has it."""
+    variant: str | None = None
+    """Which of the folder's weights, in diffusers' words: fp16, non_ema, ...; null: the default ones."""
+    from_scratch: bool = False
+    """Take the pretrained folder's architecture and frozen parts, but begin at random weights."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the weights themselves; null: the weights."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time, same numbers."""
+
+    def __post_init__(self) -> None:
+        if self.pretrained is None:
+            if self.class_name is None:
+                raise ConfigError("class_name is missing; name a model class of diffusers, or set pretrained")
+            for key in ("subfolder", "variant", "from_scratch", "lora"):
+                if value := getattr(self, key):
+                    raise ConfigError(f"{key}={value} has no effect without pretrained; set it, or remove {key}")
+            return
+        if self.class_name is not None:
+            raise ConfigError(f"class_name={self.class_name} does not go with pretrained, which has one; remove it")
+        if self.args and not self.from_scratch:
+            raise ConfigError(f"args={self.args} do not fit pretrained weights; remove them, or set from_scratch=true")
+        if self.lora and self.from_scratch:
+            raise ConfigError("lora adapts pretrained weights, but from_scratch=true; remove one of them")
+
+    def folder(self) -> PretrainedFolder | None:
+        """The pretrained folder, if there is one; looked up, and from the hub if need be.
+
+        Raises:
+            ConfigError: it is not there, or holds no network.
+        """
+        return open_pretrained(self.pretrained, self.subfolder, self.variant) if self.pretrained else None
+
+    def classes(self) -> list[str]:
+        """`library:class` of the network and of its pipeline's parts, for whoever wants them imported early."""
+        folder = self.folder()
+        if folder is None:
+            return [f"diffusers:{self.class_name}"]
+        return [
+            f"diffusers:{folder.class_name}",
+            *(f"{library}:{name}" for library, name in sorted(folder.libraries())),
+        ]
 
 
-def model_class(config: ModelConfig) -> type[diffusers.ModelMixin]:
-    """The class of `config`, after checking all that can be checked without building it.
+def model_class(config: ModelConfig) -> tuple[type[diffusers.ModelMixin], dict[str, Any]]:
+    """The class of `config` and its arguments, after checking all that can be checked without building it.
 
     Raises:
         ConfigError: not a model, not callable as a denoiser of images, or an argument that the class does not have.
     """
-    name = config.class_name
+    folder = config.folder()
+    key = f"model.pretrained={config.pretrained}: class" if folder else "model.class_name"
+    name = folder.class_name if folder else cast(str, config.class_name)
     cls = getattr(diffusers, name, None)
     if cls is None:
         near = [match for match in difflib.get_close_matches(name, dir(diffusers), n=8) if _is_model(match)]
         hint = f"did you mean {' or '.join(near[:3])}?" if near else "give a model class of diffusers, e.g. UNet2DModel"
-        raise ConfigError(f"model.class_name={name} is not a class of diffusers {diffusers.__version__}; {hint}")
+        raise ConfigError(f"{key}={name} is not a class of diffusers {diffusers.__version__}; {hint}")
     if not _is_model(name):
-        raise ConfigError(f"model.class_name={name} is not a model; give a ModelMixin of diffusers, e.g. UNet2DModel")
-    _call_convention(cls)
+        raise ConfigError(f"{key}={name} is not a model; give a ModelMixin of diffusers, e.g. UNet2DModel")
+    call_convention(cls)
     known = [key for key in inspect.signature(cls.__init__).parameters if key != "self"]
     for key, value in config.args.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known arguments: {', '.join(known)}"
             raise ConfigError(f"model.args.{key}={value!r} is not an argument of {name}; {hint}")
-    return cls
+    stored = {key: value for key, value in folder.args.items() if key in known} if folder else {}
+    return cls, {**stored, **config.args}
 
 
 def build_model(config: ModelConfig, seed: int) -> nn.Module:
-    """A freshly initialised float32 model on the CPU; its weights follow from `seed` alone.
+    """The float32 model at its first step, whole, on the CPU: pretrained, or initialised from `seed` alone.
 
     Raises:
         ConfigError: see `model_class`; or the class refuses its arguments; or the model keeps running statistics.
     """
-    cls = model_class(config)
+    if config.pretrained is None or config.from_scratch:
+        return _construct(config, seed)
+    model = empty_model(config, seed)
+    model._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
+    weights = pretrained_weights(config, model)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if (stored := stored_name(name)) is not None:
+                tensor.copy_(weights.whole(stored))
+            else:
+                assert config.lora is not None
+                tensor.copy_(config.lora.initial(name, tuple(tensor.shape), seed))
+    return model
+
+
+def empty_model(config: ModelConfig, seed: int) -> nn.Module:
+    """The model with the shapes of its parameters only, on the meta device; its buffers hold their values.
+
+    Raises:
+        ConfigError: as `build_model`.
+    """
+    with _parameters_without_memory():
+        model = _construct(config, seed)
+        if config.lora is not None:
+            add_adapters(model, config.lora)
+    return model
+
+
+def pretrained_weights(config: ModelConfig, model: nn.Module) -> FileWeights:
+    """The stored weights of `model`, not yet read.
+
+    Raises:
+        ConfigError: they are not there, or are those of another model.
+    """
+    folder = config.folder()
+    assert folder is not None
+    weights = FileWeights(weight_files(folder, config.variant))
+    shapes = {
+        stored: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if (stored := stored_name(name)) is not None
+    }
+    missing, extra = sorted(shapes.keys() - weights.names()), sorted(weights.names() - shapes.keys())
+    wrong = [name for name in shapes.keys() & weights.names() if weights.shape(name) != shapes[name]]
+    if missing or extra or wrong:
+        raise ConfigError(
+            f"model.pretrained={config.pretrained}: the weights in {folder.network} are not those of its config.json:"
+            f" missing {missing[:3]}, unknown {extra[:3]}, of another shape {wrong[:3]};"
+            " load and save it once with this version of diffusers"
+        )
+    return weights
+
+
+def stored_name(name: str) -> str | None:
+    """What a tensor of the model is called in the pretrained files; None for an adapter, which is not in them."""
+    return None if is_adapter(name) else name.replace(".base_layer.", ".")
+
+
+def _construct(config: ModelConfig, seed: int) -> nn.Module:
+    cls, arguments = model_class(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, Stream.MODEL_INIT))
         try:
-            model = cls(**config.args)
+            model = cls(**arguments)
         except Exception as error:  # whatever the class raises, the cause is what the user wrote
-            args = ", ".join(f"{key}={value!r}" for key, value in config.args.items())
+            args = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
             raise ConfigError(
-                f"model.args={{{args}}} is refused by {config.class_name}: {type(error).__name__}: {error};"
+                f"model.args={{{args}}} is refused by {cls.__name__}: {type(error).__name__}: {error};"
                 " correct the arguments"
             ) from error
     for name, module in model.named_modules():
         # They are averaged per rank from the microbatches it happened to run, so they depend on the world size.
         if isinstance(module, _NormBase) and module.track_running_stats:
             raise ConfigError(
-                f"model.class_name={config.class_name} keeps running statistics in {name} ({type(module).__name__}),"
+                f"model.class_name={cls.__name__} keeps running statistics in {name} ({type(module).__name__}),"
                 " which depend on the number of workers; choose a model with group, layer or RMS norm"
             )
+    if config.gradient_checkpointing:
+        if not getattr(model, "_supports_gradient_checkpointing", False):
+            raise ConfigError(f"model.gradient_checkpointing=true is not supported by {cls.__name__}; set it to false")
+        cast(Any, model).enable_gradient_checkpointing()
     return model
 
 
-def call_model(
-    model: nn.Module,
-    noisy: torch.Tensor,
-    timesteps: torch.Tensor,
-    labels: torch.Tensor | None,
-    *,
-    with_variance: bool = False,
-) -> torch.Tensor:
-    """The prediction of `model`, however its forward names its arguments.
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Modules built inside have their parameters on the meta device, each moved there as soon as it is made.
 
-    A model with twice as many output channels as inputs also predicts a variance (DiT's learned sigma). Sampling does
-    without it, so only the first half, the prediction proper, is returned unless the variance is asked for.
-
-    Args:
-        noisy: (B, C, H, W) float.
-        timesteps: (B,) int64 or float.
-        labels: (B,) int64, for class-conditional models only, else None.
-
-    Returns:
-        (B, C, H, W); or whatever the model puts out, `with_variance`.
+    Not `torch.device("meta")`: that would also take the values of buffers, which no file holds if they are constants.
     """
-    sample_name, takes_labels = _call_convention(type(model))
-    arguments: dict[str, Any] = {sample_name: noisy, "timestep": timesteps, "return_dict": False}
-    if takes_labels:
-        arguments["class_labels"] = labels
-    prediction = model(**arguments)[0]
-    if not with_variance and prediction.shape[1] == 2 * noisy.shape[1]:
-        prediction, _ = prediction.chunk(2, dim=1)  # (B, 2C, H, W) -> (B, C, H, W)
-    return prediction
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 def null_label(model: nn.Module) -> int | None:
@@ -120,7 +224,7 @@ def null_label(model: nn.Module) -> int | None:
     there are classes), and the extra row that DiT appends to its `num_embeds_ada_norm` classes. DiT moreover drops
     labels by itself in training mode, at its own fixed rate of 0.1.
     """
-    config = _settings(model)
+    config = settings_of(model)
     if config.get("num_embeds_ada_norm") is not None:
         return config["num_embeds_ada_norm"]
     if config.get("num_class_embeds") is not None:
@@ -130,86 +234,12 @@ def null_label(model: nn.Module) -> int | None:
 
 def learns_null_label(model: nn.Module, label_drop: float) -> bool:
     """Whether training shows the model its null label, so that it can be guided (and no class may have that number)."""
-    return null_label(model) is not None and (label_drop > 0 or _settings(model).get("num_embeds_ada_norm") is not None)
+    return null_label(model) is not None and (
+        label_drop > 0 or settings_of(model).get("num_embeds_ada_norm") is not None
+    )
 
 
-def check_fits(model: nn.Module, *, channels: int, image_size: int, num_classes: int | None, label_drop: float) -> None:
-    """Check that `model` can be trained on images of this kind and with dropped labels.
-
-    Raises:
-        ConfigError: it can't; the message names the argument to change.
-    """
-    settings = _settings(model)
-    in_channels = settings.get("in_channels")
-    if in_channels is not None and in_channels != channels:
-        raise ConfigError(
-            f"model.args.in_channels={in_channels} does not fit the data's {channels} channels;"
-            f" set model.args.in_channels={channels} (and out_channels)"
-        )
-    sample_size = settings.get("sample_size")
-    if sample_size is not None and sample_size not in (image_size, [image_size] * 2, (image_size,) * 2):
-        raise ConfigError(
-            f"model.args.sample_size={sample_size} differs from data.image_size={image_size}; set both to one value"
-        )
-    null = null_label(model)
-    if null is None:
-        if label_drop > 0:
-            raise ConfigError(
-                f"objective.label_drop={label_drop} needs a model with classes; set it to 0, or give the model classes"
-            )
-        return
-    if num_classes is None:
-        raise ConfigError("data has no labels, but the model wants classes; sort the images into one folder a class")
-    key = "num_class_embeds" if settings.get("num_embeds_ada_norm") is None else "num_embeds_ada_norm"
-    needs_null = learns_null_label(model, label_drop)
-    missing = num_classes + needs_null - (null + 1)
-    if missing > 0:
-        raise ConfigError(
-            f"model.args.{key}={settings[key]} is too small for {num_classes} classes"
-            f"{' and the null label' if needs_null else ''}; set it to {settings[key] + missing}"
-        )
-
-
-def sharding_units(model: nn.Module) -> list[list[nn.Module]]:
-    """The modules that FSDP shards together, in the order in which `fully_shard` must see them; the root comes last.
-
-    A unit is a block: an element of a ModuleList that hangs on the model, or a child that itself holds a ModuleList
-    (a UNet's mid_block). What is small and single (time embedding, first and last convolution) stays with the root.
-    """
-    units = [[emb] for emb in _called_from_outside(model)]
-    for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            units += [[block] for block in _blocks(child)]
-        elif any(isinstance(module, nn.ModuleList) for module in child.modules()):
-            units.append([child])
-    # A weight tied between two units would silently come apart; those blocks stay with the root.
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return [unit for unit in units if (own := list(unit[0].parameters())) and all(uses[id(p)] == 1 for p in own)]
-
-
-def _blocks(container: nn.ModuleList) -> list[nn.Module]:
-    """The blocks of a list; lists in lists are opened, single layers are left to the root."""
-    blocks: list[nn.Module] = []
-    for element in container:
-        if isinstance(element, nn.ModuleList):
-            blocks += _blocks(element)
-        elif any(True for _ in element.children()):
-            blocks.append(element)
-    return blocks
-
-
-def _called_from_outside(model: nn.Module) -> list[nn.Module]:
-    """Parts of a block that the root calls directly, past the hook of the block that would gather their weights.
-
-    DiTTransformer2DModel and Transformer2DModel call `transformer_blocks[0].norm1.emb` from their own forward; as a
-    unit of its own, applied before its block, it has its own hook.
-    """
-    blocks = getattr(model, "transformer_blocks", None)
-    emb = getattr(getattr(blocks[0], "norm1", None), "emb", None) if blocks else None
-    return [emb] if isinstance(emb, nn.Module) else []
-
-
-def _settings(model: nn.Module) -> Mapping[str, Any]:
+def settings_of(model: nn.Module) -> Mapping[str, Any]:
     """The arguments of `model`, with its class's defaults filled in."""
     return cast("Any", model).config
 
@@ -217,29 +247,3 @@ def _settings(model: nn.Module) -> Mapping[str, Any]:
 def _is_model(name: str) -> bool:
     cls = getattr(diffusers, name, None)
     return inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin)
-
-
-@functools.cache
-def _call_convention(cls: type[nn.Module]) -> tuple[str, bool]:
-    """The name of the image argument, and whether labels are taken."""
-    parameters = inspect.signature(cls.forward).parameters
-    name = cls.__name__
-    sample_name = next((key for key in _SAMPLE_NAMES if key in parameters), None)
-    if sample_name is None or "timestep" not in parameters or "return_dict" not in parameters:
-        raise ConfigError(f"model.class_name={name} does not denoise images: its forward takes {', '.join(parameters)}")
-    if "encoder_hidden_states" in parameters:
-        raise ConfigError(
-            f"model.class_name={name} needs text embeddings, which can not be trained on yet;"
-            " choose an unconditional or class-conditional model, e.g. UNet2DModel or DiTTransformer2DModel"
-        )
-    handled = {"self", sample_name, "timestep", "class_labels"}
-    missing = [
-        key
-        for key, parameter in parameters.items()
-        if key not in handled
-        and parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    if missing:
-        raise ConfigError(f"model.class_name={name} needs inputs that the data does not have: {', '.join(missing)}")
-    return sample_name, "class_labels" in parameters

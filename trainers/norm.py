@@ -40,21 +40,22 @@ class StepSums:
             first += parameter.shape[0]
         self._blocks = [block for width, group in by_width.items() for block in _blocks(width, group)]
 
-    def __call__(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean loss and the L2 norm of the gradient. Collective: all ranks.
+    def __call__(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The mean loss, the L2 norm of the gradient, and every rank's losses. Collective: all ranks.
 
         Args:
             losses: (M,) float32, zero but for the microbatches of this rank.
 
         Returns:
-            loss, norm: 0-dimensional float32 tensors on the device, the same bits on all ranks.
+            loss, norm: 0-dimensional float32 tensors on the device; losses: (M,) of all microbatches. The same bits on
+            all ranks.
         """
         sums = torch.zeros(self._num_rows + len(losses), device=self._device)
         sums[self._num_rows :] = losses
         self._add_squares(sums, LocalParameter.local_grad)
         dist.all_reduce(sums)
-        loss = halve(sums[self._num_rows :]) / len(losses)
-        return loss, halve(sums[: self._num_rows]).sqrt()
+        losses = sums[self._num_rows :]
+        return halve(losses) / len(losses), halve(sums[: self._num_rows]).sqrt(), losses
 
     def distances(self, averages: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, float]:
         """How far averages are from the weights: |average - weights| / |weights| in L2. Collective: all ranks.

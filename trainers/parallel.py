@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from trainers.errors import ConfigError
-from trainers.models import sharding_units
 from trainers.reduction import InvariantReduction, Rounds, Topology
+from trainers.units import sharding_units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +103,14 @@ def shard_model(
 ) -> list[LocalParameter]:
     """Shard `model` in place and install its gradient reduction. Collective: all ranks.
 
+    Parameters on the meta device get memory for their local rows only, with nothing in it yet.
+
     Args:
         rounds: moved on by the training loop; tells the reduction which microbatches are being reduced.
         bf16: forward and backward in bfloat16, gradients reduced in float32.
 
     Returns:
-        This rank's rows of every trainable parameter, in the order of `model.named_parameters()`.
+        This rank's rows of every parameter, trained or not, in the order of `model.named_parameters()`.
     """
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
     # The root must not cast its inputs: timesteps do not survive bfloat16. `step` casts the images itself.
@@ -136,6 +138,8 @@ def shard_model(
             unit.set_all_reduce_hook(reduction.finish_round)
         elif topology.num_replicas > 1:
             unit.set_all_reduce_hook(functools.partial(_all_reduce, topology))
+    device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     return _local_parameters(model, topology)
 
 
@@ -146,8 +150,6 @@ def _all_reduce(topology: Topology, grad: torch.Tensor) -> None:
 def _local_parameters(model: torch.nn.Module, topology: Topology) -> list[LocalParameter]:
     parameters = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         local = cast(DTensor, parameter.data).to_local()
         rows = -(-parameter.shape[0] // topology.shard_size)  # as torch.chunk cuts
         offset = min(rows * topology.shard, parameter.shape[0])

@@ -158,6 +158,10 @@ class Rounds:
         index = rank * self.count + self.current if self.local else self.current * self.world_size + rank
         return index if index < self.num_microbatches else None
 
+    def rank_of(self, microbatch: int) -> int:
+        """Who works on a microbatch."""
+        return microbatch // self.count if self.local else microbatch % self.world_size
+
     def leaves(self, ranks: range) -> range:
         """The microbatches that these ranks bring to this round's exchange."""
         if self.local:

@@ -28,6 +28,8 @@ class Stream(IntEnum):
     SAMPLING = 8
     OFFSET_NOISE = 9
     INPUT_PERTURBATION = 10
+    POSTERIOR = 20  # the VAE's draw of a latent
+    ADAPTER_INIT = 21
 
 
 def mix64(value: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,16 @@ import torch
 from PIL import Image
 from torch import nn
 
+from trainers.conditioning import Condition, call_model
+from trainers.config import TrainerConfig
 from trainers.errors import ConfigError
-from trainers.models import call_model, learns_null_label, null_label
+from trainers.frozen import load_pipeline, pipeline_scheduler
+from trainers.models import learns_null_label, null_label
 from trainers.objectives import Objective
-from trainers.rng import Stream, normal
+from trainers.rng import Stream, derive_seed, normal
 
 _BATCH_SIZE = 64
+_PIPELINE_BATCH_SIZE = 8  # latents are small, but the images that a VAE makes of them are not
 
 
 def sample_images(
@@ -61,6 +67,57 @@ def sample_images(
     return torch.cat(parts).clamp(-1, 1)
 
 
+def sample_pipeline(
+    model: nn.Module,
+    config: TrainerConfig,
+    prompts: Sequence[str] | Sequence[int],
+    *,
+    seed: int = 0,
+    guidance: float = 1.0,
+    num_steps: int = 50,
+) -> torch.Tensor:
+    """Images drawn by diffusers' own pipeline, from the model and the frozen parts that it was trained with.
+
+    Image i starts from a generator of (seed, i), for any weights and any number of images.
+
+    Args:
+        model: whole, on the CPU; it was trained out of a pretrained pipeline.
+        prompts: a text or, for a pipeline of classes, a label for each image.
+
+    Returns:
+        (N, C, H, W) float32 in [-1, 1], on the CPU.
+    """
+    folder = config.model.folder()
+    assert folder is not None and folder.part is not None
+    scheduler = pipeline_scheduler(folder, config.objective)
+    pipeline: Any = load_pipeline(config.model, folder, **{folder.part: model.eval(), "scheduler": scheduler})
+    pipeline.set_progress_bar_config(disable=True)
+    known = inspect.signature(pipeline.__call__).parameters
+    wanted = {
+        "height": config.data.image_size,
+        "width": config.data.image_size,
+        "max_sequence_length": config.conditioning.max_tokens,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    }
+    options = {name: value for name, value in wanted.items() if name in known and value is not None}
+    images = []
+    for begin in range(0, len(prompts), _PIPELINE_BATCH_SIZE):
+        part = list(prompts[begin : begin + _PIPELINE_BATCH_SIZE])
+        seeds = [derive_seed(seed, Stream.SAMPLING, begin + i) for i in range(len(part))]
+        images.append(
+            pipeline(
+                **{"prompt" if "prompt" in known else "class_labels": part},
+                generator=[torch.Generator().manual_seed(value) for value in seeds],
+                guidance_scale=guidance,
+                num_inference_steps=num_steps,
+                output_type="np",
+                **options,
+            ).images
+        )
+    return torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).float() * 2 - 1  # (N, H, W, C) -> (N, C, H, W)
+
+
 @torch.no_grad()
 def _denoise(
     model: nn.Module,
@@ -83,9 +140,9 @@ def _denoise(
     for timestep in scheduler.timesteps:
         timesteps = timestep.expand(len(x))
         noisy = scale_input(x, timestep)
-        prediction = call_model(model, noisy, timesteps, labels).float()
+        prediction = call_model(model, noisy, timesteps, Condition(labels=labels)).float()
         if guidance != 1:
-            without = call_model(model, noisy, timesteps, without_label).float()
+            without = call_model(model, noisy, timesteps, Condition(labels=without_label)).float()
             prediction = without + guidance * (prediction - without)
         x = scheduler.step(prediction, timestep, x).prev_sample
     return x.cpu()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import xxhash
 
+from trainers.divergence import DivergenceGuard
 from trainers.ema import EMA
 from trainers.errors import StateMismatchError
+from trainers.exclusions import Exclusions
 from trainers.fingerprint import format_fingerprint, partial_fingerprint
+from trainers.frozen import check_hashes
 from trainers.generators import GeneratorStates
 from trainers.parallel import LocalParameter
 from trainers.progress import Progress
@@ -57,14 +60,19 @@ class TrainState:
 
     model: torch.nn.Module
     parameters: list[LocalParameter]
+    """Those that are trained. The others follow from the configuration, and are no part of the state."""
     optimizer: torch.optim.Optimizer
     """Over the local rows, in the order of `parameters`; parameters with no local rows are left out."""
     moments: tuple[str, ...]
     """Names of the tensors that the optimizer keeps for every parameter."""
     ema: EMA
     generators: GeneratorStates
+    divergence: DivergenceGuard
+    exclusions: Exclusions
     topology: Topology
     progress: Progress
+    frozen: Mapping[str, str] = field(default_factory=dict)
+    """Part -> hash, of all that the training needs but does not change: text encoders, VAE, weights under adapters."""
 
     def tensors(self) -> Iterator[LocalTensor]:
         """Every tensor of the state, in an order that is the same on all ranks. Local."""
@@ -79,26 +87,38 @@ class TrainState:
         for profile in sorted(averages):
             for parameter in self.parameters:
                 yield self._sharded(f"ema/{profile}", parameter, averages[profile][parameter.name])
-        trainable = {parameter.name for parameter in self.parameters}
-        for name, value in self.model.state_dict().items():
-            if name not in trainable:
+        kept = self.model.state_dict()
+        for name, value in self.model.named_buffers():
+            if name in kept:
                 yield self._replicated(f"model/{name}", value)
         for name, value in self.generators.tensors.items():
             yield self._replicated(f"rng/{name}", value)
 
     def scalars(self) -> dict[str, Any]:
         """What is not a tensor, JSON-ready and the same on all ranks."""
-        return {"optimizer_steps": self.optimizer_steps, "ema": self.ema.scalars()}
+        scalars = {
+            "optimizer_steps": self.optimizer_steps,
+            "ema": self.ema.scalars(),
+            "divergence": self.divergence.scalars(),
+            "exclusions": self.exclusions.scalars(),
+        }
+        return {**scalars, "frozen": dict(self.frozen)} if self.frozen else scalars
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
         """The counterpart of `scalars`; EMA profiles that had begun get their memory here. Local.
 
+        What is left out of the data adds to what this state leaves out already.
+
         Raises:
             StateMismatchError: a part is missing, or does not belong to this configuration.
+            ConfigError: a frozen part is not the one that the run was trained with.
         """
+        check_hashes(scalars.get("frozen", {}), self.frozen)
         try:
             steps = int(scalars["optimizer_steps"])
             self.ema.load_scalars(scalars["ema"])
+            self.divergence.load_scalars(scalars["divergence"])
+            self.exclusions = self.exclusions.merged(Exclusions.from_scalars(scalars["exclusions"]))
         except (KeyError, TypeError) as error:
             raise StateMismatchError(f"the checkpoint's scalars are incomplete: {error!r} in {scalars!r}") from error
         for slot in self.optimizer.state.values():
@@ -115,14 +135,7 @@ class TrainState:
         self.optimizer.param_groups[0]["num_updates"] = value
 
     def _sharded(self, prefix: str, parameter: LocalParameter, tensor: torch.Tensor) -> LocalTensor:
-        dtype = SAFETENSORS_DTYPES[tensor.dtype]
-        return LocalTensor(
-            spec=TensorSpec(name=f"{prefix}/{parameter.name}", dtype=dtype, shape=parameter.shape),
-            row_offset=parameter.row_offset,
-            tensor=tensor,
-            replica=self.topology.replica,
-            num_replicas=self.topology.num_replicas,
-        )
+        return sharded_tensor(f"{prefix}/{parameter.name}", parameter, tensor, self.topology)
 
     def _replicated(self, name: str, tensor: torch.Tensor) -> LocalTensor:
         return LocalTensor(
@@ -134,21 +147,38 @@ class TrainState:
         )
 
 
+def sharded_tensor(name: str, parameter: LocalParameter, tensor: torch.Tensor, topology: Topology) -> LocalTensor:
+    """`tensor`, which lies over the ranks as `parameter` does, under `name`."""
+    return LocalTensor(
+        spec=TensorSpec(name=name, dtype=SAFETENSORS_DTYPES[tensor.dtype], shape=parameter.shape),
+        row_offset=parameter.row_offset,
+        tensor=tensor,
+        replica=topology.replica,
+        num_replicas=topology.num_replicas,
+    )
+
+
 def fingerprints(state: TrainState) -> dict[str, int]:
     """The fingerprint of every tensor of the state (see `trainers.fingerprint`), whatever its sharding.
 
     Collective: all ranks; each hashes the rows that it owns, and one small all-reduce adds the hashes up.
     """
-    names, partials = [], []
-    for local in state.tensors():
+    return sharded_fingerprints(state.tensors())
+
+
+def sharded_fingerprints(tensors: Iterable[LocalTensor]) -> dict[str, int]:
+    """The fingerprint of every one of the `tensors`. Collective: all ranks, with their parts of the same tensors."""
+    names, partials, device = [], [], None
+    for local in tensors:
         start, stop = local.owned_rows()
         names.append(local.spec.name)
+        device = device or local.tensor.device
         rows = local.tensor.detach().reshape(-1) if not local.tensor.ndim else local.tensor.detach()[start:stop]
         data = rows.cpu().contiguous().view(-1).view(torch.uint8).numpy()
         owned = stop > start and local.tensor.numel() > 0
         partial = partial_fingerprint(local.spec, local.row_offset + start, data) if owned else 0
         partials.append(partial - (1 << 64) if partial >= 1 << 63 else partial)  # as the bits of an int64
-    sums = torch.tensor(partials, dtype=torch.int64, device=state.parameters[0].local.device)
+    sums = torch.tensor(partials, dtype=torch.int64, device=device)
     dist.all_reduce(sums)  # wraps around: addition modulo 2**64
     return {name: value % (1 << 64) for name, value in zip(names, sums.tolist(), strict=True)}
 

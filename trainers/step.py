@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from trainers.conditioning import Condition, call_model
 from trainers.config import TrainerConfig
-from trainers.data.batch import load_microbatch
-from trainers.data.sources import Source
-from trainers.errors import NonFiniteError
+from trainers.data.batch import Batch, load_microbatch
+from trainers.data.guarded import GuardedSource
+from trainers.frozen import FrozenParts
 from trainers.generators import settle
-from trainers.models import call_model
 from trainers.norm import StepSums, clip_
 from trainers.objectives import Objective
 from trainers.parallel import begin_round
@@ -20,6 +20,7 @@ from trainers.reduction import Rounds
 from trainers.rng import seed_global_generators
 from trainers.schedules import learning_rate
 from trainers.state import TrainState
+from trainers.trace import StepTrace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,26 +28,41 @@ class Task:
     """What is trained on what: fixed for the life of a training process."""
 
     config: TrainerConfig
-    source: Source
+    source: GuardedSource
+    trace: StepTrace
     objective: Objective
     rounds: Rounds
     sums: StepSums
     device: torch.device
     null_label: int | None
     """What a dropped label becomes; None: the model takes no labels."""
+    frozen: FrozenParts | None = None
+    """What makes latents of images and embeddings of captions; None: the model takes images and labels as they are."""
+    latent_shape: tuple[int, int, int] | None = None
+    """(c, h, w) of the latents; None: the images themselves are denoised."""
 
 
 def train_step(state: TrainState, task: Task) -> dict[str, float]:
     """Train on the next global batch and advance `state.progress`. Collective: all ranks.
 
+    A bad step (see `trainers.divergence`) makes no update, and neither does one that `state.exclusions` skip: data and
+    the clock, and so the learning rate's schedule, go on; weights, optimizer, EMA and their counters stay.
+
     Returns:
         loss, grad_norm, lr, and every `train.ema_health_every` steps the health of each EMA profile that has begun; the
-        same bits on all ranks and for every world size.
+        same bits on all ranks and for every world size. `skipped`: 1 if no update was made; a step that the exclusions
+        skip has nothing else.
 
     Raises:
-        NonFiniteError: loss or gradient norm is NaN or infinite; no update was made.
+        DivergedError: too many bad steps in a row.
     """
     train, optimizer = task.config.train, task.config.optimizer
+    step = state.progress.step + 1
+    if state.exclusions.skips(step):
+        task.trace.leave(())
+        _advance(state, task)
+        return {"skipped": 1.0}
+    task.source.leave_out(state.exclusions.left_out(step))
     losses = torch.zeros(train.num_microbatches, device=task.device)
     for _ in task.rounds:
         begin_round(state.model, task.config.parallel, task.rounds)
@@ -56,22 +72,32 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
         else:
             # The others need this rank's part of the collectives. The tree leaves the gradient out; `fast` adds zeros.
             _backward(state, task, train.num_microbatches - 1, scale=0.0)
-    loss, norm = task.sums(losses)
+    loss, norm, losses = task.sums(losses)
+    task.trace.leave(losses.tolist())
     values = {"loss": loss.item(), "grad_norm": norm.item()}
-    if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
-        raise NonFiniteError(f"step {state.progress.step + 1}: {values}; the update was not taken. Lower optimizer.lr")
-    if optimizer.clip_norm is not None:
-        clip_(state.parameters, norm, optimizer.clip_norm)
-    lr = learning_rate(task.config.schedule, optimizer.lr, train.num_steps, state.progress.step)
-    _update(state, lr)
-    state.progress = state.progress.advance(train.global_batch_size)
-    state.ema.update(state.progress.step)
-    settle(task.config.seed, state.progress.step, train.num_microbatches)
-    return {**values, "lr": lr, **_ema_health(state, task)}
+    values["lr"] = learning_rate(task.config.schedule, optimizer.lr, train.num_steps, state.progress.step)
+    reason = state.divergence.judge(step, values)
+    if reason is None:
+        if optimizer.clip_norm is not None:
+            clip_(state.parameters, norm, optimizer.clip_norm)
+        _update(state, values["lr"])
+        state.ema.update(step)
+    else:
+        values["skipped"] = 1.0
+    for parameter in state.parameters:
+        parameter.parameter.grad = None
+    _advance(state, task)
+    state.divergence.check(step, reason, num_rollbacks=len(state.exclusions.steps))
+    return values | _ema_health(state, task)
+
+
+def _advance(state: TrainState, task: Task) -> None:
+    state.progress = state.progress.advance(task.config.train.global_batch_size)
+    settle(task.config.seed, state.progress.step, task.config.train.num_microbatches)
 
 
 def _ema_health(state: TrainState, task: Task) -> dict[str, float]:
-    """Relative distance to the weights, which grows from 0 and levels off, and missed updates, which must stay 0."""
+    """Relative distance to the weights, which grows from 0 and levels off; missed updates, 0 but for skipped steps."""
     step, every = state.progress.step, task.config.train.ema_health_every
     averages = state.ema.tensors()
     if every is None or step % every or not averages:
@@ -86,6 +112,7 @@ def _backward(state: TrainState, task: Task, index: int, scale: float) -> torch.
     size = config.train.microbatch_size
     first = state.progress.samples_seen + index * size
     positions = np.arange(first, first + size)
+    task.trace.enter(state.progress.step + 1, index, first)
     batch = load_microbatch(
         task.source,
         positions,
@@ -93,19 +120,32 @@ def _backward(state: TrainState, task: Task, index: int, scale: float) -> torch.
         flip=config.data.flip,
         null_label=task.null_label,
         label_drop=config.objective.label_drop,
+        latent_shape=task.latent_shape,
     )
+    task.trace.computing()
+    clean, condition = _inputs(task, batch)
     seed_global_generators(config.seed, state.progress.step, index)
-    images = batch.images.to(task.device)
     noise, in_input = (part.to(task.device) for part in task.objective.noises(batch.noise, config.seed, positions))
-    labels = batch.labels.to(task.device) if batch.labels is not None else None
     timesteps = task.objective.timesteps(batch.uniform).to(task.device)
-    noisy = task.objective.noisy(images, in_input, timesteps)
+    noisy = task.objective.noisy(clean, in_input, timesteps)
     if config.train.precision == "bf16":
-        noisy = noisy.bfloat16()
-    prediction = call_model(state.model, noisy, timesteps, labels, with_variance=config.objective.learned_variance)
-    loss = task.objective.loss(prediction, images, noise, timesteps).mean()
+        noisy, condition = noisy.bfloat16(), condition.cast(torch.bfloat16)
+    prediction = call_model(state.model, noisy, timesteps, condition, with_variance=config.objective.learned_variance)
+    loss = task.objective.loss(prediction, clean, noise, timesteps).mean()
     (loss * scale).backward()
     return loss.detach()
+
+
+def _inputs(task: Task, batch: Batch) -> tuple[torch.Tensor, Condition]:
+    """What is made noisy, (B, c, h, w) float32, and under which condition; both on the device."""
+    images, labels, sizes, posterior = (
+        None if value is None else value.to(task.device)
+        for value in (batch.images, batch.labels, batch.sizes, batch.posterior)
+    )
+    assert images is not None
+    if task.frozen is None:
+        return images, Condition(labels=labels)
+    return task.frozen.latents(images, posterior), task.frozen.condition(labels, batch.captions, sizes)
 
 
 def _update(state: TrainState, lr: float) -> None:
@@ -117,4 +157,3 @@ def _update(state: TrainState, lr: float) -> None:
     state.optimizer_steps += 1
     for parameter in state.parameters:
         parameter.local.grad = None
-        parameter.parameter.grad = None

@@ -12,6 +12,7 @@ checkpoints/0000000012800-0007/                             <samples seen>-<atte
 events/0007-00000012-1f2e3d4c-0.jsonl                       <attempt>-<number>-<writer>-<level>: the run's own record
 metrics/0007-00000013-1f2e3d4c-0.jsonl                      one row a step
 samples/                                                    images that were drawn while it trained
+stacks/0007-00001.txt                                       <attempt>-<rank>: where a trainer stood when all hung
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ def probe_key(token: str) -> str:
 
 def attempt_key(attempt: int) -> str:
     return f"{ATTEMPTS}/{attempt:04d}.json"
+
+
+def stack_key(attempt: int, rank: int) -> str:
+    return f"stacks/{attempt:04d}-{rank:05d}.txt"
 
 
 def parse_attempt(name: str) -> int | None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from orchestrator.config import RunConfig
 
 
 @click.group()
@@ -17,7 +21,8 @@ def config() -> None:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of YAML.")
 @click.option("--trainers-only", is_flag=True, help="Only what `python -m trainers` reads, as JSON.")
-def show(config: str, overrides: tuple[str, ...], as_json: bool, trainers_only: bool) -> None:
+@click.option("--memory", is_flag=True, help="Instead, the memory that each worker will take, estimated.")
+def show(config: str, overrides: tuple[str, ...], as_json: bool, trainers_only: bool, memory: bool) -> None:
     """Print a config in full.
 
     Overrides are applied, defaults filled in and ${...} resolved.
@@ -25,10 +30,33 @@ def show(config: str, overrides: tuple[str, ...], as_json: bool, trainers_only: 
     from orchestrator.config import load_config, to_dict, to_yaml, trainer_dict
 
     loaded = load_config(config, overrides)
+    if memory:
+        return _show_memory(loaded, as_json)
     if as_json or trainers_only:
         click.echo(json.dumps(trainer_dict(loaded) if trainers_only else to_dict(loaded), indent=2))
     else:
         click.echo(to_yaml(loaded), nl=False)
+
+
+def _show_memory(loaded: RunConfig, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from trainers.data.sources import open_source
+    from trainers.memory import rank_memory
+
+    source = open_source(loaded.data)
+    found = {}
+    for workers in sorted({loaded.min_workers, loaded.max_workers}):
+        memory = rank_memory(loaded, source, workers)
+        found[str(workers)] = {**asdict(memory), "total": memory.total}
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for workers, sizes in found.items():
+        click.echo(f"each of {workers} workers, MiB")
+        for name, size in sizes.items():
+            click.echo(f"  {name:<12} {'unknown' if size is None else f'{size / 2**20:,.1f}':>12}")
+    click.echo("activations: what autograd keeps of one microbatch; workspaces and fragmentation come on top")
 
 
 @config.command()

@@ -22,7 +22,7 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
       unbroken train configs/digits.yaml parallel.strategy=ddp 'ema.slow={decay: 0.999}'
 
     What decides no number may change from attempt to attempt: workers, parallel.strategy, parallel.shard_size,
-    resources, checkpoint.every_steps, and train.num_steps under a constant learning rate.
+    resources, checkpoint, failures, data.quarantine, and train.num_steps under a constant learning rate.
     """
     from orchestrator.config import load_config
     from orchestrator.preflight import check_trainable

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
+
+if TYPE_CHECKING:
+    import torch
+
+    from orchestrator.weights import SavedModel
 
 _WEIGHTS = "ema|raw|PROFILE|sigma_rel=X"
 _STEP = click.option(
@@ -23,41 +29,66 @@ _STEP = click.option(
     "--guidance", type=click.FloatRange(min=0), help="Default: 1.5 where labels were dropped in training; 1 is none."
 )
 @click.option("--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Same seed, same images.")
-def sample(run: str, out: Path, weights: str, step: int | None, num: int, guidance: float | None, seed: int) -> None:
+@click.option("--prompt", "prompts", multiple=True, help="For models of text; give it again for a further column.")
+def sample(run: str, out: Path, weights: str, step: int | None, **options: Any) -> None:
     """Draw images into one PNG grid.
 
-    Each class has a column. Image i starts from the same noise whatever the weights, so that grids can be compared.
+    Each class or prompt has a column. Image i starts from the same noise whatever the weights, so that grids can be
+    compared.
     """
     if out.suffix != ".png":
         raise click.UsageError(f"{out} does not end in .png")
-    import torch
-
     from orchestrator.weights import open_model
-    from trainers.models import learns_null_label, null_label
-    from trainers.objectives import Objective
-    from trainers.sampling import sample_images, save_grid
+    from trainers.sampling import save_grid
 
     saved = open_model(run, step)
+    images, columns = _draw(saved, weights, **options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_grid(images, out, columns=columns)
+    click.echo(f"{out}: {len(images)} images from the {saved.describe(weights)}")
+
+
+def _draw(
+    saved: SavedModel, weights: str, *, num: int, guidance: float | None, seed: int, prompts: tuple[str, ...]
+) -> tuple[torch.Tensor, int]:
+    """The images, and in how many columns to show them."""
+    import torch
+
+    from trainers.conditioning import takes_text
+    from trainers.models import learns_null_label, null_label
+    from trainers.objectives import Objective
+    from trainers.sampling import sample_images, sample_pipeline
+
     config, model = saved.config, saved.load(weights)
-    null, guided = null_label(model), learns_null_label(model, config.objective.label_drop)
-    labels = None if null is None else torch.arange(num) % (null if guided else null + 1)  # every class in turn
-    channels: int = cast(Any, model).config["in_channels"]
-    shape = (num, channels, config.data.image_size, config.data.image_size)
+    text, null = takes_text(model), null_label(model)
+    if text and not prompts:
+        raise click.UsageError("this model draws what a text says; give --prompt TEXT, once or more")
+    if prompts and not text:
+        raise click.UsageError("--prompt has no effect on a model without text; leave it out")
+    guided = config.objective.label_drop > 0 if text else learns_null_label(model, config.objective.label_drop)
+    columns = len(prompts) if text else 10 if null is None else null + 1 - guided
     if guidance is None:
         guidance = 1.5 if guided else 1.0
+    folder = config.model.folder()
+    if folder is not None and folder.has("vae"):
+        wanted: list[Any] = [prompts[i % columns] if text else i % columns for i in range(num)]
+        return sample_pipeline(model, config, wanted, seed=seed, guidance=guidance), min(num, columns)
+    labels = None if null is None else torch.arange(num) % columns  # every class in turn
+    channels: int = cast(Any, model).config["in_channels"]
+    shape = (num, channels, config.data.image_size, config.data.image_size)
     images = sample_images(model, Objective(config.objective), shape, labels, seed=seed, guidance=guidance)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(images, out, columns=min(num, 10) if labels is None else int(labels.max()) + 1)
-    click.echo(f"{out}: {num} images from the {saved.describe(weights)}")
+    return images, min(num, columns)
 
 
 @click.command()
 @click.argument("run")
 @click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--weights", default="both", metavar=f"both|{_WEIGHTS}", show_default=True)
+@click.option("--fp16", is_flag=True, help='Also the default weights in float16, as variant="fp16".')
+@click.option("--max-shard-size", default="10GB", show_default=True, help="Cut larger weights into files of this size.")
 @_STEP
-def export(run: str, out_dir: Path, weights: str, step: int | None) -> None:
-    """Write the model in diffusers form.
+def export(run: str, out_dir: Path, weights: str, fp16: bool, max_shard_size: str, step: int | None) -> None:
+    """Write the model in diffusers form, with the pipeline that it was trained in, if there was one.
 
     `DiffusionPipeline.from_pretrained(OUT_DIR)` loads the EMA weights (the first profile): take these to draw images.
     With `both`, the raw weights lie beside them as variant="non_ema": take these to train on. The README.md in OUT_DIR
@@ -69,15 +100,12 @@ def export(run: str, out_dir: Path, weights: str, step: int | None) -> None:
     saved = open_model(run, step)
     chosen = {"both": [("ema", None), ("raw", "non_ema")]}.get(weights, [(weights, None)])
     progress = saved.manifest.progress
-    export_pipeline(
-        out_dir,
-        saved.config.model,
-        saved.config.objective,
-        [
-            ExportWeights(tensors=saved.tensors(which), description=saved.describe(which), variant=variant)
-            for which, variant in chosen
-        ],
-        image_size=saved.config.data.image_size,
-        origin=f"run {saved.config.run.name} ({saved.manifest.run_id}), {progress.samples_seen} samples",
-    )
+    found = [
+        ExportWeights(tensors=saved.tensors(which), description=saved.describe(which), variant=variant)
+        for which, variant in chosen
+    ]
+    if fp16:
+        found.append(replace(found[0], description=f"{found[0].description}, float16", variant="fp16", half=True))
+    origin = f"run {saved.config.run.name} ({saved.manifest.run_id}), {progress.samples_seen} samples"
+    export_pipeline(out_dir, saved.config, found, origin=origin, max_shard_size=max_shard_size)
     click.echo(f"{out_dir}: {' and '.join(saved.describe(which) for which, _ in chosen)}")

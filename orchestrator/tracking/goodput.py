@@ -285,6 +285,8 @@ _HANDLERS = {
     "alive": _Book._alive,
     "down": _Book._down,
     "agent_lost": _Book._down,
+    "hang": _Book._down,
+    "regroup": _Book._down,
     "controller_lost": _Book._down,
     "interrupted": _Book._interrupted,
     "outcome": _Book._outcome,

@@ -46,6 +46,8 @@ _NEXT = {
     "training": State.TRAINING,
     "down": State.RECOVERING,
     "agent_lost": State.RECOVERING,
+    "hang": State.RECOVERING,
+    "regroup": State.RECOVERING,
     "controller_lost": State.RECOVERING,
     "interrupted": State.INTERRUPTED,
     "already_finished": State.FINISHED,

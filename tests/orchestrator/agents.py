@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import tempfile
 import threading
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,27 +26,60 @@ from orchestrator.sections import CheckpointConfig
 from orchestrator.stores import Stores
 from orchestrator.supervisor import Supervisor
 
-PRELOAD = ("torch", "diffusers:UNet2DModel", "trainers.build", "orchestrator.checkpoint.reader", "sklearn.datasets")
+PRELOAD = (
+    "torch",
+    "diffusers:UNet2DModel",
+    "trainers.build",
+    "orchestrator.checkpoint.reader",
+    "sklearn.datasets",
+    "tests.orchestrator.faults",
+)
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="unbroken-faults-")
+FAULTS = Path(_FOLDER.name) / "faults.json"
+"""What `tests.orchestrator.faults` reads."""
+os.environ["UNBROKEN_TEST_FAULTS"] = str(FAULTS)
 
 
 class _KeptForkServer(ForkServer):
     """Goes back to the shelf instead of ending, so that a test does not import torch anew."""
 
+    def __init__(self, preload: Sequence[str]) -> None:
+        super().__init__(preload)
+        self._preload = tuple(preload)
+        self._works = False
+
+    def fork(self, *handles: int) -> int:
+        pid = super().fork(*handles)
+        self._works = True
+        return pid
+
     def close(self) -> None:
-        _SHELF.append(self)
+        if self._works and self._process.poll() is None:
+            _SHELF[self._preload].append(self)
+        else:
+            super().close()
 
 
-_SHELF: list[_KeptForkServer] = []
+_SHELF: defaultdict[tuple[str, ...], list[_KeptForkServer]] = defaultdict(list)
 
 
 def _fork_server(preload: Sequence[str]) -> ForkServer:
-    return _SHELF.pop() if _SHELF else _KeptForkServer(preload)
+    kept = _SHELF[tuple(preload)]
+    return kept.pop() if kept else _KeptForkServer(preload)
 
 
-def make_spec(run: Path | str, config: Mapping[str, Any], every_steps: int, **checkpoint: Any) -> RunSpec:
-    """The spec of a run at `run`; `checkpoint` are other keys of that section."""
+def make_spec(
+    run: Path | str,
+    config: Mapping[str, Any],
+    every_steps: int,
+    changes: Mapping[str, Any] | None = None,
+    **checkpoint: Any,
+) -> RunSpec:
+    """The spec of a run at `run`, with `changes`; `checkpoint` are other keys of that section."""
     record = open_or_create(Store.open(str(run)), config)
-    return RunSpec(
+    spec = RunSpec(
+        quarantine=config.get("data", {}).get("quarantine", False),
         run_id=record.run_id,
         run_url=str(run),
         session=uuid.uuid4().hex,
@@ -54,6 +91,7 @@ def make_spec(run: Path | str, config: Mapping[str, Any], every_steps: int, **ch
         versions={},
         preload=PRELOAD,
     )
+    return dataclasses.replace(spec, **changes)
 
 
 def run_agents(
@@ -73,7 +111,7 @@ def run_agents(
     def serve(rank: int) -> None:
         wire = connect(hub.address, key, rank)
         home = ring and replace(ring, home=ring.peers[rank % len(ring.peers)].node)
-        outcomes[rank] = Supervisor(spec, rank, world_size, wire, _fork_server, home).run()
+        outcomes[rank] = Supervisor(spec, rank, world_size, wire, start_fork_server=_fork_server, ring=home).run()
 
     threads = [threading.Thread(target=serve, args=(rank,), daemon=True) for rank in range(world_size)]
     for thread in threads:

@@ -33,7 +33,7 @@ def make_spec(run_url: str, **changes: Any) -> RunSpec:
         "run_id": "r",
         "run_url": run_url,
         "session": "s",
-        "config": {},
+        "config": {"train": {"microbatch_size": 1}},
         "config_hash": "h",
         "strategy": "fsdp",
         "checkpoint": CheckpointConfig(every_steps=5),

@@ -13,7 +13,7 @@ from orchestrator.cli import describe, main
 from orchestrator.errors import GaveUpError, StorageError, SupersededError
 from trainers.config import TrainerConfig
 from trainers.decode import decode
-from trainers.errors import ConfigError, NonFiniteError
+from trainers.errors import ConfigError, DivergedError
 
 CONFIG = """\
 run: {name: tiny}
@@ -69,7 +69,6 @@ def unbroken(*args: str) -> Result:
         (["sample", "runs/a", "out.jpg"], "out.jpg does not end in .png"),
         (["sample", "runs/a", "out.png"], "no run at"),
         (["sample", "runs/a", "out.png", "--num", "0"], "0 is not in the range"),
-        (["export", "runs/a", "out", "--weights", "best"], "'best' is not one of"),
         (["export", "runs/a", "out"], "no run at"),
     ],
 )
@@ -89,7 +88,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(config: str, args: list[str], mes
         (StorageError("cannot read\n  s3://b/k"), "cannot read s3://b/k", 5),
         (SupersededError("attempt 1 is superseded"), "attempt 1 is superseded", 6),
         (GaveUpError("the same step failed 3 times"), "the same step failed 3 times", 4),
-        (NonFiniteError("loss is NaN at step 3"), "loss is NaN at step 3", 3),
+        (GaveUpError("what:  it\nwhere: there"), "what: it\nwhere: there", 4),
+        (DivergedError("loss is NaN at step 3"), "loss is NaN at step 3", 3),
         (
             KeyError("x"),
             "unexpected KeyError: 'x'; a bug in unbroken: `unbroken --debug ...` shows where it comes from",

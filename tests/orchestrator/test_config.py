@@ -104,6 +104,10 @@ REFUSED = [
     ([f"checkpoint.tiers=[{PEER}, {DISK}]", "checkpoint.every_steps=7"], "are given by the tiers"),
     ([f"checkpoint.tiers=[{PEER}, {DISK}]", "storage=/other"], "name two places; give one of them"),
     ([f"checkpoint.tiers=[{PEER}, {{url: /a, every: 5, keep: 1}}]"], "which is not more often than every=5"),
+    (["failures.kills=0"], "failures.kills=0 must be at least 1"),
+    (["failures.on_replay_difference=ignore"], 'failures.on_replay_difference="ignore" is not one of warn, stop'),
+    (["divergence.patience=0"], "divergence.patience=0 must be at least 1"),
+    (["divergence.rollback_steps=10001"], "set checkpoint.keep.last=11, or go back less"),
     (["train.ema_health_every=0"], "train.ema_health_every=0 must be at least 1, or null"),
     (
         ["objective.prediction_type=flow", "objective.contrastive=0.1", "train.microbatch_size=1"],
@@ -216,6 +220,8 @@ FREE = [
     "parallel.strategy=ddp",
     "parallel.shard_size=1",
     "train.num_steps=200",
+    "failures.kills=5",
+    "data.quarantine=true",
     "train.ema_health_every=7",
 ]
 DECISIVE = [
@@ -227,6 +233,7 @@ DECISIVE = [
     "model.args.sample_size=16",
     "model.args.dropout=0.1",
     "data.flip=true",
+    "divergence.patience=5",
     "objective.prediction_type=flow",
     "optimizer.lr=2e-3",
     "optimizer.groups=[{match: bias}]",

@@ -10,7 +10,7 @@ from orchestrator.checkpoint.attempts import claim_attempt, newest_attempt, read
 from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError
-from orchestrator.failures import MAX_ATTEMPTS_WITHOUT_PROGRESS
+from orchestrator.failures import FailureConfig
 from orchestrator.messages import (
     Down,
     Ending,
@@ -211,7 +211,7 @@ def test_a_configuration_error_ends_the_run_at_once(store: Store) -> None:
 
 
 def test_groups_of_agents_that_die_without_progress_end_the_run(store: Store) -> None:
-    for _ in range(MAX_ATTEMPTS_WITHOUT_PROGRESS):
+    for _ in range(FailureConfig().agents):
         group = Group(store).join()
         assert group.coordinator.outcome is None
     assert Group(store).join().last(Outcome).ending is Ending.GAVE_UP
@@ -237,7 +237,7 @@ def test_finished_when_every_rank_says_so(store: Store) -> None:
 
 def test_a_lost_agent_ends_the_trainers_and_waits_for_its_replacement(store: Store) -> None:
     group = Group(store).join()
-    group.coordinator.agent_lost(1)
+    group.coordinator.agent_lost(1, "gone")
     assert group.last(Kill) == Kill(attempt=1)
     group.down(0, ExitKind.PEER_LOST)
     group.coordinator.tick()

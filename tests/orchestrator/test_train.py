@@ -147,6 +147,18 @@ def assert_same_record(run: Path, straight: Path) -> None:
     assert min(seconds[name] for name in ("productive", "stall", "detect", "restart", "start", "down")) > 0
 
 
+def test_sigterm_saves_the_step_under_way(straight: Path, ray_folder: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    driver = Driver(ray_folder, config, "checkpoint.every_steps=1000")
+    driver.until(rf"step \d+/{STEPS}  loss")
+    driver.process.terminate()
+    assert driver.end() == 143, "".join(driver.lines)
+    (saved,) = re.findall(r"interrupted: SIGTERM: step (\d+) is saved", "".join(driver.lines))
+    driver = Driver(ray_folder, config, "checkpoint.every_steps=1000", "workers=1")
+    assert driver.end() == 0 and f"goes on from step {saved}\n" in "".join(driver.lines)
+    assert_same_state(tmp_path / "run", straight)
+
+
 def test_a_finished_run_says_so_and_another_config_is_refused(straight: Path, ray_folder: Path) -> None:
     config = straight.parent / "config.yaml"
     driver = Driver(ray_folder, config, "workers=1", "parallel.strategy=ddp")

@@ -6,6 +6,8 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline
 
+from trainers.config import TrainConfig, TrainerConfig
+from trainers.data.sources import DataConfig
 from trainers.errors import ConfigError
 from trainers.export import ExportWeights, export_pipeline
 from trainers.models import ModelConfig, build_model
@@ -51,7 +53,9 @@ def export(folder, name, kind: Any = "epsilon"):
         ExportWeights(tensors=ema.state_dict(), description="EMA profile main"),
         ExportWeights(tensors=raw.state_dict(), description="raw weights", variant="non_ema"),
     ]
-    export_pipeline(folder, MODELS[name], objective, weights, image_size=8, origin="run digits, step 7")
+    train = TrainConfig(num_steps=1, global_batch_size=1, microbatch_size=1)
+    config = TrainerConfig(model=MODELS[name], train=train, data=DataConfig(image_size=8), objective=objective)
+    export_pipeline(folder, config, weights, origin="run digits, step 7")
     return ema, raw, Objective(objective)
 
 

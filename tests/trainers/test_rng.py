@@ -40,6 +40,10 @@ def test_streams_keep_their_numbers():
         "FLIP": 6,
         "MODEL_INTERNAL": 7,
         "SAMPLING": 8,
+        "OFFSET_NOISE": 9,
+        "INPUT_PERTURBATION": 10,
+        "POSTERIOR": 20,
+        "ADAPTER_INIT": 21,
     }
 
 

@@ -42,6 +42,7 @@ from tests.orchestrator.checkpoint.shards import write_shard
 from tests.orchestrator.checkpoint.states import make_info
 from tests.orchestrator.checkpoint.virtual_store import NO_FAULTS, Faults, Process, VirtualTime, World, virtual_store
 from trainers.errors import ConfigError
+from trainers.exclusions import Exclusions
 from trainers.shards import Chunk, TensorSpec
 
 GRACE_S = 300.0
@@ -132,7 +133,7 @@ class Simulation:
 
     def launch(self, store: Store, process: Process) -> int:
         process.attempt = claim_attempt(store, {})
-        base = newest_sound(store, process.attempt, lambda *_: None)
+        base = newest_sound(store, process.attempt, lambda *_: None, Exclusions())
         found = self.bases[process.attempt] = base and base.ref
         newest = max(self.committed.keys() - self.quarantined, default=None)
         if self.claims == process.attempt and newest != found and self.rotten not in (newest, found):

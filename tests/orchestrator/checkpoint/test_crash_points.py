@@ -19,6 +19,7 @@ from orchestrator.restore_point import newest_sound
 from tests.orchestrator.checkpoint.dict_store import DictStore
 from tests.orchestrator.checkpoint.serial_reads import serial_reads
 from tests.orchestrator.checkpoint.states import equal, load, make_state, save, write_shards
+from trainers.exclusions import Exclusions
 
 OLD, NEW = make_state(0), make_state(1)
 
@@ -149,7 +150,7 @@ def history(world_size: int) -> dict[str, bytes]:
 def go_on(store: Store, world_size: int, last: int) -> None:
     """A whole life: take over, restore, save, commit, prune."""
     attempt = claim_attempt(store, {})
-    base = newest_sound(store, attempt, lambda *_: None)
+    base = newest_sound(store, attempt, lambda *_: None, Exclusions())
     assert equal(load(store, base.manifest, world_size), STATES[base.step])
     save(store, STATES[NEXT_STEP], step=NEXT_STEP, attempt=attempt, world_size=world_size)
     Pruner(store, RetentionConfig(last=last, grace_s=0.0)).prune(attempt, lambda _: None)

@@ -57,3 +57,21 @@ def test_the_same_sample_gets_new_noise_in_the_next_epoch(source):
     assert not torch.equal(first.noise.sum((1, 2, 3)).sort().values, second.noise.sum((1, 2, 3)).sort().values)
     assert first.noise.mean().abs() < 0.02 and abs(first.noise.std() - 1) < 0.02
     assert not torch.equal(first.uniform, second.uniform)
+
+
+def test_dropped_captions_are_empty():
+    source = open_source(DataConfig(captions=True))
+    batch = load(source, np.arange(200), null_label=None)
+    plain = load(source, np.arange(200), null_label=None, label_drop=0.0)
+    assert batch.captions is not None and plain.captions is not None and "" not in plain.captions
+    dropped = [not caption for caption in batch.captions]
+    assert 30 < sum(dropped) < 90
+    assert all(
+        drop or ours == theirs for drop, ours, theirs in zip(dropped, batch.captions, plain.captions, strict=True)
+    )
+
+
+def test_a_latent_has_noise_of_its_own_shape():
+    batch = load(open_source(DataConfig()), [3, 4], latent_shape=(4, 2, 2))
+    assert batch.posterior is not None and batch.noise.shape == batch.posterior.shape == (2, 4, 2, 2)
+    assert not torch.equal(batch.noise, batch.posterior)

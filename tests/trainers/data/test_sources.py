@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 
 import numpy as np
 import pytest
@@ -14,18 +15,19 @@ from trainers.errors import ConfigError
 def test_digits():
     source = open_source(DataConfig())
     assert (len(source), source.channels, source.num_classes) == (1797, 1, 10)
-    images, labels = source.read(np.array([0, 5, 0]))
+    samples = source.read(np.array([0, 5, 0]))
+    images, labels = samples.images, samples.labels
     assert images.shape == (3, 1, 8, 8) and images.dtype == torch.float32
     assert labels is not None and labels.tolist() == [0, 5, 0]
     assert torch.equal(images[0], images[2])
-    everything, _ = source.read(np.arange(1797))
+    everything = source.read(np.arange(1797)).images
     assert everything.min() == -1 and everything.max() == 1
     images.zero_()
-    assert source.read(np.array([0]))[0].abs().sum() > 0, "reading must not hand out the source's own memory"
+    assert source.read(np.array([0])).images.abs().sum() > 0, "reading must not hand out the source's own memory"
 
 
 def test_digits_resized():
-    images, _ = open_source(DataConfig(image_size=16)).read(np.arange(50))
+    images = open_source(DataConfig(image_size=16)).read(np.arange(50)).images
     assert images.shape == (50, 1, 16, 16) and images.min() >= -1 and images.max() <= 1
 
 
@@ -55,7 +57,8 @@ def folder(tmp_path):
 def test_folder_with_classes(folder):
     source = open_source(DataConfig(source="folder", path=str(folder), image_size=4))
     assert (len(source), source.channels, source.num_classes) == (3, 3, 2)
-    images, labels = source.read(np.array([2, 0]))
+    samples = source.read(np.array([2, 0]))
+    images, labels = samples.images, samples.labels
     assert images.shape == (2, 3, 4, 4) and images.dtype == torch.float32
     assert labels is not None and labels.tolist() == [1, 0]
     assert torch.equal(images[0].mean((1, 2)), torch.tensor([1.0, -1.0, -1.0]))
@@ -64,7 +67,8 @@ def test_folder_with_classes(folder):
 def test_folder_without_classes(tmp_path):
     Image.new("L", (5, 9), 128).save(tmp_path / "grey.png")
     source = open_source(DataConfig(source="folder", path=str(tmp_path), image_size=8))
-    images, labels = source.read(np.array([0]))
+    samples = source.read(np.array([0]))
+    images, labels = samples.images, samples.labels
     assert images.shape == (1, 3, 8, 8) and labels is None and source.num_classes is None
 
 
@@ -74,7 +78,7 @@ def test_turned_photos_are_set_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate clockwise to see it upright
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    image = open_source(DataConfig(source="folder", path=str(tmp_path), image_size=4)).read(np.array([0]))[0][0]
+    image = open_source(DataConfig(source="folder", path=str(tmp_path), image_size=4)).read(np.array([0])).images[0]
     assert (image[:, :, -1] == 1).all() and (image[:, :, :-1] == -1).all()
 
 
@@ -105,3 +109,22 @@ def test_refusals(tmp_path):
         open_source(DataConfig(source="folder", path=str(tmp_path / "none")))
     with pytest.raises(ConfigError, match="holds no images"):
         open_source(DataConfig(source="folder", path=str(tmp_path)))
+
+
+def test_captions(folder):
+    digits = open_source(DataConfig(captions=True)).read(np.array([7, 0]))
+    assert digits.captions == ("a handwritten seven", "a handwritten zero")
+    assert open_source(DataConfig()).read(np.array([7])).captions is None
+    config = DataConfig(source="folder", path=str(folder), image_size=4, captions=True)
+    with pytest.raises(ConfigError, match=r"data\.captions=true needs .*metadata\.jsonl"):
+        open_source(config)
+    files = sorted(file.relative_to(folder) for file in folder.rglob("*.[pj][np]g"))
+    lines = [json.dumps({"file_name": str(file), "text": f"picture {file.stem}"}) for file in files]
+    (folder / "metadata.jsonl").write_text("\n".join(lines[1:]))
+    with pytest.raises(ConfigError, match="has no line for 1 images"):
+        open_source(config)
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    samples = open_source(config).read(np.array([2, 0]))
+    assert samples.captions == (f"picture {files[2].stem}", f"picture {files[0].stem}")
+    # 20 x 10 pixels, made 8 x 4 and cropped to the middle 4 x 4
+    assert samples.sizes.tolist() == [[10, 20, 0, 2, 4, 4]] * 2

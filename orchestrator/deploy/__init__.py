@@ -1,0 +1,1 @@
+"""Files for clusters, filled in from a config."""

@@ -1,0 +1,69 @@
+"""From events to rows of metrics: one for each step, with what a chart needs to show restarts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from orchestrator.messages import Event
+
+_FAILURES = ("down", "failure", "agent_lost", "controller_lost")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The metrics of one step."""
+
+    step: int
+    time_s: float
+    """Unix time."""
+    values: Mapping[str, float]
+
+
+class Rows:
+    """Follows a run through its attempts. Fed with a journal, so it sees every step once."""
+
+    def __init__(self, global_batch_size: int) -> None:
+        self._global_batch_size = global_batch_size
+        self._attempt = 0
+        self._world_size = 0
+        self._last: tuple[int, float] | None = None
+        self._last_step = 0
+        self._failed_at_s: float | None = None
+        self._markers: dict[str, float] = {}
+
+    def take(self, event: Event) -> Row | None:
+        """The row that this event completes."""
+        fields = event.fields
+        if event.kind == "attempt":
+            self._attempt, self._world_size, self._last = fields["attempt"], fields["world_size"], None
+        elif event.kind in _FAILURES:
+            self._failed_at_s = self._failed_at_s or event.time_s
+        elif event.kind == "training":
+            self._last = (fields["step"], event.time_s)
+            if self._attempt > 1:
+                self._mark_restart(fields["step"], event.time_s)
+        elif event.kind == "step":
+            return self._row(event)
+        return None
+
+    def _mark_restart(self, step: int, time_s: float) -> None:
+        self._markers = {
+            "restart/attempt": self._attempt,
+            "restart/from_step": step,
+            "restart/replayed_steps": max(0, self._last_step - step),
+            "restart/world_size": self._world_size,
+        }
+        if self._failed_at_s is not None:
+            self._markers["restart/down_s"] = time_s - self._failed_at_s
+        self._failed_at_s = None
+
+    def _row(self, event: Event) -> Row:
+        step, metrics = event.fields["step"], event.fields["metrics"]
+        values = {f"train/{name}": value for name, value in metrics.items()}
+        values |= {"run/attempt": self._attempt, "run/world_size": self._world_size}
+        if self._last is not None and step == self._last[0] + 1 and event.time_s > self._last[1]:
+            values["run/samples_per_s"] = self._global_batch_size / (event.time_s - self._last[1])
+        values |= self._markers
+        self._markers, self._last, self._last_step = {}, (step, event.time_s), step
+        return Row(step=step, time_s=event.time_s, values=values)

@@ -1,0 +1,56 @@
+"""What an agent can find out about its trainer from outside: its state, its work, its stack."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+STACK_SIGNAL = signal.SIGRTMIN + 7
+"""Makes a trainer write its stacks; a number that no library claims. It works while the GIL is held."""
+
+_SIGNAL_WAIT_S = 1.0
+_QUIET_S = 0.05
+
+
+def process_state(pid: int) -> str:
+    """Letter of a process's state in /proc; "" when there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def busy_s(pid: int) -> float | None:
+    """Seconds that the main thread has run or wanted to run; what it waited for (peers, pipes) is left out.
+
+    None where the kernel does not say. A thread that spins while a GPU works counts as busy all the time.
+    """
+    try:
+        with open(f"/proc/{pid}/schedstat") as file:
+            running_ns, ready_ns, _ = file.read().split()
+    except (FileNotFoundError, ProcessLookupError, ValueError):
+        return None
+    return (int(running_ns) + int(ready_ns)) / 1e9
+
+
+def read_stack(file: int, ask: Callable[[], None]) -> str:
+    """The stacks that a trainer writes into `file` when asked; "" if it does not answer within a second.
+
+    Args:
+        file: descriptor of an empty file that trainer and agent share.
+        ask: sends the signal.
+    """
+    os.ftruncate(file, 0)
+    os.lseek(file, 0, os.SEEK_SET)  # one offset for all who hold this descriptor
+    ask()
+    end, size, changed = time.monotonic() + _SIGNAL_WAIT_S, 0, time.monotonic()
+    while (now := time.monotonic()) < end:
+        if (seen := os.fstat(file).st_size) != size:
+            size, changed = seen, now
+        elif size and now - changed > _QUIET_S:
+            break
+        time.sleep(0.01)
+    return os.pread(file, size, 0).decode(errors="replace")

@@ -1,0 +1,51 @@
+"""Imported by the tests' fork server: data that is faulty at samples which a file names, read by every new trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import trainers.build
+from trainers.data.sources import DataConfig, Samples, Source, open_source
+
+FILE = "UNBROKEN_TEST_FAULTS"
+"""Environment variable with the path of a JSON file: {"nan": [index, ...], "raise": [...], "signal": {index: number},
+"drift": {index: path}}; a sample drifts while the file at path exists."""
+
+
+class FaultySource:
+    def __init__(self, source: Source, faults: dict[str, Any]) -> None:
+        self._source = source
+        self._faults = faults
+        self.channels, self.num_classes = source.channels, source.num_classes
+        self.has_captions = source.has_captions
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, indices: np.ndarray) -> Samples:
+        samples = self._source.read(indices)
+        for image, index in zip(samples.images, indices.tolist(), strict=True):
+            if index in self._faults.get("raise", ()):
+                raise ValueError(f"sample {index} is broken")
+            if number := self._faults.get("signal", {}).get(str(index)):
+                os.kill(os.getpid(), number)
+            if index in self._faults.get("nan", ()):
+                image.fill_(float("nan"))
+            flag = self._faults.get("drift", {}).get(str(index))
+            if flag and Path(flag).exists():
+                image.add_(0.01)
+        return samples
+
+
+def _open(config: DataConfig) -> Source:
+    faults = Path(os.environ[FILE])
+    source = open_source(config)
+    return FaultySource(source, json.loads(faults.read_text())) if faults.exists() else source
+
+
+trainers.build.open_source = _open

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.watchdog import Phase, Silence, Watchdog, WatchdogConfig
+from trainers.errors import ConfigError
+
+
+class Clock:
+    """Drives a watchdog the way the hub does: a look every quarter of a second."""
+
+    def __init__(self, config: WatchdogConfig | None = None, world_size: int = 2) -> None:
+        self.now = 100.0
+        self.dog = Watchdog(config or WatchdogConfig(), world_size)
+        self.dog.launched(self.now)
+
+    def wait(self, seconds: float) -> bool:
+        """Let time pass; whether the limit was reached in it."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(end, self.now + 0.25)
+            self.dog.advance(self.now)
+            if self.dog.expired:
+                return True
+        return False
+
+    def step(self, seconds: float, times: int = 1) -> None:
+        for _ in range(times):
+            assert not self.wait(seconds)
+            self.dog.stepped(self.now)
+
+
+def test_learns_the_limit_from_the_longest_step() -> None:
+    clock = Clock()
+    clock.step(30.0)  # the first step compiles, warms up, reads: it teaches nothing
+    clock.step(0.1, times=5)
+    assert clock.dog.limit_s == 5.0 and not clock.wait(4.9) and clock.wait(0.5)
+    clock = Clock()
+    clock.step(1.0, times=20)
+    clock.step(3.0)
+    clock.step(1.0, times=50)
+    assert clock.dog.limit_s == 24.0 and not clock.wait(23.5) and clock.wait(0.5)
+    clock.dog.launched(clock.now)
+    clock.step(1.0, times=101)
+    assert clock.dog.limit_s == 8.0, "what is longer ago than 100 steps counts no more"
+
+
+def test_a_start_has_a_limit_of_its_own_for_each_part() -> None:
+    clock = Clock(WatchdogConfig(timeout_s=2.0, start_timeout_s=60.0))
+    for _ in range(3):
+        assert not clock.wait(59.0)
+        clock.dog.moved(clock.now)
+    clock.step(59.0)
+    assert not clock.wait(1.5) and clock.wait(0.5)
+
+
+def test_saves_take_the_time_they_take() -> None:
+    clock = Clock(WatchdogConfig(start_timeout_s=60.0))
+    clock.step(0.1, times=5)
+    clock.dog.entered(1, Phase.STORING, clock.now)
+    assert not clock.wait(7200.0), "storage has limits of its own"
+    clock.dog.entered(1, Phase.SAVING, clock.now)
+    clock.dog.stepped(clock.now)  # rank 0 is through its save already
+    assert not clock.wait(59.0)
+    clock.dog.entered(1, Phase.TRAINING, clock.now)
+    clock.dog.stepped(clock.now)
+    assert clock.dog.limit_s == 5.0, "a save is no step time"
+    assert clock.wait(5.5)
+
+
+def test_a_suspended_machine_and_a_busy_coordinator_are_no_hang() -> None:
+    clock = Clock()
+    clock.step(0.1, times=5)
+    for pause_s in (3600.0, 30.0, 86400.0):
+        clock.now += pause_s
+        clock.dog.advance(clock.now)
+        assert not clock.dog.expired
+    assert clock.wait(3.0)
+
+
+def test_an_alarm_doubles_the_limit_until_there_is_more_to_learn_from() -> None:
+    clock = Clock()
+    clock.step(0.1, times=5)
+    for expected in (5.0, 10.0, 20.0):
+        assert clock.dog.limit_s == expected
+        clock.dog.alarmed()
+    clock.step(0.1, times=101)
+    assert clock.dog.limit_s == 5.0
+
+
+def test_nothing_is_expected_of_an_attempt_that_has_ended() -> None:
+    clock = Clock()
+    clock.step(0.1, times=5)
+    clock.dog.ended()
+    assert not clock.wait(3600.0)
+
+
+def test_silence_counts_looks_not_pauses() -> None:
+    silence = Silence(0.0)
+    assert silence.passed(0.5) == 0.5 and silence.passed(600.0) == 1.5
+    silence.heard()
+    assert silence.passed(600.25) == 0.25
+
+
+@pytest.mark.parametrize("values", [{"timeout_s": 0.0}, {"timeout_s": -1.0}, {"start_timeout_s": 0.0}])
+def test_refuses(values: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="must be above 0"):
+        WatchdogConfig(**values)

@@ -1,0 +1,40 @@
+"""Rows: what a chart gets of each step."""
+
+from __future__ import annotations
+
+from orchestrator.messages import Event
+from orchestrator.tracking.rows import Rows
+
+
+def at(time_s: float, kind: str, /, **fields: object) -> Event:
+    return Event(kind=kind, fields=fields, time_s=time_s)
+
+
+def test_rate_and_restart_markers() -> None:
+    story = [
+        at(0, "attempt", attempt=1, world_size=2),
+        at(10, "training", attempt=1, step=0),
+        at(12, "step", attempt=1, step=1, metrics={"loss": 0.5}),
+        at(13, "step", attempt=1, step=2, metrics={"loss": 0.4}),
+        at(20, "down", rank=0),
+        at(21, "failure", rank=0),
+        at(22, "attempt", attempt=2, world_size=1),
+        at(25, "training", attempt=2, step=1),
+        at(40, "step", attempt=2, step=3, metrics={"loss": 0.3}),  # step 2 was repeated in between
+        at(44, "step", attempt=2, step=4, metrics={"loss": 0.2}),
+    ]
+    rows = Rows(global_batch_size=8)
+    found = [row for row in map(rows.take, story) if row]
+    assert [row.step for row in found] == [1, 2, 3, 4]
+    assert found[0].values == {"train/loss": 0.5, "run/attempt": 1, "run/world_size": 2, "run/samples_per_s": 4.0}
+    assert found[2].values == {
+        "train/loss": 0.3,
+        "run/attempt": 2,
+        "run/world_size": 1,
+        "restart/attempt": 2,
+        "restart/from_step": 1,
+        "restart/replayed_steps": 1,
+        "restart/world_size": 1,
+        "restart/down_s": 5.0,
+    }
+    assert found[3].values == {"train/loss": 0.2, "run/attempt": 2, "run/world_size": 1, "run/samples_per_s": 2.0}

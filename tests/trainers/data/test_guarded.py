@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from trainers.data.guarded import GuardedSource
+from trainers.data.sources import Samples
+from trainers.errors import ConfigError
+from trainers.trace import Blame, StepTrace
+
+
+class Numbers:
+    """Ten images of their own index, some of which can not be read."""
+
+    channels, num_classes, has_captions = 1, None, False
+
+    def __init__(self, *unreadable: int) -> None:
+        self.unreadable = set(unreadable)
+
+    def __len__(self) -> int:
+        return 10
+
+    def read(self, indices: np.ndarray) -> Samples:
+        if broken := self.unreadable & set(indices.tolist()):
+            raise ValueError(f"{broken} can not be read")
+        images = torch.from_numpy(indices).float().view(-1, 1, 1, 1)
+        return Samples(images=images, sizes=torch.zeros(len(indices), 6))
+
+
+def read(left_out: set[int], indices: list[int]) -> list[int]:
+    source = GuardedSource(Numbers(), StepTrace(4))
+    source.leave_out(frozenset(left_out))
+    return source.read(np.array(indices)).images.flatten().int().tolist()
+
+
+def test_a_sample_that_is_left_out_is_replaced_by_the_next_that_is_not() -> None:
+    assert read(set(), [3, 9, 0]) == [3, 9, 0]
+    assert read({3}, [3, 4, 2]) == [4, 4, 2]
+    assert read({3, 4, 9}, [3, 9, 4]) == [5, 0, 5]
+    with pytest.raises(ConfigError, match="all 10 samples"):
+        read(set(range(10)), [1])
+
+
+@pytest.mark.parametrize(
+    ("unreadable", "indices", "samples", "blame"),
+    [
+        ({4}, [3, 4, 5, 6], (4,), Blame.EXACT),
+        ({4, 6}, [3, 4, 5, 6], (4, 6), Blame.EXACT),
+        ({4}, [4], (4,), Blame.EXACT),
+        ({3, 4}, [3, 4], (3, 4), Blame.NONE),
+    ],
+)
+def test_an_error_says_which_samples_can_not_be_read(
+    unreadable: set[int], indices: list[int], samples: tuple[int, ...], blame: Blame
+) -> None:
+    trace = StepTrace(4)
+    trace.enter(1, 0, 0)
+    with pytest.raises(ValueError, match="can not be read"):
+        GuardedSource(Numbers(*unreadable), trace).read(np.array(indices))
+    place = trace.place()
+    assert place is not None and (place.samples, place.blame) == (samples, blame)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trainers.config import TrainerConfig
+from trainers.decode import decode
+from trainers.errors import ConfigError
+from trainers.fitting import check_fits
+from trainers.models import build_model
+
+UNET = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
+DIT = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 1,
+    "out_channels": 2,
+    "num_layers": 2,
+    "sample_size": 8,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 10,
+}
+TRAIN = {"num_steps": 1, "global_batch_size": 1, "microbatch_size": 1}
+
+
+def unet(**args: Any) -> dict[str, Any]:
+    return {"class_name": "UNet2DModel", "args": {**UNET, **args}}
+
+
+def dit() -> dict[str, Any]:
+    return {"class_name": "DiTTransformer2DModel", "args": DIT}
+
+
+def check(model: dict[str, Any], given: dict[str, Any]) -> None:
+    fits = {"channels": 1, "image_size": 8, "num_classes": 10, "label_drop": 0.0, "has_captions": False, **given}
+    source: Any = SimpleNamespace(**{key: fits[key] for key in ("channels", "num_classes", "has_captions")})
+    sections = {"data": {"image_size": fits["image_size"]}, "objective": {"label_drop": fits["label_drop"]}}
+    config = decode(TrainerConfig, {"model": model, "train": TRAIN, **sections})
+    assert check_fits(build_model(config.model, seed=0), source, config) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "word"),
+    [
+        (unet(), {"channels": 3}, "model.args.in_channels=1"),
+        (unet(), {"image_size": 16}, "model.args.sample_size=8"),
+        (unet(), {"label_drop": 0.1}, "objective.label_drop=0.1"),
+        (unet(), {"has_captions": True}, "data.captions=true has no effect"),
+        (dit(), {"num_classes": None}, "no labels"),
+        (dit(), {"num_classes": 11}, "model.args.num_embeds_ada_norm=10"),
+        (unet(num_class_embeds=10), {"label_drop": 0.1}, "model.args.num_class_embeds=10"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_refused(model, given, word):
+    with pytest.raises(ConfigError) as error:
+        check(model, given)
+    assert word in str(error.value)
+
+
+def test_what_fits_is_let_through():
+    check(unet(), {})
+    check(unet(num_class_embeds=10), {})
+    check(unet(num_class_embeds=11), {"label_drop": 0.1})
+    check(dit(), {"label_drop": 0.1})

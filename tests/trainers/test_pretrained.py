@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from tests.trainers.distributed import run_ranks
+from tests.trainers.pipelines import write_pipeline
+from tests.trainers.test_families import family_config
+from tests.trainers.tiny import UNET, build_tiny, tiny_config
+from trainers.config import TrainerConfig
+from trainers.decode import decode
+from trainers.errors import ConfigError
+from trainers.fitting import check_fits
+from trainers.frozen import check_hashes
+from trainers.models import ModelConfig, build_model, empty_model, pretrained_weights
+from trainers.parallel import gather_rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("pretrained") / "dit", "dit")
+
+
+def initial(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The first weights of each configuration, as training has them. Collective."""
+    found = {}
+    for name, config in configs.items():
+        state, _ = build_tiny(config)
+        found[name] = {p.name: gather_rows(p.local, p, state.topology).numpy() for p in state.parameters}
+    return found
+
+
+def test_every_rank_s_rows_make_up_the_whole_model(folder, tmp_path):
+    network: Any = diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer")
+    network.save_pretrained(tmp_path / "cut", max_shard_size="5KB")
+    assert (tmp_path / "cut" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    single = family_config(folder, "dit")
+    scratch = family_config(folder, "dit", from_scratch=True, args={"num_layers": 1})
+    found = run_ranks(3, initial, {"single": single, "scratch": scratch, "unet": tiny_config(UNET)})
+    expected = dict(network.named_parameters())
+    for rank in found:
+        assert rank["single"].keys() == expected.keys()
+        assert all(torch.equal(torch.from_numpy(rank["single"][name]), value) for name, value in expected.items())
+        for name, plain in (("scratch", scratch), ("unet", tiny_config(UNET))):
+            config = decode(TrainerConfig, plain)
+            whole = dict(build_model(config.model, config.seed).named_parameters())
+            assert all(torch.equal(torch.from_numpy(rank[name][key]), value) for key, value in whole.items())
+    cut = build_model(ModelConfig(pretrained=str(tmp_path / "cut")), seed=0)
+    assert all(torch.equal(value, expected[name]) for name, value in cut.named_parameters())
+
+
+def test_a_model_without_memory_keeps_its_constants(folder):
+    config = ModelConfig(pretrained=str(folder))
+    empty, whole = empty_model(config, seed=0), build_model(config, seed=0)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    buffers = dict(whole.named_buffers())
+    assert buffers and all(torch.equal(value, buffers[name]) for name, value in empty.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"pretrained": "/nowhere"}, ["model.pretrained=/nowhere is no folder", "hub"]),
+        ({"subfolder": "unet"}, ["model.subfolder=unet", "unet/config.json"]),
+        ({"variant": "fp16"}, ["model.variant=fp16", "it has diffusion_pytorch_model.safetensors"]),
+    ],
+)
+def test_what_is_not_there_is_refused(folder, monkeypatch, keys, words):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError) as error:
+        build_model(ModelConfig(**{"pretrained": str(folder), **keys}), seed=0)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"class_name": "UNet2DModel", "pretrained": "x"},
+        {"class_name": "UNet2DModel", "variant": "fp16"},
+        {"pretrained": "x", "args": {"num_layers": 1}},
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(keys):
+    with pytest.raises(ConfigError):
+        ModelConfig(**keys)
+
+
+def test_other_weights_than_the_config_s_are_refused(folder, tmp_path):
+    other = diffusers.DiTTransformer2DModel(**build_model(ModelConfig(pretrained=str(folder)), 0).config)  # pyright: ignore
+    other.proj_out_1 = torch.nn.Linear(2, 2)
+    other.save_pretrained(tmp_path)
+    config = ModelConfig(pretrained=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"are not those of its config\.json"):
+        pretrained_weights(config, empty_model(config, 0))
+
+
+def test_another_noise_schedule_than_the_weights_know_is_refused(folder):
+    config = decode(TrainerConfig, {**family_config(folder, "dit"), "objective": {"beta_schedule": "linear"}})
+    source: Any = type("Latents", (), {"channels": 1, "num_classes": 10, "has_captions": False})
+    with pytest.raises(ConfigError, match=r"objective\.beta_schedule=.scaled_linear"):
+        check_fits(empty_model(config.model, 0), source, config)
+
+
+def test_another_frozen_part_is_refused_by_name():
+    check_hashes({"vae": "a"}, {"vae": "a"})
+    with pytest.raises(ConfigError, match=r"frozen part vae .* put the old folder back"):
+        check_hashes({"vae": "a"}, {"vae": "b"})

@@ -1,0 +1,120 @@
+"""Whether a model can be trained on the data that a configuration gives it."""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+from torch import nn
+
+from trainers.conditioning import Condition, takes_text, type_name
+from trainers.config import TrainerConfig
+from trainers.data.sources import Source
+from trainers.errors import ConfigError
+from trainers.frozen import check_schedule, latent_shape
+from trainers.models import learns_null_label, null_label, settings_of
+from trainers.pretrained import PretrainedFolder
+
+
+def check_fits(model: nn.Module, source: Source, config: TrainerConfig) -> tuple[int, int, int] | None:
+    """Check that `model` can be trained on the images, labels and captions of `source`.
+
+    Returns:
+        (c, h, w) of the latents that `model` denoises; None if it denoises the images themselves.
+
+    Raises:
+        ConfigError: it can't; the message names the argument to change.
+    """
+    folder, image_size = config.model.folder(), config.data.image_size
+    shape = latent_shape(folder, source.channels, image_size)
+    if folder is not None and not config.model.from_scratch:
+        check_schedule(folder, config.objective)
+    if folder is not None and config.model.lora is not None:
+        _check_adapters(folder)
+    _check_channels(model, shape or (source.channels, image_size, image_size), config)
+    _check_captions(model, source, encoded=folder is not None and folder.has("tokenizer"))
+    _check_labels(model, source.num_classes, config.objective.label_drop)
+    return shape
+
+
+def _check_adapters(folder: PretrainedFolder) -> None:
+    pipeline = folder.index.get("_class_name", "")
+    if not hasattr(getattr(diffusers, pipeline, None), "save_lora_weights"):
+        raise ConfigError(
+            f"model.lora: {f'a {pipeline}' if pipeline else 'a network without a pipeline'} cannot load adapters,"
+            " so they would be of no use; remove model.lora"
+        )
+
+
+def _check_channels(model: nn.Module, shape: tuple[int, int, int], config: TrainerConfig) -> None:
+    settings = settings_of(model)
+    patch = 4 if type_name(model) == "FluxTransformer2DModel" else 1  # it takes 2 x 2 latents as one token
+    in_channels = settings.get("in_channels")
+    if in_channels is not None and in_channels != shape[0] * patch:
+        raise ConfigError(
+            f"model.args.in_channels={in_channels} does not fit the data's {shape[0]} channels;"
+            f" set model.args.in_channels={shape[0] * patch} (and out_channels)"
+        )
+    sample_size = settings.get("sample_size")
+    # Out of a pretrained folder it is the size that the folder was made for; what the model takes is tried instead.
+    fixed = config.model.pretrained is None
+    if fixed and sample_size is not None and sample_size not in (shape[1], list(shape[1:]), shape[1:]):
+        raise ConfigError(
+            f"model.args.sample_size={sample_size} differs from data.image_size={shape[1]}; set both to one value"
+        )
+
+
+def _check_captions(model: nn.Module, source: Source, encoded: bool) -> None:
+    text = takes_text(model)
+    if text and not encoded:
+        raise ConfigError(
+            f"a {type_name(model)} needs text encoders, and there are none; set model.pretrained to a pipeline folder"
+            " that has them (model.from_scratch=true to begin at random weights)"
+        )
+    if text and not source.has_captions:
+        raise ConfigError("data.captions=false, but the model is conditioned on text; set data.captions=true")
+    if source.has_captions and not text:
+        raise ConfigError("data.captions=true has no effect on a model without text; set it to false")
+
+
+def _check_labels(model: nn.Module, num_classes: int | None, label_drop: float) -> None:
+    settings, null = settings_of(model), null_label(model)
+    if null is None:
+        if label_drop > 0 and not takes_text(model):
+            raise ConfigError(
+                f"objective.label_drop={label_drop} needs a model with classes; set it to 0, or give the model classes"
+            )
+        return
+    if num_classes is None:
+        raise ConfigError("data has no labels, but the model wants classes; sort the images into one folder a class")
+    key = "num_class_embeds" if settings.get("num_embeds_ada_norm") is None else "num_embeds_ada_norm"
+    needs_null = learns_null_label(model, label_drop)
+    missing = num_classes + needs_null - (null + 1)
+    if missing > 0:
+        raise ConfigError(
+            f"model.args.{key}={settings[key]} is too small for {num_classes} classes"
+            f"{' and the null label' if needs_null else ''}; set it to {settings[key] + missing}"
+        )
+
+
+def blank_condition(model: nn.Module, batch: int, num_tokens: int, device: torch.device) -> Condition:
+    """A condition of the shapes that `model` takes, all zeros: to find out what it makes of them."""
+    settings = settings_of(model)
+    if not takes_text(model):
+        labels = None if null_label(model) is None else torch.zeros(batch, dtype=torch.long, device=device)
+        return Condition(labels=labels)
+    name = type_name(model)
+    if name == "UNet2DConditionModel":
+        width, pooled = settings["cross_attention_dim"], None
+        width = width if isinstance(width, int) else width[0]
+        if settings.get("addition_embed_type") == "text_time":
+            pooled = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
+    elif name == "PixArtTransformer2DModel":
+        width, pooled = settings["caption_channels"], None
+    else:
+        width, pooled = settings["joint_attention_dim"], settings["pooled_projection_dim"]
+    return Condition(
+        tokens=torch.zeros(batch, num_tokens, width, device=device),
+        pooled=None if pooled is None else torch.zeros(batch, pooled, device=device),
+        mask=torch.ones(batch, num_tokens, dtype=torch.long, device=device),
+        sizes=torch.zeros(batch, 6, device=device),
+    )

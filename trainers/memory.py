@@ -1,0 +1,120 @@
+"""How much memory a training process will take, counted on a model without memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trainers.conditioning import call_model, takes_text, type_name
+from trainers.config import TrainerConfig
+from trainers.data.sources import Source
+from trainers.fitting import blank_condition, check_fits
+from trainers.models import empty_model
+from trainers.pretrained import PretrainedFolder
+from trainers.units import sharding_units
+
+_TEXT_TOKENS = {"SD3Transformer2DModel": 77 + 256, "FluxTransformer2DModel": 512, "PixArtTransformer2DModel": 120}
+_CLIP_TOKENS = 77
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes that one rank takes, while it trains."""
+
+    parameters: int
+    """The float32 rows of the weights; under ddp twice, because FSDP works on a copy."""
+    gathered: int
+    """The largest two units, whole: the one that is computed and the one that is fetched ahead."""
+    gradients: int
+    optimizer: int
+    """Its moments."""
+    ema: int
+    """Every profile, also those that begin later."""
+    frozen: int
+    """VAE and text encoders, whole on every rank, by the tensors in their files."""
+    activations: int | None
+    """What autograd keeps of one microbatch; None: the model has an operation without a shape-only form."""
+
+    @property
+    def total(self) -> int:
+        rest = (self.gathered, self.gradients, self.optimizer, self.ema, self.frozen, self.activations or 0)
+        return self.parameters + sum(rest)
+
+
+def rank_memory(config: TrainerConfig, source: Source, world_size: int) -> RankMemory:
+    """An estimate for each of `world_size` ranks. Local; needs no process group.
+
+    Activations are the tensors that autograd saves in one forward pass on the meta device, each storage once, less the
+    parameters. Kernels' workspaces, communication buffers and the allocator's waste come on top.
+
+    Raises:
+        ConfigError: the model cannot be trained on this data, or not by so many workers.
+    """
+    with torch.device("meta"):
+        model = empty_model(config.model, config.seed)
+    size = config.data.image_size
+    shape = check_fits(model, source, config) or (source.channels, size, size)
+    shards = config.parallel.shards(world_size)
+    every, trained = (
+        sum(_rows(p, shards) for p in model.parameters() if p.requires_grad or not only_trained)
+        for only_trained in (False, True)
+    )
+    width = 2 if config.train.precision == "bf16" else 4
+    units = [unit for modules in sharding_units(model) for unit in modules]
+    inside = {id(p) for unit in units for p in unit.parameters()}
+    root = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    largest = sorted((root, *(sum(p.numel() for p in unit.parameters()) for unit in units)), reverse=True)
+    folder = config.model.folder()
+    return RankMemory(
+        parameters=4 * every,
+        gathered=width * (sum(largest[:2]) if shards > 1 else sum(p.numel() for p in model.parameters())),
+        gradients=4 * trained,
+        optimizer=4 * trained * len(config.optimizer.moments),
+        ema=4 * trained * len(config.ema),
+        frozen=_frozen_bytes(folder, 4 if config.conditioning.precision == "fp32" else 2),
+        activations=_activation_bytes(model, config, shape),
+    )
+
+
+def _rows(parameter: nn.Parameter, shards: int) -> int:
+    """Elements of the largest shard."""
+    if not parameter.ndim:
+        return 1
+    return -(-parameter.shape[0] // shards) * (parameter.numel() // max(1, parameter.shape[0]))
+
+
+def _frozen_bytes(folder: PretrainedFolder | None, width: int) -> int:
+    if folder is None or not folder.index:
+        return 0
+    parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    return sum(width * folder.num_elements(name) for name in parts if folder.has(name))
+
+
+def _activation_bytes(model: nn.Module, config: TrainerConfig, shape: tuple[int, int, int]) -> int | None:
+    batch = config.train.microbatch_size
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    tokens = _TEXT_TOKENS.get(type_name(model), _CLIP_TOKENS) if takes_text(model) else 1
+    if takes_text(model) and config.conditioning.max_tokens is not None and type_name(model) in _TEXT_TOKENS:
+        tokens = config.conditioning.max_tokens + (_CLIP_TOKENS if type_name(model).startswith("SD3") else 0)
+    model = model.to(dtype)
+    kept: dict[int, tuple[torch.UntypedStorage, int]] = {}  # the storages stay alive here: an id may not come twice
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = (storage, storage.nbytes())
+        return tensor
+
+    device = torch.device("meta")
+    condition = blank_condition(model, batch, tokens, device).cast(dtype)
+    noisy = torch.zeros((batch, *shape), device=device, dtype=dtype)
+    timesteps = torch.zeros(batch, dtype=torch.long, device=device)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            call_model(model.train(), noisy, timesteps, condition)
+    except NotImplementedError:
+        return None
+    return sum(size for _, size in kept.values())
