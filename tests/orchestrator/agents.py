@@ -69,16 +69,10 @@ def _fork_server(preload: Sequence[str]) -> ForkServer:
     return kept.pop() if kept else _KeptForkServer(preload)
 
 
-def make_spec(
-    run: Path | str,
-    config: Mapping[str, Any],
-    every_steps: int,
-    changes: Mapping[str, Any] | None = None,
-    **checkpoint: Any,
-) -> RunSpec:
-    """The spec of a run at `run`, with `changes`; `checkpoint` are other keys of that section."""
+def make_spec(run: Path | str, config: Mapping[str, Any], every_steps: int, **checkpoint: Any) -> RunSpec:
+    """The spec of a run at `run`; `checkpoint` are other keys of that section."""
     record = open_or_create(Store.open(str(run)), config)
-    spec = RunSpec(
+    return RunSpec(
         quarantine=config.get("data", {}).get("quarantine", False),
         run_id=record.run_id,
         run_url=str(run),
@@ -91,7 +85,6 @@ def make_spec(
         versions={},
         preload=PRELOAD,
     )
-    return dataclasses.replace(spec, **changes)
 
 
 def run_agents(
