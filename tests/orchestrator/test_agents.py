@@ -182,7 +182,7 @@ def test_a_store_that_fails_for_a_while_costs_a_checkpoint_and_nothing_else(
                 raise error
         return write_shard(store, key, *rest)
 
-    monkeypatch.setattr("orchestrator.supervisor.write_shard", flaky)
+    monkeypatch.setattr("orchestrator.shard_writer.write_shard", flaky)
     script = Script()
     outcome = run_agents(make_spec(tmp_path / "run", config(), EVERY), 2, script)
     assert outcome.ending is Ending.FINISHED

@@ -4,7 +4,7 @@ import os
 
 from orchestrator.checkpoint.store import Store
 from orchestrator.messages import Receipt, SaveFailed, Snapshot
-from orchestrator.supervisor import ShardWriter
+from orchestrator.shard_writer import ShardWriter
 from trainers.progress import Progress
 from trainers.shards import Chunk, TensorSpec
 
