@@ -17,6 +17,8 @@ from orchestrator.tracking.overview import Present, State
 from orchestrator.tracking.record import RowsReader, in_order
 
 _ENOUGH_EVENTS = 64
+_MOST_EVENTS = 1000
+"""To read for the newest `train.num_steps`; if it was set longer ago, that of the first start is shown."""
 _PARALLEL_RUNS = 16
 
 
@@ -87,10 +89,11 @@ def glance(url: str, now_s: float | None = None) -> Glance | None:
 
 
 def _present(store: Store, now_s: float) -> Present:
-    """Read back from the newest event to the last one that decides the state."""
+    """Read back from the newest event to the last one that decides the state, and a little further for the rest."""
     reader, enough = RowsReader(store, EVENTS), _ENOUGH_EVENTS
     while True:
         present = Present(in_order(reader.rows(enough)), now_s)
-        if present.state is not State.NOT_STARTED or reader.complete:
+        known = present.state is not State.NOT_STARTED and (present.num_steps or enough >= _MOST_EVENTS)
+        if known or reader.complete:
             return present
         enough *= 4

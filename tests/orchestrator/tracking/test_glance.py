@@ -36,6 +36,7 @@ def test_runs_in_all_states_and_what_is_no_run():
 
 
 def test_only_the_newest_events_are_read(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_EVENTS", 64)
     store = new_store()
     record(store, [started(0), training(5, 1, 0)], number=1)
     for number in range(2, 40):
@@ -56,6 +57,16 @@ def test_it_reads_on_until_the_state_is_known(monkeypatch):
         record(store, [event(5 + number, "alive", session="a", attempt=1, step=number)], f"{number:08x}", number)
     seen = glance(store.url, T0 + 40)
     assert seen is not None and (seen.state, seen.step) == ("training", 29)
+
+
+def test_a_run_that_was_made_longer():
+    store = new_store()
+    record(store, [event(0, "started", session="a", num_steps=120, host="h", pid=1, workers=2)], number=1)
+    for number in range(2, 40):
+        record(store, [event(5 + number, "alive", session="a", attempt=1, step=number)] * 4, f"{number:08x}", number)
+    record(store, [training(60, 1, 40)], "f" * 8, 40)
+    seen = glance(store.url, T0 + 61)
+    assert seen is not None and (seen.step, seen.num_steps) == (40, 120)
 
 
 def test_files_beside_the_runs_of_a_folder(tmp_path: Path):
