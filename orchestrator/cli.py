@@ -13,8 +13,11 @@ from orchestrator.commands.config import config
 from orchestrator.commands.deploy import deploy
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.ema import ema
+from orchestrator.commands.jobs import jobs, logs, stop
 from orchestrator.commands.prove import prove
+from orchestrator.commands.runs import runs
 from orchestrator.commands.status import report, status
+from orchestrator.commands.submit import resume, submit
 from orchestrator.commands.tracking import tracking
 from orchestrator.commands.train import train
 from orchestrator.commands.weights import export, sample
@@ -31,11 +34,14 @@ Exit codes:
   4    gave up: the failure policy ended the run, with its reason
   5    storage did not do what was asked
   6    superseded: a newer attempt owns the run
-  130  interrupted; the same command goes on
+  130  interrupted (Ctrl-C); the same command goes on
+  143  terminated (SIGTERM), or its job was stopped; the same command goes on
 
 \b
-Shell completion (bash; zsh and fish alike):
-  eval "$(_UNBROKEN_COMPLETE=bash_source unbroken)"
+Shell completion, for the start-up file of your shell:
+  bash  eval "$(_UNBROKEN_COMPLETE=bash_source unbroken)"
+  zsh   eval "$(_UNBROKEN_COMPLETE=zsh_source unbroken)"
+  fish  _UNBROKEN_COMPLETE=fish_source unbroken | source
 """
 
 
@@ -101,6 +107,7 @@ def main(debug: bool) -> None:
       unbroken doctor configs/digits.yaml               can this machine and this store run it?
       unbroken train configs/digits.yaml                train, or go on where a run was left
       unbroken train configs/digits.yaml seed=1 run.name=second
+      unbroken submit configs/digits.yaml --address http://head:8265      the same on a Ray cluster
       unbroken status runs/digits --watch                how far it is, what failures cost
       unbroken sample runs/digits samples.png           images from the EMA weights
       unbroken prove runs/digits runs/second            are two runs bitwise the same?
@@ -109,5 +116,8 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (train, status, report, prove, sample, export, ema, checkpoints, tracking, config, doctor, deploy):
+for command in (
+    *(train, submit, resume, logs, stop, jobs, status, runs, report, prove),
+    *(sample, export, ema, checkpoints, tracking, config, doctor, deploy),
+):
     main.add_command(command)

@@ -14,6 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from orchestrator.credentials import refuse_secrets
 from orchestrator.deploy.config import DeployConfig
 from orchestrator.failures import FailureConfig
 from orchestrator.sections import SAFE_NAME, CheckpointConfig, Resources, RunSection, Workers
@@ -113,7 +114,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The checked config of `path` with `overrides` (`train.num_steps=500`) applied and `${...}` resolved.
 
     Raises:
-        ConfigError: one line that names the file and line, or the key and its value, and what to do.
+        ConfigError: one line that names the file and line, or the key and its value, and what to do. The value of
+            what looks like a secret is not shown.
     """
     tree = _merge(_read(Path(path)), _parse_overrides(overrides))
     try:
@@ -121,6 +123,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key}: {reason}; give it a value, or correct the ${{...}} in it") from None
+    refuse_secrets(plain, str(path))
     if not isinstance(plain, Mapping):
         raise ConfigError(f"{path} is not a section; write `key: value` lines")
     return decode(RunConfig, plain)  # pyright: ignore[reportArgumentType]
@@ -169,13 +172,15 @@ def _read(path: Path) -> DictConfig:
         raise ConfigError(f"{path}{_yaml_reason(error)}; correct the YAML") from None
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{path} holds a list; write `key: value` lines")
+    refuse_secrets(OmegaConf.to_container(tree), str(path))  # also where ${oc.env:NAME} would fetch one
     return tree
 
 
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     seen = set()
     for override in overrides:
-        key, sign, _ = override.partition("=")
+        key, sign, value = override.partition("=")
+        refuse_secrets({key: value or key}, "an override")
         if not sign or not all(key.split(".")):
             raise ConfigError(f"override {override!r} is not of the form key=value, such as train.num_steps=500")
         if key in seen:
@@ -185,7 +190,9 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
             OmegaConf.from_dotlist([override])
         except (yaml.YAMLError, OmegaConfBaseException, ValueError):
             raise ConfigError(f"override {override!r} has no valid YAML value; quote it: {key}='\"...\"'") from None
-    return OmegaConf.from_dotlist(list(overrides))
+    tree = OmegaConf.from_dotlist(list(overrides))
+    refuse_secrets(OmegaConf.to_container(tree), "an override")
+    return tree
 
 
 def _merge(tree: DictConfig, overrides: DictConfig) -> DictConfig:

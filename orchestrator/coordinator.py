@@ -279,8 +279,8 @@ class Coordinator:
             if decision.action is Action.QUARANTINE and self._opening.checkpoint is not None:
                 # The file with the damage, where a full check finds it; else what the loading rank saw.
                 report = self._opener.report_quarantine
-                opening, stores = self._opening, self._stores
-                set_aside(stores.of(opening.tier), opening.checkpoint, decision.reason, self._attempt, report)
+                store = self._stores.of(self._opening.tier)
+                set_aside(store, self._opening.checkpoint, decision.reason, self._attempt, report)
             self._relaunch(decision.delay_s)
 
     def _relaunch(self, delay_s: float) -> None:

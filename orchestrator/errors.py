@@ -11,6 +11,7 @@
     ├── RunNotFoundError            the RUN given on the command line is none                                     2
     ├── RegroupError                the workers are to be placed anew: for Ray Train, never for a user            3
     ├── StartError                  no trainer can be started on this node: another may do                        3
+    ├── ClusterError                the Ray cluster's job server does not answer, or refuses: try again           3
     └── GaveUpError                 the failure policy ended the run, with its reason                             4
 
 `AlreadyExistsError` is no `StorageError`: the store worked, and repeating is wrong.
@@ -78,6 +79,10 @@ class RunNotFoundError(UnbrokenError):
 
 class RegroupError(UnbrokenError):
     """This group of agents ends on purpose, saved: a node is taken away, or there is room for more workers."""
+
+
+class ClusterError(UnbrokenError):
+    """The job server of a Ray cluster does not answer, or refuses what it is asked."""
 
 
 class GaveUpError(UnbrokenError):

@@ -22,6 +22,7 @@ DOORS = {
         "orchestrator/driver.py",
         "orchestrator/agent.py",
         "orchestrator/control.py",
+        "orchestrator/jobs.py",
         "orchestrator/peer_memory.py",
         "orchestrator/tracking/ray_metrics.py",
     },

@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.checkpoint import keys, records
 from orchestrator.checkpoint.store import Store
-from orchestrator.errors import AlreadyExistsError, MissingObjectError, RunNotFoundError, UnbrokenError
+from orchestrator.errors import AlreadyExistsError, MissingObjectError, RunNotFoundError, StorageError, UnbrokenError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,9 @@ def load(store: Store) -> RunRecord:
     """
     try:
         document = records.load(store, keys.RUN_RECORD)
-    except MissingObjectError as error:
+    except StorageError as error:
+        if not isinstance(error, MissingObjectError) and not isinstance(error.__cause__, NotADirectoryError):
+            raise
         raise RunNotFoundError(
             f"no run at {store.url}: it has no {keys.RUN_RECORD}; a RUN is `<storage>/<run.name>`"
         ) from error

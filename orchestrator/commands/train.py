@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from orchestrator.config import RunConfig
 
 
 @click.command()
@@ -14,6 +21,9 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
     CONFIG is a YAML file. The run lives in <storage>/<run.name>. If it exists, it continues from its newest stable
     checkpoint; if it is finished, nothing happens; if it was made with a config that decides other numbers, it is
     refused, and the keys are named. So the same command is right after every interruption.
+
+    It uses a Ray of its own on this machine, or with RAY_ADDRESS that cluster. As a job of a cluster:
+    `unbroken submit`, or `ray job submit --working-dir . -- unbroken train CONFIG ...`.
 
     KEY=VALUE replaces one value of the file, in YAML's syntax:
 
@@ -30,7 +40,21 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
     loaded = load_config(config, overrides)
     check_trainable(loaded)
 
+    train_here(loaded)
+
+
+def train_here(config: RunConfig) -> None:
+    """Train in this process, and tell the terminal.
+
+    Raises:
+        ConfigError: this process is a job, and must not be for this config.
+    """
+    from orchestrator.inside_job import check_job
+
+    for note in check_job(os.environ, Path.cwd(), config):
+        click.echo(note, err=True)
+
     from orchestrator import driver  # imports ray: only for a config that can run
     from orchestrator.screen import Screen, stdout_writer
 
-    driver.run(loaded, Screen(loaded.train.num_steps, loaded.train.global_batch_size, stdout_writer).show)
+    driver.run(config, Screen(config.train.num_steps, config.train.global_batch_size, stdout_writer).show)

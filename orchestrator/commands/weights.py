@@ -43,7 +43,7 @@ def sample(run: str, out: Path, weights: str, step: int | None, **options: Any) 
 
     saved = open_model(run, step)
     images, columns = _draw(saved, weights, **options)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(out.parent)
     save_grid(images, out, columns=columns)
     click.echo(f"{out}: {len(images)} images from the {saved.describe(weights)}")
 
@@ -80,6 +80,13 @@ def _draw(
     return images, min(num, columns)
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
+
+
 @click.command()
 @click.argument("run")
 @click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
@@ -98,6 +105,7 @@ def export(run: str, out_dir: Path, weights: str, fp16: bool, max_shard_size: st
     from trainers.export import ExportWeights, export_pipeline
 
     saved = open_model(run, step)
+    _make_folder(out_dir)
     chosen = {"both": [("ema", None), ("raw", "non_ema")]}.get(weights, [(weights, None)])
     progress = saved.manifest.progress
     found = [

@@ -114,7 +114,7 @@ class RunView:
         metrics = one_row_a_step(self._metrics.rows(self._enough))
         checkpoints, newest = self._checkpoints()
         refs = [ref for name in self.store.list(CHECKPOINTS) if (ref := CheckpointRef.parse(name))]
-        present = _Present(events, now_s)
+        present = Present(events, now_s)
         train = self._run.config.get("train", {})
         return Overview(
             url=self.store.url,
@@ -150,7 +150,7 @@ class RunView:
         return found, newest
 
 
-class _Present:
+class Present:
     """Where a run stands after its last event."""
 
     def __init__(self, events: Sequence[Event], now_s: float) -> None:

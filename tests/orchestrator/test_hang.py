@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,12 @@ def test_hanging_gil_holding_and_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "sleep-1-3").touch()
     (tmp_path / "gil-0-6").touch()
     watch = Watch(stop=(1, 10))
-    changes = {"preload": (*PRELOAD, "tests.orchestrator.hanging"), "watchdog": WatchdogConfig(timeout_s=TIMEOUT_S)}
-    outcome = run_agents(make_spec(tmp_path / "run", config, EVERY, **changes), 2, watch)
+    spec = replace(
+        make_spec(tmp_path / "run", config, EVERY),
+        preload=(*PRELOAD, "tests.orchestrator.hanging"),
+        watchdog=WatchdogConfig(timeout_s=TIMEOUT_S),
+    )
+    outcome = run_agents(spec, 2, watch)
     assert outcome.ending is Ending.FINISHED
     assert [hang["ranks"] for hang in watch.of("hang")] == [[1], [0], [1]]
     assert [(failure["kind"], failure["rank"]) for failure in watch.of("failure")] == [("hang", r) for r in (1, 0, 1)]

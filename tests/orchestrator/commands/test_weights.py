@@ -79,3 +79,10 @@ def test_export_replaces_nothing(run: str, tmp_path: Path):
     result = unbroken("export", run, str(tmp_path / "full"))
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("args", [["sample", "/proc/none/grid.png", "--num", "1"], ["export", "/proc/none"]])
+def test_a_place_that_cannot_be_written_is_no_bug_of_ours(run: str, args: list[str]):
+    result = unbroken(args[0], run, *args[1:])
+    assert result.exit_code == 2 and "cannot write to /proc/none" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
