@@ -19,7 +19,8 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError
 from orchestrator.liveness import Entered
 from orchestrator.memory_restore import fill_from_memory
-from orchestrator.messages import Begin, Overwriting, Paused, Restored, SaveEnded, Skipped, Snapshot
+from orchestrator.messages import Begin, Restored
+from orchestrator.saving import Overwriting, Paused, SaveEnded, Skipped, Snapshot
 from orchestrator.sections import CheckpointConfig, TierName
 from orchestrator.watchdog import Phase
 from trainers.errors import StateMismatchError

@@ -30,14 +30,9 @@ from orchestrator.messages import (
     Launch,
     Listening,
     Outcome,
-    Paused,
     Reached,
-    Receipt,
     Rendezvous,
     Restored,
-    SaveDelayed,
-    SaveFailed,
-    Skipped,
     Started,
     Stepped,
     TrainerExit,
@@ -47,6 +42,7 @@ from orchestrator.replay import ReplayCheck
 from orchestrator.restore_point import set_aside
 from orchestrator.run_spec import RunSpec
 from orchestrator.save_round import SaveRound
+from orchestrator.saving import Paused, Receipt, SaveDelayed, SaveFailed, Skipped
 from orchestrator.stores import Stores
 from trainers.progress import Progress
 

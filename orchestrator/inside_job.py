@@ -34,7 +34,7 @@ def check_job(environment: Mapping[str, str], folder: Path, config: RunConfig) -
         return
     runtime_env = json.loads(environment[_JOB_CONFIG]).get("runtime_env") or {}
     refuse_secrets(runtime_env.get("env_vars", {}), "env_vars of the job's runtime environment")
-    storage = config.storage
+    storage = config.storage_url
     if _PACKAGES in folder.parts and "://" not in storage and not Path(storage).expanduser().is_absolute():
         raise ConfigError(
             f"storage={storage} is relative, and the job runs in a copy of the working directory that Ray deletes;"

@@ -76,12 +76,14 @@ def place_storage(config: RunConfig, num_nodes: int) -> tuple[str, str | None]:
         `storage` as the job must be told, since it runs in another folder; and what the user should know, if anything.
 
     Raises:
-        ConfigError: a relative path on a cluster of several nodes.
+        ConfigError: a relative path on a cluster of several nodes, or of a tier.
     """
-    storage = config.storage
+    storage, tier = config.storage_url, config.checkpoint.storage
     if "://" in storage:
         return storage, None
     absolute = run_url(config).removesuffix(f"/{config.run.name}")
+    if tier is not None and tier.url != absolute:
+        raise ConfigError(f"the tier {tier.url} is found from one folder only; give {absolute}, or a URL")
     if num_nodes <= 1:
         return absolute, f"the run is in {absolute}/{config.run.name}, on the cluster's machine"
     if not Path(storage).expanduser().is_absolute():

@@ -7,7 +7,7 @@ import mmap
 import torch
 import torch.distributed as dist
 
-from orchestrator.messages import MemorySnapshot
+from orchestrator.saving import MemorySnapshot
 from trainers.errors import StateMismatchError
 from trainers.fingerprint import format_fingerprint
 from trainers.state import LocalTensor, TrainState

@@ -8,10 +8,10 @@ from enum import Enum
 from typing import Any
 
 from orchestrator.checkpoint.peer_objects import PeerRing
+from orchestrator.saving import MemorySnapshot
 from orchestrator.sections import CheckpointConfig, TierName
 from trainers.exclusions import Exclusions
 from trainers.progress import Progress
-from trainers.shards import Chunk
 from trainers.trace import Place
 
 
@@ -104,39 +104,6 @@ class Stepped:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """This rank's rows are in the agent's buffer; the trainer will not touch it until `SaveEnded`."""
-
-    progress: Progress
-    chunks: tuple[Chunk, ...]
-    size_bytes: int
-    scalars: Mapping[str, Any]
-    tiers: tuple[TierName, ...] = ("storage",)
-    """Where it is to be stored, one after the other."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Overwriting:
-    """The trainer begins to write the next snapshot into the agent's buffer; the one before is gone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """A save was due and left out, on all ranks, as the one before still runs."""
-
-    progress: Progress
-
-
-@dataclass(frozen=True, kw_only=True)
-class Paused:
-    """The loop goes on after handing over a snapshot."""
-
-    progress: Progress
-    stall_s: float
-    """Seconds that it stood still: waiting for saves, and copying."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Finished:
     """The last step, or the one to stop at, is done and committed; or the trainer may not go on."""
 
@@ -146,17 +113,6 @@ class Finished:
 
 
 # agent -> trainer
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemorySnapshot:
-    """A snapshot that outlived the trainer that took it."""
-
-    snapshot: Snapshot
-    chunks: tuple[Any, ...]
-    """A `checkpoint.writer.ChunkReceipt` for each chunk: what the buffer must still hold."""
-    pending: bool
-    """It is not committed, and on its way to storage again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,16 +145,6 @@ class Rendezvous:
     port: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class SaveEnded:
-    """The snapshot of `progress` is committed, or its save failed for the reason in `error`; the buffer is free."""
-
-    progress: Progress
-    error: str | None = None
-    tier: TierName = "storage"
-    """The last one that it was meant for."""
-
-
 # agent -> coordinator
 
 
@@ -218,37 +164,6 @@ class Started:
     agent_pid: int
     node: str = ""
     """Ray's id of the node that they run on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Receipt:
-    """This rank's shard of a checkpoint is stored and verified."""
-
-    attempt: int
-    progress: Progress
-    tier: TierName = "storage"
-    shard: Any
-    """A `checkpoint.writer.ShardReceipt`."""
-    scalars: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveFailed:
-    """This rank's shard could not be stored."""
-
-    attempt: int
-    progress: Progress
-    tier: TierName = "storage"
-    error: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveDelayed:
-    """This rank's shard could not be stored at the first try; it is tried again."""
-
-    attempt: int
-    progress: Progress
-    error: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from typing import Any
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.writer import CommitInfo
 from orchestrator.committing import Chores, CommitEnded, CommitJob
-from orchestrator.messages import Receipt, SaveEnded, SaveFailed
 from orchestrator.opening import Opening, Remembered
 from orchestrator.run_spec import RunSpec
+from orchestrator.saving import Receipt, SaveEnded, SaveFailed
 from orchestrator.sections import TierName
 from orchestrator.stores import Stores
 from trainers.progress import Progress

@@ -12,8 +12,8 @@ from multiprocessing.connection import Pipe
 from orchestrator.checkpoint.keys import CheckpointRef, shard_name
 from orchestrator.checkpoint.writer import ChunkReceipt, Shard, prepare_shard, store_shard
 from orchestrator.errors import DamagedCheckpointError, StorageError, UnbrokenError
-from orchestrator.messages import Receipt, SaveDelayed, SaveFailed, Snapshot
 from orchestrator.retries import Retries
+from orchestrator.saving import Receipt, SaveDelayed, SaveFailed, Snapshot
 from orchestrator.sections import CheckpointConfig, TierName
 from orchestrator.stores import Stores
 

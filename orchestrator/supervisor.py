@@ -25,19 +25,14 @@ from orchestrator.messages import (
     FromTrainer,
     Kill,
     Launch,
-    MemorySnapshot,
     Outcome,
-    Overwriting,
-    Paused,
     Rendezvous,
-    SaveEnded,
-    Skipped,
-    Snapshot,
     Started,
     Stepped,
     TrainerExit,
 )
 from orchestrator.run_spec import RunSpec
+from orchestrator.saving import MemorySnapshot, Overwriting, Paused, SaveEnded, Skipped, Snapshot
 from orchestrator.shard_writer import HeldSnapshot, ShardWriter
 from orchestrator.stores import Stores
 from orchestrator.stragglers import REPORT_S, REPORT_STEPS

@@ -9,16 +9,9 @@ from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.store import Store
 from orchestrator.committing import CommitEnded, CommitJob, carry_out
 from orchestrator.coordinator import Coordinator
-from orchestrator.messages import (
-    Down,
-    Event,
-    ExitKind,
-    Joined,
-    Launch,
-    Receipt,
-    TrainerExit,
-)
+from orchestrator.messages import Down, Event, ExitKind, Joined, Launch, TrainerExit
 from orchestrator.run_spec import RunSpec
+from orchestrator.saving import Receipt
 from orchestrator.sections import CheckpointConfig
 from orchestrator.stores import Stores
 from tests.orchestrator.checkpoint.shards import write_shard

@@ -23,11 +23,10 @@ from orchestrator.messages import (
     Listening,
     Outcome,
     Rendezvous,
-    SaveEnded,
-    SaveFailed,
     Stepped,
     TrainerExit,
 )
+from orchestrator.saving import SaveEnded, SaveFailed
 from tests.orchestrator.group import Group
 from trainers.progress import Progress
 

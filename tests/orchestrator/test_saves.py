@@ -118,7 +118,7 @@ def test_training_gets_no_further_ahead_of_its_checkpoints_than_it_may(tmp_path,
 
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 def test_trainers_begin_again_from_memory(straight, tmp_path, strategy) -> None:
-    script = Script(("step", {"step": 5}, [1]), ("step", {"step": 11}, [0]))
+    script = Script(("step", {"step": 4}, [1]), ("step", {"step": 10}, [0]))
     spec = make_spec(tmp_path / "run", config(parallel={"strategy": strategy}), EVERY)
     assert run_agents(spec, 2, script).ending is Ending.FINISHED and script.done()
     assert [attempt["memory"] for attempt in script.of("attempt")] == [None, 3, 9]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from orchestrator.checkpoint.store import Store
-from orchestrator.messages import Receipt, SaveDelayed, SaveFailed, Snapshot
+from orchestrator.saving import Receipt, SaveDelayed, SaveFailed, Snapshot
 from orchestrator.sections import CheckpointConfig
 from orchestrator.shard_writer import HeldSnapshot, ShardWriter
 from orchestrator.stores import Stores
