@@ -24,6 +24,9 @@ from orchestrator.supervisor import Supervisor
 from orchestrator.tracking.recorder import Recorder
 from orchestrator.tracking.sinks import Sink
 
+_Wire = tuple[tuple[str, int], bytes, PeerRing | None]
+"""Where the hub listens, the key to it, and the memory of the nodes."""
+
 
 def agent(arguments: dict[str, Any]) -> None:
     """Serve this rank until the run has an outcome. Runs on every Ray Train worker.
@@ -43,32 +46,9 @@ def agent(arguments: dict[str, Any]) -> None:
     mailbox, directory = arguments["mailbox"], arguments["directory"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    wire = None
     sinks: list[Sink] = []
-    if rank == 0:
-        host = ray.util.get_node_ip_address()
-        hub = Hub(host, key := secrets.token_bytes(32), world_size)
-        ring = cast(PeerRing, ray.get(directory.ring.remote())) if directory is not None else None
-        wire = (hub.address, key, ring)
-
-        def tell(event: Event) -> None:
-            mailbox.put.remote(event)  # not waited for: a driver that is slow to listen must not hold up a decision
-
-        def notify(event: Event) -> None:
-            tell(event)
-            for sink in sinks:
-                sink.take(event)
-
-        sinks.append(Recorder(spec.run_url, spec.session, report=tell))
-        stores = Stores.open(spec.run_url, home(ring))
-        if ring is not None:
-            notify(Event(kind="peers", fields={"num_nodes": len(ring.peers)}, time_s=time.time()))
-        chores = BackgroundChores(spec, stores, notify)
-        hub.start(lambda send: Coordinator(spec, stores, world_size, host, send, notify, chores), chores.results)
-        take_orders(mailbox, hub.order)
-    address, key, ring = cast(
-        tuple[tuple[str, int], bytes, PeerRing | None], ray.train.collective.broadcast_from_rank_zero(wire)
-    )
+    wire = _start_hub(spec, world_size, mailbox, directory, sinks) if rank == 0 else None
+    address, key, ring = cast(_Wire, ray.train.collective.broadcast_from_rank_zero(wire))
     node = ray.get_runtime_context().get_node_id()
     try:
         outcome = Supervisor(spec, rank, world_size, connect(address, key, rank), node, ring=home(ring)).run()
@@ -77,3 +57,31 @@ def agent(arguments: dict[str, Any]) -> None:
             sink.close()
     if outcome.ending is Ending.REGROUP:
         raise RegroupError(outcome.message)
+
+
+def _start_hub(spec: RunSpec, world_size: int, mailbox: Any, directory: Any, sinks: list[Sink]) -> _Wire:
+    """Start the coordinator on rank 0.
+
+    Args:
+        sinks: gets what is to be closed in the end.
+    """
+    host = ray.util.get_node_ip_address()
+    hub = Hub(host, key := secrets.token_bytes(32), world_size)
+    ring = cast(PeerRing, ray.get(directory.ring.remote())) if directory is not None else None
+
+    def tell(event: Event) -> None:
+        mailbox.put.remote(event)  # not waited for: a driver that is slow to listen must not hold up a decision
+
+    def notify(event: Event) -> None:
+        tell(event)
+        for sink in sinks:
+            sink.take(event)
+
+    sinks.append(Recorder(spec.run_url, spec.session, report=tell))
+    stores = Stores.open(spec.run_url, home(ring))
+    if ring is not None:
+        notify(Event(kind="peers", fields={"num_nodes": len(ring.peers)}, time_s=time.time()))
+    chores = BackgroundChores(spec, stores, notify)
+    hub.start(lambda send: Coordinator(spec, stores, world_size, host, send, notify, chores), chores.results)
+    take_orders(mailbox, hub.order)
+    return hub.address, key, ring

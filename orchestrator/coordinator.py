@@ -27,7 +27,6 @@ from orchestrator.messages import (
     FromTrainer,
     Joined,
     Kill,
-    Launch,
     Listening,
     Outcome,
     Reached,
@@ -38,11 +37,10 @@ from orchestrator.messages import (
     TrainerExit,
 )
 from orchestrator.opening import Opener, Opening
-from orchestrator.replay import ReplayCheck
-from orchestrator.restore_point import set_aside
 from orchestrator.run_spec import RunSpec
 from orchestrator.save_round import SaveRound
 from orchestrator.saving import Paused, Receipt, SaveDelayed, SaveFailed, Skipped
+from orchestrator.step_log import StepLog
 from orchestrator.stores import Stores
 from trainers.progress import Progress
 
@@ -65,16 +63,14 @@ class Coordinator:
     ) -> None:
         """Args: chores: must not block; a commit is answered through `handle`."""
         self._spec = spec
-        self._stores = stores
         self._world_size = world_size
         self._host = host
         self._send = send
         self._notify = notify
         self._casebook = Casebook(spec, self._event)
-        self._replay = ReplayCheck()
+        self._steps = StepLog(self._event)
         self._opener = Opener(spec, stores, world_size, self._event)
         self._opening = Opening(attempt=0)
-        self._reached = Progress()
         self._joined: set[int] = set()
         self._ready: set[int] = set()
         self._finished: set[int] = set()
@@ -82,7 +78,6 @@ class Coordinator:
         self._stopping = False
         self._save = SaveRound(spec, stores, world_size, chores, send, self._event)
         self._memory: Progress | None = None
-        self._waiting: tuple[Progress, Callable[[], None]] | None = None
         self._guard = Guard(spec, world_size, send, self._event)
         self._launch_at: float | None = None
         self._launch_failures = 0
@@ -161,24 +156,15 @@ class Coordinator:
         remembered = self._save.remembered(self._memory)
         self._opening = opening = self._opener.open(cause, self._casebook.exclusions, remembered)
         exclusions = self._casebook.learn(opening.checkpoint)
-        self._reached = opening.progress
-        self._replay.begin_attempt(self._reached.step, self._casebook.changed_from)
+        self._steps.begin_attempt(opening.attempt, opening.progress, self._casebook.changed_from)
         self._ready, self._finished, self._down = set(), set(), {}
         self._save.begin_attempt(opening)
         self._stopping = False
         self._guard.begin_attempt(self._attempt)
-        attempt, restore, memory = opening.attempt, opening.restore, opening.memory
-        where = {"restore": restore, "tier": opening.tier, "memory": memory and memory.step}
-        self._event("attempt", attempt=attempt, **where, cause=cause, world_size=self._world_size)
-        launch = Launch(
-            attempt=attempt,
-            restore=restore,
-            tier=opening.tier,
-            memory=memory,
-            committed=opening.committed,
-            exclusions=exclusions,
-        )
-        self._to_all(launch)
+        memory = opening.memory and opening.memory.step
+        where = {"restore": opening.restore, "tier": opening.tier, "memory": memory}
+        self._event("attempt", attempt=opening.attempt, **where, cause=cause, world_size=self._world_size)
+        self._to_all(opening.launch(exclusions))
 
     @property
     def _attempt(self) -> int:
@@ -196,9 +182,12 @@ class Coordinator:
                 if len(self._ready) == self._world_size:
                     self._event("training", attempt=self._attempt, step=progress.step)
                     self._guard.halt.training()
-                    self._waiting = None  # if there is an order to stop: now there is more to save
+                    self._save.then = None  # if there is an order to stop: now there is more to save
             case Stepped():
-                self._take_step(inner)
+                self._save.note(inner.progress, inner.metrics, last=inner.progress.step == self._guard.halt.step)
+                difference = self._steps.take(inner)
+                if difference is not None and self._spec.failures.on_replay_difference == "stop":
+                    self._end(Ending.GAVE_UP, f"{difference} (failures.on_replay_difference=stop)")
             case Skipped(progress=progress):
                 self._event("save_skipped", step=progress.step)
             case Paused(progress=progress, stall_s=stall_s):
@@ -214,21 +203,6 @@ class Coordinator:
                 else:
                     self._end(Ending.FINISHED, f"step {self._spec.num_steps} is done and committed")
 
-    def _take_step(self, stepped: Stepped) -> None:
-        step, metrics = stepped.progress.step, dict(stepped.metrics)
-        self._reached = stepped.progress
-        self._save.note(stepped.progress, metrics, last=step == self._guard.halt.step)
-        self._event("step", attempt=self._attempt, step=step, metrics=metrics)
-        if "skipped" in metrics and "loss" in metrics:
-            numbers = f"loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}"
-            self._event("bad_step", attempt=self._attempt, step=step, numbers=numbers)
-        difference = self._replay.check(step, metrics, stepped.losses, stepped.ranks)
-        if difference is not None:
-            ranks, message = list(difference.ranks), difference.message
-            self._event("replay_differs", attempt=self._attempt, step=step, ranks=ranks, message=message)
-            if self._spec.failures.on_replay_difference == "stop":
-                self._end(Ending.GAVE_UP, f"{message} (failures.on_replay_difference=stop)")
-
     def _hear_of_save(self, rank: int, message: Receipt | SaveFailed | CommitEnded) -> None:
         if not isinstance(message, CommitEnded):
             self._save.take(rank, message)
@@ -236,9 +210,6 @@ class Coordinator:
             self._end(Ending.SUPERSEDED, message.error or "")
         else:  # superseded by this very group, which is about to launch the next attempt: a failed save like others
             self._save.take_commit(message)
-        if self._waiting is not None and self._save.has_ended(self._waiting[0]):
-            (_, then), self._waiting = self._waiting, None
-            then()
 
     def _take_down(self, rank: int, down: Down) -> None:
         self._down[rank] = down
@@ -257,7 +228,7 @@ class Coordinator:
 
     def _decide(self) -> None:
         exits = {rank: down.exit for rank, down in self._down.items()}
-        decision = self._casebook.judge(self._attempt, exits, self._opening.progress.step, self._reached.step)
+        decision = self._casebook.judge(self._attempt, exits, self._opening.progress.step, self._steps.reached.step)
         self._memory = None
         if decision.action is Action.REFUSE:
             self._after_save(partial(self._end, Ending.CONFIG, decision.reason))
@@ -272,11 +243,8 @@ class Coordinator:
             # Only a plain restart may go on from memory: anything else distrusts what the trainers were doing, or
             # changes what they are to do.
             self._memory = held.pop() if decision.action is Action.RESTART and len(held) == 1 else None
-            if decision.action is Action.QUARANTINE and self._opening.checkpoint is not None:
-                # The file with the damage, where a full check finds it; else what the loading rank saw.
-                report = self._opener.report_quarantine
-                store = self._stores.of(self._opening.tier)
-                set_aside(store, self._opening.checkpoint, decision.reason, self._attempt, report)
+            if decision.action is Action.QUARANTINE:
+                self._opener.set_aside(self._opening, decision.reason)
             self._relaunch(decision.delay_s)
 
     def _relaunch(self, delay_s: float) -> None:
@@ -298,7 +266,7 @@ class Coordinator:
             pending = {None if self._opening.memory == self._opening.committed else self._opening.memory}
         # An agent may not have read yet that the save it names has ended: that one is nothing to wait for.
         if len(pending) == 1 and (progress := pending.pop()) and not self._save.has_ended(progress):
-            self._waiting = progress, then
+            self._save.then = then
         else:
             then()
 

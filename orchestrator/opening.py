@@ -21,7 +21,8 @@ from orchestrator.checkpoint.probe import probe
 from orchestrator.checkpoint.records import encode
 from orchestrator.checkpoint.retention import claim_fields
 from orchestrator.errors import GaveUpError, UnbrokenError
-from orchestrator.restore_point import newest_sound, undone
+from orchestrator.messages import Launch
+from orchestrator.restore_point import newest_sound, set_aside, undone
 from orchestrator.run_spec import RunSpec
 from orchestrator.sections import TierName
 from orchestrator.stores import Stores
@@ -64,6 +65,17 @@ class Opening:
         """Name of the checkpoint."""
         return _name(self.checkpoint)
 
+    def launch(self, exclusions: Exclusions) -> Launch:
+        """The order to begin there."""
+        return Launch(
+            attempt=self.attempt,
+            restore=self.restore,
+            tier=self.tier,
+            memory=self.memory,
+            committed=self.committed,
+            exclusions=exclusions,
+        )
+
 
 class Opener:
     """Opens one attempt after the other."""
@@ -71,6 +83,7 @@ class Opener:
     def __init__(self, spec: RunSpec, stores: Stores, world_size: int, event: Callable[..., None]) -> None:
         """Args: event: reports; called with the event's kind and its fields."""
         self._spec = spec
+        self._stores = stores
         self._store = stores.storage
         self._peer = stores.peer
         self._world_size = world_size
@@ -123,7 +136,7 @@ class Opener:
         near = self._newest_in_memory(attempt, exclusions)
         if near is not None and not self._lists_newer(near.progress):
             return Opening(attempt=attempt, checkpoint=near, tier="peer", committed=near.progress)
-        checkpoint = newest_sound(self._store, attempt, self.report_quarantine, exclusions)
+        checkpoint = newest_sound(self._store, attempt, self._report_quarantine, exclusions)
         if near is not None and (checkpoint is None or checkpoint.progress.step < near.progress.step):
             return Opening(attempt=attempt, checkpoint=near, tier="peer", committed=near.progress)
         progress = checkpoint.progress if checkpoint else Progress()
@@ -165,7 +178,7 @@ class Opener:
                 if reason is None:
                     return info
                 quarantine(self._peer, info.ref, reason, attempt)
-                self.report_quarantine(info, reason)
+                self._report_quarantine(info, reason)
         except UnbrokenError as error:  # no memory is left: there is storage
             self._event("peers_lost", error=str(error))
         return None
@@ -186,7 +199,13 @@ class Opener:
         # Nobody goes on from one that is quarantined; after a rollback there are some.
         return any(QUARANTINE_NAME not in self._store.list(ref.folder) for ref in newer)
 
-    def report_quarantine(self, checkpoint: CheckpointInfo, reason: str) -> None:
+    def set_aside(self, opening: Opening, seen: str) -> None:
+        """Quarantine the checkpoint, if any, that an attempt could not load: see `restore_point.set_aside`."""
+        if opening.checkpoint is not None:
+            store = self._stores.of(opening.tier)
+            set_aside(store, opening.checkpoint, seen, opening.attempt, self._report_quarantine)
+
+    def _report_quarantine(self, checkpoint: CheckpointInfo, reason: str) -> None:
         self._event("quarantined", checkpoint=str(checkpoint.ref), reason=reason)
 
     def _check_progress_since(self, newest: str | None) -> None:

@@ -36,6 +36,8 @@ class SaveRound:
         self._chores = chores
         self._send = send
         self._event = event
+        self.then: Callable[[], None] | None = None
+        """What is to be done, once, when the save in flight has ended."""
         self._receipts: dict[TierName, dict[int, Receipt]] = {}
         self._over: dict[TierName, Progress] = {}
         self.ended: SaveEnded | None = None
@@ -110,6 +112,9 @@ class SaveRound:
             self.ended = SaveEnded(progress=progress, error=error, tier=tier)
             for rank in range(self._world_size):
                 self._send(rank, self.ended)
+            if self.then is not None:
+                then, self.then = self.then, None
+                then()
 
     def _info(self, receipt: Receipt) -> CommitInfo:
         store = self._stores.of(receipt.tier)

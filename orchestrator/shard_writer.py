@@ -13,7 +13,7 @@ from orchestrator.checkpoint.keys import CheckpointRef, shard_name
 from orchestrator.checkpoint.writer import ChunkReceipt, Shard, prepare_shard, store_shard
 from orchestrator.errors import DamagedCheckpointError, StorageError, UnbrokenError
 from orchestrator.retries import Retries
-from orchestrator.saving import Receipt, SaveDelayed, SaveFailed, Snapshot
+from orchestrator.saving import MemorySnapshot, Receipt, SaveDelayed, SaveFailed, Snapshot
 from orchestrator.sections import CheckpointConfig, TierName
 from orchestrator.stores import Stores
 
@@ -26,6 +26,12 @@ class HeldSnapshot:
     hashed: Future[tuple[ChunkReceipt, ...]] = field(default_factory=Future)
     """Hashes and fingerprints of its rows, taken right after the snapshot: who reads the buffer later can tell whether
     it still holds the same."""
+
+    def recall(self, pending: bool) -> MemorySnapshot:
+        """What a trainer starts from; `pending`: it is not committed."""
+        # They are being hashed at most, which takes less than the trainer's start. None: the trainer will refuse it.
+        chunks = () if self.hashed.exception() else self.hashed.result()
+        return MemorySnapshot(snapshot=self.snapshot, chunks=chunks, pending=pending)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -152,11 +152,10 @@ class Supervisor:
                 self._tell(self._orders, message)
                 if isinstance(message, StopAt):
                     self._coordinator.send(Told(attempt=attempt, step=message.step))
-            case SaveEnded(progress=progress):
-                if self._pending == progress:
-                    self._pending = None
-                    self._writer.drop()  # another rank's shard may have failed while this one's is tried again
-                    self._tell_trainer(message)
+            case SaveEnded(progress=progress) if progress == self._pending:
+                self._pending = None
+                self._writer.drop()  # another rank's shard may have failed while this one's is tried again
+                self._tell_trainer(message)
             case Rendezvous():
                 self._tell_trainer(message)
 
@@ -202,13 +201,10 @@ class Supervisor:
             return None
         held = self._held
         assert held is not None and held.snapshot.progress == launch.memory, (held, launch)
-        # They are being hashed at most, which takes less than the trainer's start. None: the trainer will refuse it.
-        chunks = () if held.hashed.exception() else held.hashed.result()
-        pending = launch.memory != launch.committed
-        if pending:
+        if pending := launch.memory != launch.committed:
             self._pending = launch.memory
             self._writer.submit(launch.attempt, held)
-        return MemorySnapshot(snapshot=held.snapshot, chunks=chunks, pending=pending)
+        return held.recall(pending)
 
     def _tell_trainer(self, message: object) -> None:
         self._tell(self._trainer, message)

@@ -104,6 +104,7 @@ REFUSED = [
     ([f"checkpoint.tiers=[{PEER}, {DISK}]", "checkpoint.every_steps=7"], "are given by the tiers"),
     ([f"checkpoint.tiers=[{PEER}, {DISK}]", "storage=/other"], "name two places; give one of them"),
     ([f"checkpoint.tiers=[{PEER}, {{url: /a, every: 5, keep: 1}}]"], "which is not more often than every=5"),
+    ([f"checkpoint.tiers=[{PEER}, {DISK}]", "divergence.rollback_steps=501"], "set keep of the tier /data/runs=6"),
     (["failures.kills=0"], "failures.kills=0 must be at least 1"),
     (["failures.on_replay_difference=ignore"], 'failures.on_replay_difference="ignore" is not one of warn, stop'),
     (["divergence.patience=0"], "divergence.patience=0 must be at least 1"),
@@ -291,13 +292,3 @@ def test_the_order_of_keys_in_a_file_changes_no_hash(path: Path):
     first = config_hash(load_config(path))
     path.write_text(BASE.replace("seed: 3\n", "") + "seed: 3\n")
     assert config_hash(load_config(path)) == first
-
-
-def test_tiers_take_the_place_of_storage_interval_and_number(path: Path):
-    path.write_text(BASE)
-    config = load_config(path, [f"checkpoint.tiers=[{PEER}, {DISK}]", "checkpoint.keep.grace_s=1"])
-    assert run_url(config) == "/data/runs/digits"
-    checkpoint = config.checkpoint
-    assert (checkpoint.interval_steps, checkpoint.retention.last, checkpoint.retention.grace_s) == (100, 5, 1.0)
-    due = {step: checkpoint.tiers_due(step, 1010) for step in (19, 20, 100, 1000, 1010)}
-    assert due == {19: (), 20: ("peer",), 100: ("peer", "storage"), 1000: ("peer", "storage"), 1010: ("storage",)}

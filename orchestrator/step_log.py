@@ -1,0 +1,41 @@
+"""What is reported of each step: its numbers, whether it is bad, whether it differs from when it was first made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from orchestrator.messages import Stepped
+from orchestrator.replay import ReplayCheck
+from trainers.progress import Progress
+
+
+class StepLog:
+    """One for each coordinator; fed by it."""
+
+    def __init__(self, event: Callable[..., None]) -> None:
+        """Args: event: reports; called with the event's kind and its fields."""
+        self._event = event
+        self._replay = ReplayCheck()
+        self._attempt = 0
+        self.reached = Progress()
+        """After the last step that is complete."""
+
+    def begin_attempt(self, attempt: int, progress: Progress, changed_from: int | None) -> None:
+        """Args: progress: where it begins; changed_from: from this step on, other numbers than before are right."""
+        self._attempt, self.reached = attempt, progress
+        self._replay.begin_attempt(progress.step, changed_from)
+
+    def take(self, stepped: Stepped) -> str | None:
+        """Report a step. Returns how it differs from an earlier time that it was made, if it does."""
+        step, metrics = stepped.progress.step, dict(stepped.metrics)
+        self.reached = stepped.progress
+        self._event("step", attempt=self._attempt, step=step, metrics=metrics)
+        if "skipped" in metrics and "loss" in metrics:
+            numbers = f"loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}"
+            self._event("bad_step", attempt=self._attempt, step=step, numbers=numbers)
+        difference = self._replay.check(step, metrics, stepped.losses, stepped.ranks)
+        if difference is None:
+            return None
+        ranks, message = list(difference.ranks), difference.message
+        self._event("replay_differs", attempt=self._attempt, step=step, ranks=ranks, message=message)
+        return message

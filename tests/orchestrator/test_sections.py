@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from orchestrator.checkpoint.policy import RetentionConfig
+from orchestrator.config import RunConfig, run_url
+from orchestrator.sections import CheckpointConfig, RunSection, Tier
+from tests.trainers.tiny import tiny_config
+from trainers.config import TrainerConfig
+from trainers.decode import decode
+
+
+def test_tiers_take_the_place_of_storage_interval_and_number() -> None:
+    tiers = (Tier(url="peer://", every=20, keep=2), Tier(url="/data/runs", every=100, keep=5))
+    checkpoint = CheckpointConfig(tiers=tiers, keep=RetentionConfig(grace_s=1.0))
+    assert (checkpoint.interval_steps, checkpoint.retention.last, checkpoint.retention.grace_s) == (100, 5, 1.0)
+    due = {step: checkpoint.tiers_due(step, 1010) for step in (19, 20, 100, 1000, 1010)}
+    assert due == {19: (), 20: ("peer",), 100: ("peer", "storage"), 1000: ("peer", "storage"), 1010: ("storage",)}
+    trained = vars(decode(TrainerConfig, tiny_config()))
+    config = RunConfig(run=RunSection(name="digits"), checkpoint=checkpoint, **trained)
+    assert run_url(config) == "/data/runs/digits"
