@@ -6,14 +6,16 @@ import uuid
 
 import pytest
 
-from orchestrator.checkpoint.attempts import claim_attempt
+from orchestrator.checkpoint.attempts import claim_attempt, newest_attempt
 from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints
 from orchestrator.checkpoint.store import Store
 from orchestrator.committing import carry_out
 from orchestrator.errors import StorageError, UnknownOutcomeError
-from orchestrator.messages import Ending, ExitKind, Launch, Outcome
+from orchestrator.halting import HaltOrder, Purpose
+from orchestrator.messages import Down, Ending, ExitKind, Launch, Outcome, TrainerExit
 from tests.orchestrator.checkpoint.states import make_state, save
 from tests.orchestrator.group import Group
+from trainers.exclusions import Exclusions
 from trainers.progress import Progress
 
 
@@ -144,3 +146,71 @@ def test_a_commit_is_tried_again_and_looks_first(store: Store, monkeypatch: pyte
     monkeypatch.setattr(Store, "create", unlucky)
     ended = carry_out(store, group.chores.jobs[0], lambda: True)
     assert ended.error is None and outcomes == [] and stable_steps(store) == [5]
+
+
+def roll_back(group: Group) -> None:
+    """Training diverges in step 11; what it learned from step 6 on is to be undone."""
+    for rank in (0, 1):
+        end = TrainerExit(kind=ExitKind.DIVERGED, message="m", skip=(6, 11))
+        group.coordinator.handle(rank, Down(attempt=group.attempt, exit=end, pending=TEN, held=TEN))
+
+
+def test_after_a_divergence_memory_is_not_used_and_its_snapshot_counts_as_any_checkpoint(store: Store) -> None:
+    group = Group(store).join()
+    group.save(5)
+    roll_back(group)
+    group.coordinator.tick()
+    assert group.attempt == 1, "the snapshot is on its way to storage, and might be the one to go back to"
+    group.save(10)
+    group.coordinator.tick()
+    left_out = Exclusions(steps=((6, 11),))
+    expected = Launch(attempt=2, restore="0000000000050-0001", committed=FIVE, exclusions=left_out)
+    assert group.last(Launch) == expected and stable_steps(store) == [5]
+    # What is quarantined is newer, but nobody goes on from it.
+    for rank in (0, 1):
+        group.down(rank, ExitKind.KILLED, held=Progress(7, 70))
+    group.coordinator.tick()
+    assert group.last(Launch).memory == Progress(7, 70) and group.last(Launch).exclusions == left_out
+
+
+def test_a_run_that_is_to_stop_while_its_trainers_are_down_stores_their_snapshot_first(store: Store) -> None:
+    group = Group(store).join()
+    for rank in (0, 1):
+        group.down(rank, ExitKind.KILLED, pending=TEN)
+    group.coordinator.take_order(HaltOrder(purpose=Purpose.END, reason="SIGTERM"))
+    group.coordinator.tick()
+    assert group.coordinator.outcome is None and group.attempt == 1
+    group.save(10)
+    assert group.last(Outcome) == Outcome(ending=Ending.STOPPED, message="SIGTERM: step 10 is saved")
+
+
+def test_a_run_that_is_to_stop_while_trainers_begin_from_memory_stores_it_first(store: Store) -> None:
+    group = Group(store).join()
+    for rank in (0, 1):
+        group.down(rank, ExitKind.KILLED, pending=TEN)
+    group.coordinator.tick()
+    group.coordinator.take_order(HaltOrder(purpose=Purpose.END, reason="SIGTERM"))
+    assert group.coordinator.outcome is None and group.attempt == 2
+    group.save(10)
+    assert group.last(Outcome) == Outcome(ending=Ending.STOPPED, message="SIGTERM: step 10 is saved")
+
+
+def test_a_claim_that_led_to_no_launch_does_not_end_the_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(store).join()
+    group.chores.hand_over = None
+    group.save(5)
+    for rank in (0, 1):
+        group.down(rank, ExitKind.KILLED, pending=FIVE)
+    with monkeypatch.context() as patch:
+        patch.setattr("orchestrator.opening.Opener._lists_newer", unreachable)
+        group.coordinator.tick()
+    assert group.attempt == 1 and newest_attempt(store) == 2
+    group.coordinator.handle(0, carry_out(store, group.chores.jobs[0], lambda: False))
+    assert group.coordinator.outcome is None
+    monkeypatch.setattr("orchestrator.coordinator.time.monotonic", lambda: float("inf"))
+    group.coordinator.tick()
+    assert (group.last(Launch).attempt, group.last(Launch).memory) == (3, FIVE)
+
+
+def unreachable(*_: object) -> None:
+    raise StorageError("unreachable")

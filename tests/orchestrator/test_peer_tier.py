@@ -26,6 +26,7 @@ from tests.orchestrator.checkpoint.states import equal, load, make_info, make_st
 from tests.orchestrator.group import make_spec as make_plain_spec
 from tests.orchestrator.peers import Nodes
 from tests.orchestrator.test_agents import STEPS, Script, assert_same, config, straight
+from trainers.exclusions import Exclusions
 
 __all__ = ["straight"]  # a fixture
 
@@ -64,8 +65,9 @@ class Group:
         spec = make_plain_spec("", checkpoint=CheckpointConfig(tiers=TIERS))
         self._opener = Opener(spec, self.stores, 2, lambda kind, /, **_: self.events.append(kind))
 
-    def open(self) -> Opening:
-        return self._opener.open("start")
+    def open(self, *steps: tuple[int, int]) -> Opening:
+        """Args: steps: that the run leaves out."""
+        return self._opener.open("start", Exclusions(steps=steps))
 
     def loads(self, opening: Opening, step: int) -> bool:
         assert opening.checkpoint is not None and opening.checkpoint.manifest is not None
@@ -116,6 +118,16 @@ def test_what_is_newer_in_storage_is_taken_from_there(nodes: Nodes, storage: Sto
     save_in_memory(nodes, 5)
     save(storage, make_state(6), step=6, world_size=2)
     assert Group(nodes, storage).open().tier == "storage"
+
+
+def test_what_a_rollback_undid_is_not_gone_on_from_in_memory_either(nodes: Nodes, storage: Store) -> None:
+    Group(nodes, storage).open()
+    for step in (3, 5):
+        save_in_memory(nodes, step)
+    group = Group(nodes, storage)
+    opening = group.open((4, 6))
+    assert (opening.tier, opening.progress.step) == ("peer", 3) and "quarantined" in group.events
+    assert Group(nodes, storage).open().progress.step == 3, "known to a group that was not there"
 
 
 def test_an_older_attempt_commits_nothing_in_memory_either(nodes: Nodes, storage: Store) -> None:

@@ -1,0 +1,128 @@
+"""The trainer's side of saving, with an agent that only listens."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from orchestrator.checkpointer import LaggingError, SaveSchedule, SharedMemoryCheckpointer
+from orchestrator.liveness import Entered, StopAt
+from orchestrator.messages import Begin
+from orchestrator.saving import Overwriting, Paused, SaveEnded, Snapshot
+from orchestrator.sections import CheckpointConfig, Tier
+from orchestrator.trainer_process import StopOnOrder
+from orchestrator.watchdog import Phase
+from trainers.exclusions import Exclusions
+from trainers.ports import Directive
+from trainers.progress import Progress
+from trainers.shards import TensorSpec
+from trainers.state import LocalTensor, TrainState
+
+NUM_STEPS = 20
+TIERS = (Tier(url="peer://", every=2, keep=2), Tier(url="/runs", every=6, keep=2))
+
+
+class Trainer:
+    """One rank, without training."""
+
+    def __init__(self, config: CheckpointConfig) -> None:
+        self.agent, ours = Pipe()
+        self.orders, ordered = cast(tuple[Connection, Connection], Pipe())
+        self.buffer = os.memfd_create("test")
+        begin = Begin(
+            config={},
+            run_url="memory://",
+            checkpoint=config,
+            rank=0,
+            world_size=1,
+            restore=None,
+            peers=None,
+            memory=None,
+            committed=Progress(),
+            exclusions=Exclusions(),
+        )
+        self.checkpointer = SharedMemoryCheckpointer(cast(Connection, ours), self.buffer, begin, NUM_STEPS)
+        schedule = SaveSchedule(self.checkpointer, config, NUM_STEPS)
+        self.control = StopOnOrder(schedule, NUM_STEPS, cast(Connection, ours), ordered)
+
+    def poll(self, step: int) -> Directive:
+        return self.control.poll(Progress(step, step))
+
+    def save(self, step: int) -> None:
+        spec = TensorSpec(name="model/w", dtype="F32", shape=(4,))
+        local = LocalTensor(spec=spec, row_offset=0, tensor=torch.zeros(4), replica=0, num_replicas=1)
+        generators = SimpleNamespace(capture=lambda: None)
+        state: Any = SimpleNamespace(
+            progress=Progress(step, step), generators=generators, tensors=lambda: [local], scalars=dict
+        )
+        self.checkpointer.save(cast(TrainState, state))
+
+    def told(self) -> list[Any]:
+        """What the agent has heard since."""
+        found = []
+        while self.agent.poll():
+            found.append(self.agent.recv())
+        return found
+
+
+@pytest.fixture
+def closing() -> Iterator[list[Trainer]]:
+    trainers: list[Trainer] = []
+    yield trainers
+    for trainer in trainers:
+        os.close(trainer.buffer)
+
+
+def start(closing: list[Trainer], **config: Any) -> Trainer:
+    closing.append(Trainer(CheckpointConfig(**config)))
+    return closing[-1]
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_the_save_before_a_stop_is_made_and_outlives_the_nodes(closing: list[Trainer], step: int) -> None:
+    """3 is not due, 4 only in memory, 6 in both; and one that still runs leaves none of them out."""
+    trainer = start(closing, tiers=TIERS, when_busy="skip")
+    assert trainer.poll(2) == Directive(save=True)
+    trainer.save(2)
+    (snapshot,) = [message for message in trainer.told() if isinstance(message, Snapshot)]
+    assert snapshot.tiers == ("peer",)
+    trainer.orders.send(StopAt(attempt=1, step=step))
+    assert trainer.poll(step) == Directive(save=True, stop=True)
+    assert trainer.told() == [], "nobody is asked, nothing is skipped"
+    trainer.agent.send(SaveEnded(progress=Progress(2, 2), tier="peer"))
+    trainer.save(step)
+    (snapshot,) = [message for message in trainer.told() if isinstance(message, Snapshot)]
+    assert snapshot.tiers == (("peer", "storage") if step == 6 else ("storage",))
+
+
+def phases(messages: list[Any]) -> list[Any]:
+    return [message.phase if isinstance(message, Entered) else type(message) for message in messages]
+
+
+def test_the_watchdog_hears_of_copies_and_of_waiting_for_storage(closing: list[Trainer]) -> None:
+    trainer, heard = start(closing, every_steps=5, max_lag_steps=10), []
+    trainer.save(5)
+    assert phases(trainer.told()) == [Phase.SAVING, Overwriting, Snapshot, Paused, Phase.TRAINING]
+    trainer.agent.send(SaveEnded(progress=Progress(5, 5), error="unreachable"))
+
+    def store() -> None:
+        """Answers only who says that it waits."""
+        while not heard or heard[-1] != Entered(phase=Phase.TRAINING):
+            heard.append(trainer.agent.recv())
+            if heard[-1] == Entered(phase=Phase.STORING):
+                trainer.agent.send(SaveEnded(progress=Progress(10, 10), error="unreachable"))
+
+    agent = threading.Thread(target=store, daemon=True)
+    agent.start()
+    with pytest.raises(LaggingError, match="stopped at step 10"):
+        trainer.save(10)
+    agent.join(10)
+    assert phases(heard) == [Phase.SAVING, Overwriting, Snapshot, Phase.STORING, Paused, Phase.TRAINING]
