@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -175,6 +176,8 @@ class _Wire:
 
     def __init__(self, peer: Peer, key: bytes) -> None:
         self.raw = socket.create_connection((peer.host, peer.port), timeout=_CONNECT_S)
+        # Not by `__del__`: if this is found with a trace that refers to it, the socket may be found first, unclosed.
+        weakref.finalize(self, self.raw.close)
         self.raw.settimeout(None)
         limit = struct.pack("ll", int(_SILENCE_S), 0)  # a node that is cut off says nothing, not even goodbye
         self.raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
@@ -183,7 +186,3 @@ class _Wire:
         self.connection = Connection(self.raw.dup().detach())
         answer_challenge(self.connection, key)
         deliver_challenge(self.connection, key)
-
-    def __del__(self) -> None:
-        if hasattr(self, "raw"):
-            self.raw.close()
