@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,7 +169,8 @@ def test_offline_folders_are_synced_exactly_by_our_command_and_by_wandbs(server:
         life.tracker.close()
     folders = sorted(str(path) for path in (tmp_path / "wandb").glob("offline-run-*"))
     assert len(folders) == 3
-    subprocess.run(["wandb", "sync", *folders], check=True, capture_output=True, cwd=tmp_path)
+    command = [Path(sys.executable).with_name("wandb"), "sync", *folders]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     by_wandb = server.runs.pop(RUN_ID)
     _, steps = sync(tmp_path, life.lines.append)
     assert steps == 25
