@@ -38,8 +38,8 @@ _ROWS = re.compile(r"(\d{4,})-(\d{8,})-([0-9a-f]{8})-(\d)\.jsonl")
 
 
 def probe_key(token: str) -> str:
-    """A key for trying the store; hidden, should it be left behind."""
-    return f".probe-{token}"
+    """A key for trying the store; hidden, should it be left behind, and in a folder that may go with it."""
+    return f".probe-{token}/object"
 
 
 def attempt_key(attempt: int) -> str:
