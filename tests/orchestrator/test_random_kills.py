@@ -48,7 +48,8 @@ class Killer:
             self._saved(event.fields["step"])
         elif event.kind == "step":
             self._step_s, self._last_step_s = event.time_s - self._last_step_s, event.time_s
-            if event.fields["step"] == self._at_step:
+            # Or later: training goes on while a save is committed.
+            if self._at_step is not None and event.fields["step"] >= self._at_step:
                 self._at_step = None
                 threading.Timer(self._random.random() * min(self._step_s, 1.0), self._kill).start()
         elif event.kind == "failure":
