@@ -16,6 +16,16 @@ from tests.s3.fault_proxy import FaultProxy
 from tests.s3.server import BUCKET, S3Server
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Real processes die at moments that no test decides to the millisecond: such a test gets a second try.
+
+    The second try is shown ("rerun" in the summary): one that needs it often is a fault of the test, or of the code.
+    """
+    for item in items:
+        if any(item.get_closest_marker(name) for name in ("chaos", "ray")):
+            item.add_marker(pytest.mark.flaky(reruns=1))
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """A running S3 server."""
