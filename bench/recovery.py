@@ -102,7 +102,7 @@ class _Side:
         lines = self._arm.wait_for(
             lambda line: line["kind"] == kind and line.get("rank", 0) == 0 and line["time_s"] > after_s
         )
-        self._pids |= {line["rank"]: line["pid"] for line in lines if "pid" in line}
+        self._pids |= {line["rank"]: line["pid"] for line in lines if {"rank", "pid"} <= line.keys()}
         return lines
 
     def kill(self, rank: int) -> dict[str, float]:
