@@ -70,7 +70,7 @@ class TrackingConfig:
     """Metrics for operators through Ray's Prometheus endpoints; deploy/grafana has the dashboard."""
     dir: str | None = None
     """Local folder for what the sinks write; null: `tracking` in the run's folder if that is local, else a folder of
-    the run in the system's temporary one. It should outlive the driver's machine if that is replaced."""
+    the run in the system's temporary one. On another machine it begins with what the run's own record has."""
 
     def __post_init__(self) -> None:
         if self.dir is not None and (not self.dir or "://" in self.dir):

@@ -9,11 +9,15 @@ import shlex
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig, to_dict
+from orchestrator.errors import StorageError
 from orchestrator.messages import Event
 from orchestrator.run_spec import RunSpec
+from orchestrator.tracking.backfill import fill_journal
 from orchestrator.tracking.config import TrackingConfig, local_folder
 from orchestrator.tracking.credentials import has_wandb_key
 from orchestrator.tracking.journal import OPENED
@@ -48,8 +52,10 @@ class FanOut:
             self._sinks.append(RayMetrics(config.run.name, config.train.global_batch_size))
         if config.tracking.wants_process:
             folder = local_folder(config.tracking, spec.run_url, spec.run_id)
+            opened = introduction(config, spec)
             try:
-                self._sinks.append(Tracker(introduction(config, spec), folder, self._say))
+                self._remember(folder, opened, spec)
+                self._sinks.append(Tracker(opened, folder, self._say))
             except (OSError, subprocess.SubprocessError) as error:
                 self._say(f"tracking: cannot start in {folder} ({error}); the run goes on without W&B and TensorBoard")
 
@@ -62,6 +68,13 @@ class FanOut:
         """Wait, but not for ever, until what was taken is where it belongs."""
         for sink in self._sinks:
             sink.close()
+
+    def _remember(self, folder: Path, opened: Event, spec: RunSpec) -> None:
+        try:
+            if count := fill_journal(folder, opened, Store.open(spec.run_url), spec.session):
+                self._say(f"tracking: the run is new on this machine; took {count} events from its record")
+        except StorageError as error:
+            self._say(f"tracking: cannot read the run's record ({error}); steps of before may be missing")
 
     def _say(self, line: str) -> None:
         self._show(Event(kind="tracking", fields={"message": line}, time_s=time.time()))

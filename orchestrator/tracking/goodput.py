@@ -107,7 +107,7 @@ def account(events: Iterable[Event], now_s: float | None = None) -> Goodput:
         events: in order of time, as `read_events` gives them.
         now_s: Unix time at which it ends, if the run still goes on; else it ends with the last event.
     """
-    book = _Book()
+    book = Book()
     for event in of_the_owner(events):
         book.enter(event)
     return book.close(now_s)
@@ -125,7 +125,9 @@ class _Interruption:
 
 
 @dataclass
-class _Book:
+class Book:
+    """An account that is being written."""
+
     spans: list[Span] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
     begin_s: float | None = None
@@ -140,6 +142,7 @@ class _Book:
     interruption: _Interruption | None = None
 
     def enter(self, event: Event) -> None:
+        """Events come in order of time. Of steps, the first and the last between two other events are enough."""
         if self.begin_s is None:
             self.begin_s = self.at_s = event.time_s
         if (handler := _HANDLERS.get(event.kind)) is not None:
@@ -278,18 +281,19 @@ class _Book:
 
 
 _HANDLERS = {
-    "started": _Book._started,
-    "attempt": _Book._attempt,
-    "training": _Book._training,
-    "step": _Book._step,
-    "alive": _Book._alive,
-    "down": _Book._down,
-    "agent_lost": _Book._down,
-    "hang": _Book._down,
-    "regroup": _Book._down,
-    "controller_lost": _Book._down,
-    "interrupted": _Book._interrupted,
-    "outcome": _Book._outcome,
-    **dict.fromkeys(_PAUSES, _Book._pause),
+    "started": Book._started,
+    "opened": Book._started,  # the journal's word for it
+    "attempt": Book._attempt,
+    "training": Book._training,
+    "step": Book._step,
+    "alive": Book._alive,
+    "down": Book._down,
+    "agent_lost": Book._down,
+    "hang": Book._down,
+    "regroup": Book._down,
+    "controller_lost": Book._down,
+    "interrupted": Book._interrupted,
+    "outcome": Book._outcome,
+    **dict.fromkeys(_PAUSES, Book._pause),
 }
 """All other kinds only say that time has passed."""

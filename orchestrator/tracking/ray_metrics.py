@@ -30,9 +30,10 @@ class RayMetrics:
         )
         self._save_failures = Counter("unbroken_save_failures", "Checkpoints that could not be stored.", **tags)
         self._lag = Gauge("unbroken_stable_lag_steps", "Steps that a failure now would repeat.", **tags)
-        for metric in (self._steps, self._step, self._rate, self._restarts, self._save_s, self._save_failures):
+        self._goodput = Gauge("unbroken_goodput", "Productive part of the time since the driver's start.", **tags)
+        progress = (self._steps, self._step, self._rate, self._lag, self._goodput)
+        for metric in (*progress, self._restarts, self._save_s, self._save_failures):
             metric.set_default_tags({"run": run})
-        self._lag.set_default_tags({"run": run})
         self._rows = Rows(global_batch_size)
         self._stable = 0
         self._reached = 0
@@ -54,6 +55,8 @@ class RayMetrics:
                 self._show_progress()
                 if row and (rate := row.values.get("run/samples_per_s")) is not None:
                     self._rate.set(rate)
+                if row and (goodput := row.values.get("run/goodput")) is not None:
+                    self._goodput.set(goodput)
             case "saved" if fields.get("tier", "storage") == "storage":
                 self._stable = fields["step"]
                 if (ended := self._ended.get(self._stable)) is not None:

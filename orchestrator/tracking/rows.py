@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from orchestrator.messages import Event
+from orchestrator.tracking.goodput import Book
 
 _FAILURES = ("down", "failure", "agent_lost", "controller_lost")
 
@@ -17,7 +17,7 @@ class Row:
     step: int
     time_s: float
     """Unix time."""
-    values: Mapping[str, float]
+    values: dict[str, float]
 
 
 class Rows:
@@ -31,10 +31,12 @@ class Rows:
         self._last_step = 0
         self._failed_at_s: float | None = None
         self._markers: dict[str, float] = {}
+        self._goodput = _RunningGoodput()
 
     def take(self, event: Event) -> Row | None:
         """The row that this event completes."""
         fields = event.fields
+        self._goodput.take(event)
         if event.kind == "attempt":
             self._attempt, self._world_size, self._last = fields["attempt"], fields["world_size"], None
         elif event.kind in _FAILURES:
@@ -64,6 +66,29 @@ class Rows:
         values |= {"run/attempt": self._attempt, "run/world_size": self._world_size}
         if self._last is not None and step == self._last[0] + 1 and event.time_s > self._last[1]:
             values["run/samples_per_s"] = self._global_batch_size / (event.time_s - self._last[1])
+        if self._goodput.share is not None:
+            values["run/goodput"] = self._goodput.share
         values |= self._markers
         self._markers, self._last, self._last_step = {}, (step, event.time_s), step
         return Row(step=step, time_s=event.time_s, values=values)
+
+
+class _RunningGoodput:
+    """Productive part of the wall time, up to the newest event that is not a step."""
+
+    def __init__(self) -> None:
+        self._book = Book()
+        self._first = True
+        self._latest: Event | None = None
+        self.share: float | None = None
+
+    def take(self, event: Event) -> None:
+        if event.kind == "step" and not self._first:
+            self._latest = event  # one of millions: the book has only the ends of each row of them
+            return
+        if self._latest is not None:
+            self._book.enter(self._latest)
+        self._book.enter(event)
+        self._first, self._latest = event.kind != "step", None
+        if self._first:
+            self.share = self._book.close(None).share

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,17 +106,18 @@ def stable_step(run: Path) -> int:
 def test_stopped_killed_and_submitted_again(address: str, tmp_path: Path) -> None:
     config = tiny_config(train={"num_steps": STEPS, "global_batch_size": 64, "microbatch_size": 16})
     straight = run_ranks(1, train_tiny, config, STEPS)[0][1]
-    config |= {"run": {"name": "run"}, "storage": str(tmp_path / "kept"), "workers": 2}
+    name = f"run-{uuid.uuid4().hex[:6]}"  # a second try meets the jobs of the first one
+    config |= {"run": {"name": name}, "storage": str(tmp_path / "kept"), "workers": 2}
     config |= {"checkpoint": {"every_steps": EVERY}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    run = tmp_path / "kept" / "run"
+    run = tmp_path / "kept" / name
     where = ["--working-dir", str(tmp_path), "--address", address, "--command", COMMAND]
     submit = ["submit", str(tmp_path / "config.yaml"), *where]
 
     assert unbroken(*submit, "--no-follow").exit_code == 0
     until(lambda: stable_step(run) > 0)
-    stopped = unbroken("stop", "run", "--address", address)
-    assert stopped.exit_code == 0 and "run-a1: STOPPED" in stopped.stdout, stopped.output
+    stopped = unbroken("stop", name, "--address", address)
+    assert stopped.exit_code == 0 and f"{name}-a1: STOPPED" in stopped.stdout, stopped.output
     at = stable_step(run)
     assert 0 < at < STEPS
 
@@ -131,9 +133,11 @@ def test_stopped_killed_and_submitted_again(address: str, tmp_path: Path) -> Non
     os.kill(drivers[-1], signal.SIGKILL)
     output, _ = follower.communicate(timeout=400)
     assert follower.returncode == 0, output
-    assert "run-a2: submitted" in output and "run-a2 lost its driver" in output and "run-a3: SUCCEEDED" in output
+    assert f"{name}-a2: submitted" in output and f"{name}-a2 lost its driver" in output
+    assert f"{name}-a3: SUCCEEDED" in output
     jobs = [(job.id, job.status, job.exit_code) for job in Cluster.connect(address).jobs()]
-    assert jobs == [("run-a1", "STOPPED", None), ("run-a2", "FAILED", 137), ("run-a3", "SUCCEEDED", 0)]
+    ours = [(id, *how) for id, *how in jobs if id.startswith(name)]
+    assert ours == [(f"{name}-a1", "STOPPED", None), (f"{name}-a2", "FAILED", 137), (f"{name}-a3", "SUCCEEDED", 0)]
 
     newest = newest_stable(Store.open(str(run)))
     assert newest is not None and newest.manifest is not None and newest.manifest.progress.step == STEPS

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +18,8 @@ import pytest
 from orchestrator.tracking import ray_metrics
 from tests.orchestrator.tracking.made_up import attempt, event
 
-DASHBOARD = Path(__file__).parents[3] / "deploy" / "grafana" / "unbroken.json"
+ROOT = Path(__file__).parents[3]
+DASHBOARD = ROOT / "deploy" / "grafana" / "unbroken.json"
 
 
 class Recorded:
@@ -78,3 +85,39 @@ def test_the_dashboard_names_exactly_these_metrics(metrics: dict[str, Recorded])
     assert shown <= set(exported), "the dashboard asks for something that does not exist"
     assert {exported[name] for name in shown} == set(metrics), "a metric is not on the dashboard"
     assert all('run=~"$run"' in query for panel in dashboard["panels"] for query in [panel["targets"][0]["expr"]])
+
+
+_ON_RAY = """
+import sys, time, urllib.request
+import ray
+from orchestrator.tracking.ray_metrics import RayMetrics
+from tests.orchestrator.tracking.made_up import attempt
+
+folder, port = sys.argv[1:]
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1",
+         _metrics_export_port=int(port), _temp_dir=folder, object_store_memory=100_000_000)
+sink = RayMetrics("story", 8)
+for event in attempt(1, 0, 10, save=5):
+    sink.take(event)
+for _ in range(120):
+    time.sleep(0.5)
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30).read().decode()
+    names = {line.split("{")[0] for line in text.splitlines() if line.startswith("ray_unbroken")}
+    if {"ray_unbroken_goodput", "ray_unbroken_save_seconds_bucket"} <= names:
+        break
+print(*sorted(names))
+"""
+
+
+@pytest.mark.ray
+def test_ray_exports_what_the_dashboard_asks_for() -> None:
+    folder = tempfile.mkdtemp(prefix="ub-", dir="/tmp")  # short, because it holds sockets
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    settings = {"RAY_metrics_report_interval_ms": "200", "PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | settings
+    command = [sys.executable, "-c", _ON_RAY, folder, str(port)]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=True).stdout
+    shutil.rmtree(folder, ignore_errors=True)
+    shown = set(re.findall(r"ray_unbroken_\w+", DASHBOARD.read_text()))
+    assert shown - set(output.split()) == {"ray_unbroken_save_failures_total"}  # none has failed

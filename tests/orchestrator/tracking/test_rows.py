@@ -26,6 +26,9 @@ def test_rate_and_restart_markers() -> None:
     rows = Rows(global_batch_size=8)
     found = [row for row in map(rows.take, story) if row]
     assert [row.step for row in found] == [1, 2, 3, 4]
+    goodput = [row.values.pop("run/goodput", None) for row in found]
+    # Up to 10 s nothing was trained; from 13 s, the end of step 2, to 25 s it was down, and step 2 was lost.
+    assert goodput == [0.0, 0.0, 2 / 25, 2 / 25]
     assert found[0].values == {"train/loss": 0.5, "run/attempt": 1, "run/world_size": 2, "run/samples_per_s": 4.0}
     assert found[2].values == {
         "train/loss": 0.3,

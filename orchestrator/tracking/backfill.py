@@ -1,0 +1,62 @@
+"""The journal of a machine that the run is new on: what other machines saw of it, from the run's own record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import chain
+from operator import attrgetter, itemgetter
+from pathlib import Path
+
+from orchestrator.checkpoint.keys import EVENTS, METRICS
+from orchestrator.checkpoint.store import Store
+from orchestrator.messages import Event
+from orchestrator.tracking.journal import NAME, Journal, encode
+from orchestrator.tracking.record import Row, RowsReader, in_order, of_the_owner
+
+_OF_A_ROW = ("step", "attempt", "time_s")
+
+
+def fill_journal(folder: Path, introduction: Event, store: Store, session: str) -> int:
+    """Write the run's past into the journal of `folder`, if there is none yet; the number of events taken.
+
+    Without it, W&B and TensorBoard would lack what the first machine had not uploaded when it was lost.
+
+    Args:
+        introduction: the driver's, which the sinks need before anything else.
+        session: the life of this driver: its own events come to the journal in another way.
+
+    Raises:
+        StorageError: the record could not be read; no journal was made.
+        OSError: the journal could not be written.
+    """
+    if (folder / NAME).exists():
+        return 0
+    past = [event for event in _past(store) if event.fields.get("session") != session]
+    if not past:
+        return 0
+    unfinished = folder / f"{NAME}.{session}"  # whoever dies in here leaves no half of a past
+    journal = Journal(unfinished)
+    try:
+        for number, event in enumerate([introduction, *past]):
+            journal.append(encode(event, f"before-{session}", number))
+    finally:
+        journal.close()
+    unfinished.rename(folder / NAME)
+    return len(past)
+
+
+def _past(store: Store) -> Iterator[Event]:
+    """All that happened, in order of time; steps may be in it twice."""
+    marks = ("step", "alive")  # of the steps without their numbers, which the other folder has
+    events = (event for event in of_the_owner(in_order(RowsReader(store, EVENTS).rows())) if event.kind not in marks)
+    rows = sorted(RowsReader(store, METRICS).rows(), key=itemgetter("attempt", "step"))  # two may have the same time
+    steps = map(_step, rows)
+    yield from sorted(chain(events, steps), key=attrgetter("time_s"))
+
+
+def _step(row: Row) -> Event:
+    metrics = {name: math.nan if value is None else value for name, value in row.items() if name not in _OF_A_ROW}
+    return Event(
+        kind="step", fields={"step": row["step"], "attempt": row["attempt"], "metrics": metrics}, time_s=row["time_s"]
+    )
