@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import selectors
 import socket
 import threading
 import time
 from collections.abc import Callable
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, Pipe, wait
-from typing import Any, cast
+from multiprocessing.connection import Client, Connection, Listener, Pipe
+from typing import cast
 
 from orchestrator.coordinator import Coordinator
 from orchestrator.halting import HaltOrder
@@ -60,6 +61,7 @@ class Hub:
         self._world_size = world_size
         self._agents: dict[int, Wire] = {}
         self._silences: dict[int, Silence] = {}
+        self._look_at = 0.0
         self._lost = False
         self._orders, self._order = Pipe(duplex=False)
         self._ordering = threading.Lock()
@@ -100,8 +102,14 @@ class Hub:
                 coordinator.handle(rank, Joined(rank=rank))
             now = time.monotonic()
             self._silences = {rank: Silence(now) for rank in self._agents}
-            while coordinator.outcome is None and not self._lost:
-                self._turn(coordinator)
+            with selectors.DefaultSelector() as sources:
+                # Once and for all: what one message costs must not grow with the number of agents.
+                for source in (self._orders, self._results):
+                    sources.register(source, selectors.EVENT_READ)
+                for rank, agent in self._agents.items():
+                    sources.register(agent, selectors.EVENT_READ, rank)
+                while coordinator.outcome is None and not self._lost:
+                    self._turn(coordinator, sources)
         except BaseException as error:
             coordinator.broken(error)
         finally:
@@ -120,30 +128,28 @@ class Hub:
         assert isinstance(joined, Joined)
         self._agents[joined.rank] = agent
 
-    def _turn(self, coordinator: Coordinator) -> None:
-        ranks = {agent: rank for rank, agent in self._agents.items()}
-        sources: list[Any] = [*ranks, self._orders, self._results]
-        ready: list[Any] = wait(sources, timeout=BEAT_S if (due_s := coordinator.wait_s) is None else due_s)
-        for source in ready:
-            if source is self._orders:
+    def _turn(self, coordinator: Coordinator, sources: selectors.BaseSelector) -> None:
+        for key, _ in sources.select(BEAT_S if (due_s := coordinator.wait_s) is None else due_s):
+            if key.fileobj is self._orders:
                 coordinator.take_order(self._orders.recv())
                 continue
-            if source is self._results:
+            if key.fileobj is self._results:
                 coordinator.handle(0, self._results.recv())
                 continue
-            rank = ranks[source]
+            rank = key.data
             try:
-                message = source.recv()
+                message = self._agents[rank].recv()
             except (EOFError, OSError):
                 self._lose(coordinator, rank, "its connection is closed")
                 return
             self._silences[rank].heard()
             coordinator.handle(rank, message)
-        now = time.monotonic()
-        for rank, silence in self._silences.items():
-            if silence.passed(now) > SILENT_LIMIT_S:
-                self._lose(coordinator, rank, f"silent for {SILENT_LIMIT_S:g} s")
-                return
+        if (now := time.monotonic()) >= self._look_at:
+            self._look_at = now + BEAT_S
+            for rank, silence in self._silences.items():
+                if silence.passed(now) > SILENT_LIMIT_S:
+                    self._lose(coordinator, rank, f"silent for {SILENT_LIMIT_S:g} s")
+                    return
         coordinator.tick()
 
     def _lose(self, coordinator: Coordinator, rank: int, why: str) -> None:

@@ -5,7 +5,7 @@ Times come from the steps themselves, so a limit needs no setting and grows with
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from enum import Enum
 
@@ -82,6 +82,7 @@ class Watchdog:
         self._world_size = world_size
         self._durations: deque[float] = deque(maxlen=_WINDOW)
         self._phases: dict[int, Phase] = {}
+        self._counts: Counter[Phase] = Counter()
         self._now = 0.0
         self._silent_s = 0.0
         self._stepping = False
@@ -90,6 +91,7 @@ class Watchdog:
     def launched(self, now: float) -> None:
         """A new attempt starts."""
         self._phases = dict.fromkeys(range(self._world_size), Phase.STARTING)
+        self._counts = Counter({Phase.STARTING: self._world_size})
         self._now, self._silent_s, self._stepping, self._running = now, 0.0, False, True
 
     def ended(self) -> None:
@@ -99,6 +101,8 @@ class Watchdog:
     def entered(self, rank: int, phase: Phase, now: float) -> None:
         """A rank says what it does now."""
         self.advance(now)
+        self._counts[self._phases.get(rank, Phase.DONE)] -= 1
+        self._counts[phase] += 1
         self._phases[rank] = phase
         self._silent_s, self._stepping = 0.0, False
 
@@ -112,9 +116,9 @@ class Watchdog:
         self.advance(now)
         if self._stepping:  # an interval from step to step, with nothing else in it
             self._durations.append(self._silent_s)
-        for rank, phase in self._phases.items():
-            if phase is Phase.STARTING:
-                self._phases[rank] = Phase.TRAINING
+        if self._counts[Phase.STARTING]:
+            self._phases.update({r: Phase.TRAINING for r, phase in self._phases.items() if phase is Phase.STARTING})
+            self._counts[Phase.TRAINING] += self._counts.pop(Phase.STARTING)
         self._silent_s, self._stepping = 0.0, True
 
     def alarmed(self) -> None:
@@ -134,11 +138,10 @@ class Watchdog:
     @property
     def limit_s(self) -> float:
         """Seconds of silence that are too many in this phase."""
-        phases = self._phases.values()
-        if Phase.STORING in phases or not self._running:
+        if self._counts[Phase.STORING] or not self._running:
             return float("inf")
         generous = max(self._config.start_timeout_s, self._config.timeout_s or 0.0)
-        if any(phase is not Phase.TRAINING for phase in phases):
+        if self._counts[Phase.TRAINING] < self._world_size:
             return generous
         if self._config.timeout_s is not None:
             return self._config.timeout_s

@@ -63,9 +63,7 @@ class PeerObjects:
         return self._first(path, lambda node: node.read(path, begin, end))
 
     def write(self, path: str, parts: Sequence[memoryview]) -> None:
-        self._living()
-        order = self._nodes[self._home :] + self._nodes[: self._home]
-        for node in [node for node in order if not node.lost][:_COPIES]:
+        for node in self._nearest()[:_COPIES]:
             node.put("write", path, parts)
 
     def create_once(self, path: str, data: bytes, timeout_s: float) -> None:
@@ -107,9 +105,14 @@ class PeerObjects:
             raise ConnectionError(f"none of {len(self._nodes)} peers answers")
         return living
 
+    def _nearest(self) -> list[_Node]:
+        """Those that answer, from this one on: all asking the first for everything would be the square of the work."""
+        self._living()
+        return [node for node in self._nodes[self._home :] + self._nodes[: self._home] if not node.lost]
+
     def _first(self, path: str, ask: Callable[[_Node], Any]) -> Any:
-        """The answer of the first node that has it."""
-        for node in self._living():
+        """The answer of the nearest node that has it."""
+        for node in self._nearest():
             with suppress(ConnectionError, TimeoutError):
                 if (answer := ask(node)) is not None:
                     return answer

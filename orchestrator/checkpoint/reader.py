@@ -7,6 +7,7 @@ cannot be; those rows are covered by the tensor's fingerprint, which the caller 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def read_rows(store: Store, manifest: Manifest, wanted: Sequence[Destination]) -
         RunMismatchError: the checkpoint is intact, but has no such tensor, or in another dtype or shape.
         StorageError: the store failed; reading again may work. Destinations hold garbage.
     """
-    pieces, checks = _plan(manifest, [destination for destination in wanted if destination.num_rows])
+    pieces, checks = plan(manifest, [destination for destination in wanted if destination.num_rows])
     reads = [(file, group) for file, found in pieces.items() for group in _coalesce(found)]
     with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="checkpoint-read") as pool:
         # Each map raises its first error; the order makes a short or foreign file known before its bytes are used.
@@ -118,8 +119,12 @@ def verify(store: Store, ref: CheckpointRef, advance: Callable[[int], None] = la
     return problems
 
 
-def _plan(manifest: Manifest, wanted: Sequence[Destination]) -> tuple[dict[int, list[_Piece]], list[_Check]]:
-    """The pieces to read from each file, and the chunks that can be checked by their hash afterwards."""
+def plan(manifest: Manifest, wanted: Sequence[Destination]) -> tuple[dict[int, list[_Piece]], list[_Check]]:
+    """The pieces to read from each file, and the chunks that can be checked by their hash afterwards.
+
+    Each rank makes its own, so it looks only at the chunks that it needs: with all of them in every rank's plan, the
+    work of a restore would grow with the square of the number of ranks.
+    """
     pieces: dict[int, list[_Piece]] = {}
     checks: list[_Check] = []
     for destination in wanted:
@@ -131,10 +136,13 @@ def _plan(manifest: Manifest, wanted: Sequence[Destination]) -> tuple[dict[int, 
         if not row_bytes:
             continue
         out = destination.out.cast("B")
-        for chunk in manifest.tensors[destination.spec.name].chunks:
+        chunks = manifest.tensors[destination.spec.name].chunks  # in order of rows, as every manifest is checked for
+        nearest = bisect_right(chunks, first, key=lambda chunk: chunk.row_offset) - 1
+        for index in range(nearest, len(chunks)):
+            chunk = chunks[index]
             begin, end = max(first, chunk.row_offset), min(last, chunk.row_offset + chunk.num_rows)
             if begin >= end:
-                continue
+                break
             target = out[(begin - first) * row_bytes : (end - first) * row_bytes]
             at = chunk.begin + (begin - chunk.row_offset) * row_bytes
             pieces.setdefault(chunk.file, []).extend(_cut(at, target))

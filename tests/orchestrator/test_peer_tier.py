@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.checkpoint import peer_objects
 from orchestrator.checkpoint.attempts import check_not_superseded, claim_attempt
 from orchestrator.checkpoint.catalog import newest_stable
 from orchestrator.checkpoint.store import Store
@@ -186,3 +187,17 @@ def test_trainers_begin_from_the_memory_of_nodes(straight: Path, tmp_path: Path,
     assert {(8, "peer"), (10, "peer"), (9, "storage"), (STEPS, "storage")} <= set(saved)
     shutil.copytree(straight / "checkpoints" / copied, run / "checkpoints" / copied)
     assert_same(run, straight)
+
+
+def test_what_lies_on_the_own_node_is_asked_of_no_other(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_in_memory(nodes, 5)
+    info, asked = newest_stable(nodes.ring("b").open()), []
+    assert info is not None and info.manifest is not None
+    call = peer_objects._Node._call
+    monkeypatch.setattr(
+        peer_objects._Node, "_call", lambda node, exchange: asked.append(node._peer.node) or call(node, exchange)
+    )
+    store = nodes.ring("b").open()
+    for file in ("manifest.json", info.manifest.files[1].name):
+        assert store.read(info.ref.file(file)) and store.size(info.ref.file(file))
+    assert set(asked) == {"b"}

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import pytest
 
 from orchestrator.watchdog import Phase, Silence, Watchdog, WatchdogConfig
@@ -106,3 +109,30 @@ def test_silence_counts_looks_not_pauses() -> None:
 def test_refuses(values: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="must be above 0"):
         WatchdogConfig(**values)
+
+
+def count_lines(call: Callable[[], object]) -> int:
+    """How many lines of Python run in a call."""
+    lines = 0
+
+    def trace(frame: object, event: str, argument: object) -> object:
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def test_a_look_costs_the_same_whatever_the_number_of_ranks() -> None:
+    counts = set()
+    for world_size in (2, 500):
+        clock = Clock(world_size=world_size)
+        clock.step(0.1, times=3)
+        counts.add(count_lines(lambda dog=clock.dog: (dog.expired, dog.stepped(200.0), dog.limit_s)))
+    assert len(counts) == 1, counts

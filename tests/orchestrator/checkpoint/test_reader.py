@@ -10,7 +10,8 @@ import pytest
 
 from orchestrator.checkpoint.catalog import load_manifest
 from orchestrator.checkpoint.keys import CheckpointRef
-from orchestrator.checkpoint.reader import Destination, read_rows, verify
+from orchestrator.checkpoint.manifest import ChunkEntry
+from orchestrator.checkpoint.reader import Destination, plan, read_rows, verify
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import commit
 from orchestrator.errors import DamagedCheckpointError, MissingObjectError, RunMismatchError, StorageError
@@ -264,3 +265,30 @@ def test_nothing_wanted_reads_nothing():
     store.ranges.clear()
     read_rows(store, manifest, [destination(SPECS[0], 5, 5)])
     assert store.ranges == []
+
+
+class CountingChunks(tuple):
+    """Counts how often a chunk is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, index):
+        CountingChunks.looks += 1
+        return super().__getitem__(index)
+
+    def __iter__(self):
+        return (self[index] for index in range(len(self)))
+
+
+def test_a_rank_looks_only_at_the_chunks_near_its_rows(monkeypatch):
+    spec, num_chunks = TensorSpec(name="model/w", dtype="F32", shape=(4096, 2)), 1024
+    chunks = CountingChunks(ChunkEntry(0, 32 * index, 32 * index + 32, 4 * index, 4, "") for index in range(num_chunks))
+    manifest = save(Store.open(f"memory://{uuid.uuid4().hex}"), make_state(0), step=7)
+    entry = replace(manifest.tensors[SPECS[0].name], dtype=spec.dtype, shape=spec.shape, chunks=chunks)
+    manifest = replace(manifest, tensors={spec.name: entry})
+    for first, last, num_checked in ((0, 4, 1), (2044, 2048, 1), (2046, 2054, 1), (4092, 4096, 1), (4095, 4096, 0)):
+        monkeypatch.setattr(CountingChunks, "looks", 0)
+        pieces, checks = plan(manifest, [destination(spec, first, last)])
+        assert sum(len(piece.out) for piece in pieces[0]) == 8 * (last - first)
+        assert [check.chunk.row_offset % 4 for check in checks] == [0] * num_checked
+        assert CountingChunks.looks < 20, f"{CountingChunks.looks} of {num_chunks} chunks"
