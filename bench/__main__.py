@@ -1,7 +1,9 @@
-"""`python -m bench [ROW ...] [--quick]`: measure, print the table, and write `bench/results/ROW.json`.
+"""`python -m bench [ROW ...] [--quick]`: measure, print the table, and write `bench/results/ROW.json` and the README.
 
-Rows: reduction, ema, overhead, recovery, s3, tracking; all of them take about 20 minutes. `--quick` tries the
-benchmarks out on small models and keeps nothing.
+`python -m bench readme`: write README and plots anew from the results that are stored. `--quick` tries the benchmarks
+out on small models and keeps nothing.
+
+Rows, in the order in which they run; all of them take about 45 minutes:
 """
 
 from __future__ import annotations
@@ -11,30 +13,50 @@ import importlib
 import os
 import signal
 import sys
+import time
 
-ROWS = ("reduction", "ema", "overhead", "recovery", "s3", "tracking")
+ROWS = {
+    "throughput": "a training step, beside bare torch, accelerate and Lightning",
+    "overhead": "Ray Train with EMA, beside torchrun without",
+    "reduction": "the invariant reduction, beside torch's own",
+    "ema": "an EMA update, beside others and the memory's bandwidth",
+    "recovery": "from SIGKILL to the next step, beside torchrun",
+    "goodput": "useful time under one schedule of kills, beside the best interval in hindsight and torch's DCP",
+    "s3": "saves to S3, beside boto3",
+    "tracking": "a step with every tracking sink, beside none",
+    "scale": "the control path at 8 to 16,384 ranks; 10,000 nodes on a simulated clock",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
+    described = "\n".join(f"  {row:<12}{what}" for row, what in ROWS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench",
+        description=f"{__doc__}\n{described}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"any of {', '.join(ROWS)}; without: all")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="any of the above, or readme; without: all rows")
     parser.add_argument("--quick", action="store_true", help="try the benchmarks out; the figures mean nothing")
     options = parser.parse_args(arguments)
-    if unknown := set(options.rows) - set(ROWS):
-        parser.error(f"no such row: {', '.join(sorted(unknown))}; rows are {', '.join(ROWS)}")
+    if unknown := set(options.rows) - {*ROWS, "readme"}:
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; rows are {', '.join(ROWS)}, and readme")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves through the blocks that end what was started
     os.environ["OMP_NUM_THREADS"] = "1"  # one thread a rank; read when torch is imported, so before the rows are
-    from bench import comparison
+    from bench import report
 
-    for row in options.rows or ROWS:
-        where = comparison.conditions()
-        comparisons = importlib.import_module(f"bench.{row}").measure(options.quick)
+    rows = [row for row in options.rows or ROWS if row != "readme"]
+    for number, row in enumerate(rows, start=1):
+        print(f"{number}/{len(rows)} {row}: {ROWS[row]} ...", file=sys.stderr, flush=True)
+        where, began = report.conditions(), time.monotonic()
+        results = importlib.import_module(f"bench.{row}").measure(options.quick)
+        where["minutes"] = round((time.monotonic() - began) / 60, 1)
         if not options.quick:
-            comparison.store(row, where, comparisons)
-            where, comparisons = comparison.load(row)
-        print(comparison.section(row, where, comparisons), flush=True)
+            report.store(row, where, results)
+            where, results = report.load(row)
+        print(report.section(row, where, results), flush=True)
+    if not options.quick:
+        report.write_readme(tuple(ROWS))
+        print(f"written: {report.README}", file=sys.stderr)
 
 
 if __name__ == "__main__":
