@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 test: lint
 	$(PY) -m pytest
 
-bench: $(VENV)/.installed-test
+bench: $(VENV)/.installed-bench
 	$(PY) -m bench
 
 lint: $(VENV)/.installed-test
@@ -43,4 +43,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(PY)
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP_INSTALL) -e '.[quickstart,test]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed-test
+	$(PIP_INSTALL) -e '.[quickstart,test,bench]'
 	@touch $@

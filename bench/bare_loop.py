@@ -1,17 +1,17 @@
 """The measured program on the other side: the training loop that one would write with torch alone.
 
-`torchrun --nproc-per-node W -m bench.bare_loop CONFIG.json [STATE_FOLDER]`, with the same config as ours. FSDP2 by
-block, AdamW, `clip_grad_norm_`; of unbroken it uses only `build_model`. With STATE_FOLDER it also keeps an EMA, saves
-once after ten steps (each rank a safetensors file of its local parameters, moments and EMA), and starts from there when
-it is started again. Every rank prints JSON lines.
+`torchrun --nproc-per-node W -m bench.bare_loop CONFIG.json [--ema] [--state FOLDER]`, with the same config as ours.
+FSDP2 by block, or torch's DDP; AdamW, `clip_grad_norm_`; of unbroken it uses only `build_model`. With --ema it keeps an
+average of the weights. With --state it also saves once after ten steps (each rank a safetensors file of its local
+parameters, moments and EMA), and starts from there when it is started again. Every rank prints JSON lines.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,51 +19,95 @@ import torch
 import torch.distributed as dist
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
-from sklearn.datasets import load_digits
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.functional import interpolate, mse_loss
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel
 
-from bench.workload import pin
+from bench.digits import digits
+from bench.lines import say
+from bench.workload import EMA_DECAY, pin
 from trainers.models import ModelConfig, build_model
 
 _SAVE_AT = 10
 
 
+class BareLoop:
+    """Model, optimizer and, if wanted, EMA of one rank."""
+
+    def __init__(self, config: dict[str, Any], ema: bool) -> None:
+        """Collective: all ranks."""
+        self._train = config["train"]
+        strategy = config.get("parallel", {}).get("strategy", "fsdp")
+        self.model: Any = build_model(ModelConfig(**config["model"]), seed=0)
+        self._distributed = _sharded(self.model) if strategy == "fsdp" else DistributedDataParallel(self.model)
+        lr = config["optimizer"]["lr"]
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0, foreach=True
+        )
+        self._images, self._labels = digits(config["data"]["image_size"])
+        self._schedule = DDPMScheduler(num_train_timesteps=1000)
+        self._weights = [local(parameter) for parameter in self.model.parameters()]
+        self.averages = [weight.clone() for weight in self._weights] if ema else []
+
+    def step(self) -> None:
+        """One optimizer step. Collective: all ranks."""
+        size = self._train["microbatch_size"]
+        rounds = self._train["global_batch_size"] // size // dist.get_world_size()
+        for index in range(rounds):
+            with self._synchronised(index == rounds - 1):
+                chosen = torch.randint(len(self._images), (size,))
+                images = self._images[chosen]
+                noise = torch.randn_like(images)
+                timesteps = torch.randint(1000, (size,))
+                noisy = self._schedule.add_noise(images, noise, timesteps)  # pyright: ignore[reportArgumentType]
+                predicted = self._distributed(noisy, timesteps, class_labels=self._labels[chosen]).sample
+                (mse_loss(predicted, noise) / rounds).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.averages:
+            torch._foreach_lerp_(self.averages, self._weights, 1 - EMA_DECAY)
+
+    def _synchronised(self, now: bool) -> contextlib.AbstractContextManager[None]:
+        """Exchange gradients in this round's backward, or only add them up."""
+        if isinstance(self._distributed, DistributedDataParallel):
+            return contextlib.nullcontext() if now else self._distributed.no_sync()
+        self._distributed.set_requires_gradient_sync(now)
+        return contextlib.nullcontext()
+
+
 def main() -> None:
-    config = json.loads(Path(sys.argv[1]).read_text())
-    state_file = Path(sys.argv[2]) / f"{os.environ['RANK']}.safetensors" if len(sys.argv) > 2 else None
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--ema", action="store_true")
+    parser.add_argument("--state", type=Path)
+    options = parser.parse_args()
+    state_file = options.state and options.state / f"{os.environ['RANK']}.safetensors"
     torch.set_num_threads(1)
     pin(int(os.environ["RANK"]))
-    _say("imported", pid=os.getpid())
-    _join()
-    _say("process group")
-    model = _sharded(config)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config["optimizer"]["lr"], betas=(0.9, 0.999), weight_decay=0.0, foreach=True
-    )
-    images, labels = _digits(config["data"]["image_size"])
-    schedule = DDPMScheduler(num_train_timesteps=1000)
-    _say("built")
-    averages = [parameter.detach().to_local().clone() for parameter in model.parameters()] if state_file else None
-    tensors = _state(model, optimizer, averages) if averages else {}
+    say("imported", pid=os.getpid())
+    join()
+    say("process group")
+    loop = BareLoop(json.loads(options.config.read_text()), ema=options.ema or state_file is not None)
+    say("built")
+    tensors = _state(loop) if state_file else {}
     step = _load(state_file, tensors) if state_file and state_file.exists() else 0
-    _say("restored", step=step)
+    say("restored", step=step)
     while True:
-        _step(model, optimizer, images, labels, schedule, config["train"])
+        loop.step()
         step += 1
-        if averages:
-            torch._foreach_lerp_(averages, [parameter.detach().to_local() for parameter in model.parameters()], 0.001)
-        _say("step", step=step)
+        say("step", step=step)
         if state_file and step == _SAVE_AT:
             temporary = state_file.with_suffix(".tmp")
             save_file(tensors, temporary)
             temporary.rename(state_file)
             dist.barrier()
-            _say("saved", step=step)
+            say("saved", step=step)
 
 
-def _join() -> None:
+def join() -> None:
     """`init_process_group("gloo")`, but with keys of its own for every restart.
 
     torchrun's store outlives a restart, and torch 2.13 does not tell the restarts apart in it. So a rank can read the
@@ -76,55 +120,27 @@ def _join() -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
 
 
-def _say(kind: str, **fields: Any) -> None:
-    line = {"kind": kind, "rank": int(os.environ["RANK"]), "time_s": time.time(), **fields}
-    os.write(1, f"{json.dumps(line)}\n".encode())  # in one piece: the ranks share the pipe
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a parameter or moment on this rank."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _sharded(config: dict[str, Any]) -> Any:
-    model: Any = build_model(ModelConfig(**config["model"]), seed=0)
+def _sharded(model: Any) -> Any:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in (*model.down_blocks, model.mid_block, *model.up_blocks):
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
-def _digits(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 8 - 1
-    return interpolate(images, (size, size), mode="bilinear", antialias=True), torch.from_numpy(labels)
-
-
-def _step(
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    schedule: DDPMScheduler,
-    train: dict[str, int],
-) -> None:
-    rounds = train["global_batch_size"] // train["microbatch_size"] // dist.get_world_size()
-    for index in range(rounds):
-        model.set_requires_gradient_sync(index == rounds - 1)
-        chosen = torch.randint(len(images), (train["microbatch_size"],))
-        noise = torch.randn(len(chosen), *images.shape[1:])
-        timesteps = torch.randint(1000, (len(chosen),))
-        noisy = schedule.add_noise(images[chosen], noise, timesteps)  # pyright: ignore[reportArgumentType]
-        loss = mse_loss(model(noisy, timesteps, class_labels=labels[chosen]).sample, noise) / rounds
-        loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _state(model: Any, optimizer: torch.optim.Optimizer, averages: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _state(loop: BareLoop) -> dict[str, torch.Tensor]:
     """The local tensors to save and load, live; makes AdamW's moments."""
     tensors = {}
-    for (name, parameter), average in zip(model.named_parameters(), averages, strict=True):
+    for (name, parameter), average in zip(loop.model.named_parameters(), loop.averages, strict=True):
         moments: dict[str, Any] = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-        tensors |= {f"model/{name}": parameter.detach().to_local(), f"ema/{name}": average}
-        tensors |= {f"{key}/{name}": moment.to_local() for key, moment in moments.items()}
+        loop.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        tensors |= {f"model/{name}": local(parameter), f"ema/{name}": average}
+        tensors |= {f"{key}/{name}": local(moment) for key, moment in moments.items()}
     return tensors
 
 

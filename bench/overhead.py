@@ -3,23 +3,19 @@
 The bare loop trains the same model on the same number of microbatches, with FSDP2, AdamW and clipping; it has no EMA,
 no per-sample randomness, no invariant reduction and nobody who watches it. Both programs live all the time and are let
 run in turn for some steps, the other one being stopped with every helper that it has. A step's time is the time between
-the ends of two steps; the first of a turn, which the stop cut in two, is left out.
+the ends of two steps.
 """
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-import numpy as np
-
-from bench.arm import Arm
 from bench.comparison import Comparison
 from bench.programs import both
+from bench.turns import medians, take_turns, warm_up
 from bench.workload import MIDDLE, SMOKE, config
 
 _GOAL = 1.03
-_WARM_UP_STEPS = 5
 _CASES = ((2, 4), (4, 4))
 """Microbatches a step, and their size: one and two for each of the two ranks."""
 
@@ -57,26 +53,6 @@ def _run_config(channels: tuple[int, ...], size: int, num_microbatches: int) -> 
 def _take_turns(run: dict[str, Any], turns: int, steps: int) -> tuple[dict[str, list[float]], dict[str, float]]:
     """The median step of every turn, in seconds, and the longest step, in milliseconds; by arm."""
     with both(run, bare_keeps_state=False) as arms:
-        for arm in arms:
-            arm.wait_for(lambda line: line["kind"] == "step" and line["step"] >= _WARM_UP_STEPS)
-        for arm in arms:
-            arm.freeze()
-        every: dict[str, list[list[float]]] = {arm.name: [] for arm in arms}
-        for turn in range(turns):
-            for arm in arms if turn % 2 == 0 else arms[::-1]:
-                every[arm.name].append(_one_turn(arm, steps))
-    medians = {name: [float(np.median(times)) for times in turns_] for name, turns_ in every.items()}
-    return medians, {name: 1000 * max(map(max, turns_)) for name, turns_ in every.items()}
-
-
-def _one_turn(arm: Arm, steps: int) -> list[float]:
-    """Let the arm run until it has done some whole steps; the seconds of each."""
-    arm.thaw()
-    # A line may have been on its way when the arm was stopped: what counts is when the step ended.
-    began, ends = time.time(), []
-    while len(ends) < steps + 1:
-        line = arm.wait_for(lambda line: line["kind"] == "step" and line.get("rank", 0) == 0)[-1]
-        if line["time_s"] > began:
-            ends.append(line["time_s"])
-    arm.freeze()
-    return np.diff(ends).tolist()
+        warm_up(arms)
+        every = take_turns(arms, turns, steps)
+    return medians(every), {name: 1000 * max(map(max, turns_)) for name, turns_ in every.items()}

@@ -1,4 +1,4 @@
-"""The two measured programs on one config: ours under Ray Train, and a bare torch loop under torchrun."""
+"""The measured programs and where they run: ours under Ray Train or torchrun, and others under torchrun."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,52 @@ from bench.arm import Arm
 
 
 @contextlib.contextmanager
-def both(config: dict[str, Any], bare_keeps_state: bool) -> Iterator[tuple[Arm, Arm]]:
-    """(ours, torchrun), both started; ended, with all they wrote, when the block is left.
+def workplace() -> Iterator[Path]:
+    """A folder for everything that the programs write; gone when the block is left."""
+    # A short name: Ray's sockets lie below it, and their paths must stay under 108 characters.
+    with tempfile.TemporaryDirectory(prefix="ub-", dir="/tmp", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> Path:
+    """The config that all programs of a comparison read.
 
     Args:
         config: a `RunConfig` as plain values, without its storage.
+    """
+    file = folder / "config.json"
+    file.write_text(json.dumps({**config, "storage": str(folder / "runs")}))
+    return file
+
+
+def under_ray(folder: Path, file: Path) -> Arm:
+    """Ours under Ray Train."""
+    return Arm("ray", ["-m", "bench.under_ray", str(file)], {"RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled"})
+
+
+def under_torchrun(name: str, module: str, arguments: Sequence[str], num_workers: int = 2) -> Arm:
+    """A module that trains in every rank, restarted whenever one of them dies."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={num_workers}", "--max-restarts=1000"]
+    return Arm(name, [*torchrun, f"--master-port={_free_port()}", "-m", module, *arguments], {})
+
+
+@contextlib.contextmanager
+def both(config: dict[str, Any], bare_keeps_state: bool) -> Iterator[tuple[Arm, Arm]]:
+    """(ours under Ray Train, the bare loop), both started; ended, with all they wrote, when the block is left.
+
+    Args:
+        config: as for `write_config`.
         bare_keeps_state: the bare loop saves and loads its state, with an EMA in it.
     """
-    # A short name: Ray's sockets lie below it, and their paths must stay under 108 characters.
-    with tempfile.TemporaryDirectory(prefix="ub-", dir="/tmp", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        file = folder / "config.json"
-        file.write_text(json.dumps({**config, "storage": str(folder / "runs")}))
-        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={config['workers']}", "--max-restarts=1000"]
-        torchrun += [f"--master-port={_free_port()}", "-m", "bench.bare_loop", str(file)]
+    with workplace() as folder:
+        file = write_config(folder, config)
+        arguments = [str(file)]
         if bare_keeps_state:
             (folder / "state").mkdir()
-            torchrun.append(str(folder / "state"))
+            arguments += ["--state", str(folder / "state")]
         with (
-            Arm("ray", ["-m", "bench.under_ray", str(file)], {"RAY_TMPDIR": name, "RAY_AUTH_MODE": "disabled"}) as ours,
-            Arm("torchrun", torchrun, {}) as bare,
+            under_ray(folder, file) as ours,
+            under_torchrun("torchrun", "bench.bare_loop", arguments, config["workers"]) as bare,
         ):
             yield ours, bare
 

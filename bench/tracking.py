@@ -13,19 +13,16 @@ import json
 import os
 import signal
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bench.arm import Arm
 from bench.comparison import Comparison
+from bench.turns import medians, take_turns, warm_up
 from bench.workload import MIDDLE, SMOKE, config
 
 _GOAL = 1.005
-_WARM_UP_STEPS = 5
 _SINKS = {"wandb": {"project": "bench", "mode": "offline"}, "tensorboard": True, "prometheus": True}
 
 
@@ -33,15 +30,9 @@ def measure(quick: bool) -> list[Comparison]:
     """One comparison; a pair is one turn of each side, its times are medians."""
     channels, turns, steps = (SMOKE, 2, 3) if quick else (MIDDLE, 20, 8)
     with _arms(channels) as (tracked, plain):
-        arms = {"tracked": tracked, "plain": plain}
-        for arm in arms.values():
-            arm.wait_for(lambda line: line["kind"] == "step" and line["step"] >= _WARM_UP_STEPS, timeout_s=600)
-        for arm in arms.values():
-            arm.freeze()
-        times: dict[str, list[float]] = {name: [] for name in arms}
-        for turn in range(turns):
-            for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
-                times[name].append(_one_turn(arms[name], steps))
+        arms = (tracked, plain)
+        warm_up(arms)
+        times = medians(take_turns(arms, turns, steps))
     return [
         Comparison(
             name="W=2 M=2, microbatch 4: W&B offline, TensorBoard, Prometheus",
@@ -113,15 +104,3 @@ def _program(folder: Path, channels: tuple[int, ...], name: str, tracking: dict[
     file = folder / f"{name}.json"
     file.write_text(json.dumps(run))
     return ["-m", "bench.under_ray", str(file)]
-
-
-def _one_turn(arm: Arm, steps: int) -> float:
-    """Let the arm run until it has done some whole steps; the median of their seconds."""
-    arm.thaw()
-    began, ends = time.time(), []
-    while len(ends) < steps + 1:
-        line = arm.wait_for(lambda line: line["kind"] == "step")[-1]
-        if line["time_s"] > began:  # one may have been on its way when the arm was stopped
-            ends.append(line["time_s"])
-    arm.freeze()
-    return float(np.median(np.diff(ends)))

@@ -13,6 +13,8 @@ MIDDLE = (160, 256, 320)
 LARGE = (384, 704)
 """82 million parameters."""
 
+EMA_DECAY = 0.999
+
 
 def config(
     channels: Sequence[int], *, microbatch_size: int, num_microbatches: int, image_size: int = 16
