@@ -72,6 +72,18 @@ class Arm:
             if wanted(line):
                 return seen
 
+    def so_far(self) -> list[dict[str, Any]]:
+        """The lines that have come since the last look; waits for none."""
+        seen = []
+        while True:
+            try:
+                line = self._lines.get_nowait()
+            except queue.Empty:
+                return seen
+            if line is None:
+                raise TimeoutError(f"{self.name} has ended; last: {seen[-3:]}; see {self.log}")
+            seen.append(line)
+
     def _signal(self, number: int) -> list[int]:
         tree = _descendants(self._process.pid)
         for pid in tree:

@@ -65,7 +65,7 @@ def measure(quick: bool) -> list[Figure]:
     exponent = Figure(name="size of a manifest: exponent in ranks", value=_slope(sizes), goal=_GOAL)
     figures.append(replace(exponent, notes={f"MB, {len(_SPECS)} tensors, {last:,} ranks": size / 1e6}))
     figures += [_exponent(name, "checkpoints", points) for name, points in _listing(checkpoints).items()]
-    return figures + simulated_goodput([paths[name] for name in _AT_A_RESTART], days=2 if quick else 30)
+    return figures + simulated_goodput([paths[name] for name in _AT_A_RESTART], days=1 if quick else 10)
 
 
 def _exponent(name: str, of: str, points: Points) -> Figure:
