@@ -17,7 +17,7 @@ from trainers.conditioning import Condition, call_model, takes_text
 from trainers.config import TrainerConfig
 from trainers.errors import ConfigError
 from trainers.frozen import load_pipeline, pipeline_scheduler
-from trainers.models import learns_null_label, null_label
+from trainers.models import learns_null_label, null_label, settings_of
 from trainers.objectives import Objective
 from trainers.rng import Stream, derive_seed, normal
 
@@ -84,7 +84,7 @@ def sample_pipeline(
     Image i starts from a generator of (seed, i), for any weights and any number of images.
 
     Args:
-        model: whole, on the CPU; it was trained out of a pretrained pipeline.
+        model: whole; it was trained out of a pretrained pipeline.
         prompts: a text or, for a pipeline of classes, a label for each image.
 
     Returns:
@@ -94,6 +94,7 @@ def sample_pipeline(
     assert folder is not None and folder.part is not None
     scheduler = pipeline_scheduler(folder, config.objective)
     pipeline: Any = load_pipeline(config.model, folder, **{folder.part: model.eval(), "scheduler": scheduler})
+    pipeline.to(next(model.parameters()).device)
     pipeline.set_progress_bar_config(disable=True)
     known = inspect.signature(pipeline.__call__).parameters
     wanted = {
@@ -119,6 +120,24 @@ def sample_pipeline(
             ).images
         )
     return torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).float() * 2 - 1  # (N, H, W, C) -> (N, C, H, W)
+
+
+def draw(model: nn.Module, config: TrainerConfig, wanted: Sequence[Any], **how: Any) -> torch.Tensor:
+    """Images of whatever the model was trained to draw.
+
+    Args:
+        wanted: for each image its text or label; anything for a model of neither.
+        how: seed, guidance and num_steps of `sample_images` and `sample_pipeline`.
+
+    Returns:
+        (N, C, H, W) float32 in [-1, 1], on the CPU.
+    """
+    folder = config.model.folder()
+    if folder is not None and folder.has("vae"):
+        return sample_pipeline(model, config, wanted, **how)
+    labels = None if null_label(model) is None else torch.tensor(wanted)
+    shape = (len(wanted), settings_of(model)["in_channels"], config.data.image_size, config.data.image_size)
+    return sample_images(model, Objective(config.objective), shape, labels, **how)
 
 
 def usual_guidance(model: nn.Module, label_drop: float) -> float:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import urllib.error
+import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,16 +61,17 @@ def open_network(which: str, device: torch.device) -> FeatureNetwork:
     if which == INCEPTION:
         return FeatureNetwork(INCEPTION, _inception().to(device), device)
     path = Path(which)
-    if not path.is_file():
-        raise ConfigError(
-            f"--network {which} is neither {INCEPTION} nor a file; give the path of a TorchScript network"
-        )
+    if not zipfile.is_zipfile(path):  # both kinds are
+        raise ConfigError(f"--network {which} is neither {INCEPTION} nor the file of a TorchScript or .pt2 network")
     try:
         if path.suffix == ".pt2":
             module: Any = torch.export.load(path).module().to(device)
         else:
-            module = torch.jit.load(path, map_location=device).eval()
-    except (RuntimeError, ValueError, OSError) as error:
+            with warnings.catch_warnings():
+                # What there is of networks in one file is TorchScript, whatever torch thinks of new ones.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                module = torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"--network {which} can not be loaded: {reason}; give TorchScript, or a .pt2 file") from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -105,7 +108,11 @@ def frechet_distance(real: torch.Tensor, drawn: torch.Tensor) -> float:
 
     Source: Heusel et al., "GANs trained by a two time-scale update rule", 2017, eq. 6.
     """
-    metric = _image_metrics().FrechetInceptionDistance(feature=_Known(real.shape[1]))
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance  # an optional package
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"FID needs torchmetrics; {_INSTALL}") from error
+    metric = FrechetInceptionDistance(feature=_Known(real.shape[1]))
     metric.update(real, real=True)
     metric.update(drawn, real=False)
     return float(metric.compute())
@@ -116,8 +123,14 @@ def kernel_distance(real: torch.Tensor, drawn: torch.Tensor, seed: int) -> tuple
 
     Source: Binkowski et al., "Demystifying MMD GANs", 2018, section 4.
     """
+    try:
+        from torchmetrics.image.kid import KernelInceptionDistance  # an optional package
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"KID needs torchmetrics; {_INSTALL}") from error
     size = min(1000, len(real), len(drawn))
-    metric = _image_metrics().KernelInceptionDistance(feature=_Known(real.shape[1]), subsets=100, subset_size=size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Metric .* will save all extracted features")  # they are here anyway
+        metric = KernelInceptionDistance(feature=_Known(real.shape[1]), subsets=100, subset_size=size)
     metric.update(real, real=True)
     metric.update(drawn, real=False)
     with torch.random.fork_rng(devices=[]):
@@ -138,29 +151,48 @@ def clip_score(pixels: torch.Tensor, texts: Sequence[str], which: str, device: t
 
     Source: Hessel et al., "CLIPScore", 2021, section 3, with w = 1 as torchmetrics has it.
     """
-    folder, name = Path(which), which.replace("/", "-")
-    if folder.is_dir():
-        digest = hashlib.sha256()
-        for file in sorted(folder.glob("*.safetensors")):
-            digest.update(file.read_bytes())
-        name = f"{folder.resolve().name}-{digest.hexdigest()[:8]}"
     try:
-        from torchmetrics.multimodal import CLIPScore  # an optional package
-
-        metric = CLIPScore(model_name_or_path=which).to(device)  # pyright: ignore[reportArgumentType]
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"CLIP score needs torchmetrics and transformers; {_INSTALL}") from error
+        import transformers  # optional packages
+        from torchmetrics.multimodal import CLIPScore
+    except ImportError as error:
+        raise ConfigError(f"the CLIP score needs torchmetrics and transformers; {_INSTALL}") from error
+    try:
+        model = _Clip(transformers.CLIPModel.from_pretrained(which).eval())
+        processor = transformers.CLIPProcessor.from_pretrained(which)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"--clip {which} can not be loaded: {reason}; give a folder with a CLIP model") from error
-    for i in range(0, len(texts), _BATCH_SIZE):
-        metric.update(pixels[i : i + _BATCH_SIZE].expand(-1, 3, -1, -1).to(device), list(texts[i : i + _BATCH_SIZE]))
-    return name, float(metric.compute())
+    metric = CLIPScore(lambda: (model, processor)).to(device)  # pyright: ignore[reportArgumentType]
+    for begin in range(0, len(texts), _BATCH_SIZE):
+        part = pixels[begin : begin + _BATCH_SIZE].expand(-1, 3, -1, -1).to(device)
+        metric.update(part, list(texts[begin : begin + _BATCH_SIZE]))
+    return _clip_name(which), float(metric.compute())
 
 
-def _image_metrics() -> Any:
-    try:
-        import torchmetrics.image  # an optional package
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"FID and KID need torchmetrics; {_INSTALL}") from error
-    return torchmetrics.image
+class _Clip(nn.Module):
+    """A CLIP model of transformers 5, for a metric that knows those of 4: they returned the features alone."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+
+    def get_image_features(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return _pooled(self.model.get_image_features(*inputs))
+
+    def get_text_features(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return _pooled(self.model.get_text_features(*inputs))
+
+
+def _pooled(found: Any) -> torch.Tensor:
+    return found if isinstance(found, torch.Tensor) else found.pooler_output
+
+
+def _clip_name(which: str) -> str:
+    """Of a folder its name and what its weights hash to; of a model on the hub its name there."""
+    folder, digest = Path(which), hashlib.sha256()
+    if not folder.is_dir():
+        return which.replace("/", "-")
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return f"{folder.resolve().name}-{digest.hexdigest()[:8]}"
