@@ -32,6 +32,7 @@ def measure(quick: bool) -> list[Comparison]:
     """One comparison; a pair is one kill on each side."""
     num_kills = 2 if quick else 10
     overrides = ["train.num_steps=1000000", f"checkpoint.every_steps={_EVERY_STEPS}", "run.name=recovery"]
+    overrides += ["validation.num_samples=null", "validation.every_steps=null", "samples.every_steps=null"]
     moments = random.Random(0)
     with both(to_dict(load_config("configs/digits.yaml", overrides)), bare_keeps_state=True) as arms:
         sides = [_Side(arm) for arm in arms]

@@ -13,6 +13,7 @@ from orchestrator.commands.config import config
 from orchestrator.commands.deploy import deploy
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.ema import ema
+from orchestrator.commands.evaluate import evaluate
 from orchestrator.commands.jobs import jobs, logs, stop
 from orchestrator.commands.prove import prove
 from orchestrator.commands.runs import runs
@@ -118,6 +119,6 @@ def main(debug: bool) -> None:
 
 for command in (
     *(train, submit, resume, logs, stop, jobs, status, runs, report, prove),
-    *(sample, export, ema, checkpoints, tracking, config, doctor, deploy),
+    *(sample, evaluate, export, ema, checkpoints, tracking, config, doctor, deploy),
 ):
     main.add_command(command)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpoint.store import Store
@@ -48,11 +49,25 @@ class CommitEnded:
     """A newer attempt owns the run."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """Images that were drawn, to be shown."""
+
+    key: str
+    png: bytes
+    fields: Mapping[str, Any]
+    """Of the event that says so; `path` is added."""
+
+
 class Chores(Protocol):
     """What the coordinator has done in the background."""
 
     def commit(self, job: CommitJob) -> None:
         """Answered by a `CommitEnded`, which the coordinator is to be handed."""
+        ...
+
+    def keep(self, picture: Picture) -> None:
+        """Store it and report it, before any later commit."""
         ...
 
     def prune(self, attempt: int, tier: TierName) -> None: ...
@@ -62,11 +77,12 @@ class BackgroundChores:
     """Commits and prunes in threads with clients of their own."""
 
     def __init__(self, spec: RunSpec, stores: Stores, notify: Callable[[Event], None]) -> None:
-        """Args: notify: told, from the pruning thread, what it removes."""
+        """Args: notify: told, from the threads, what is removed, and which pictures are stored."""
         self._stores = stores
+        self._notify = notify
         self._deadline_s = spec.checkpoint.deadline_s
         self._retries = Retries(0.0)
-        self._jobs: queue.SimpleQueue[tuple[CommitJob, Retries]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[CommitJob, Retries] | Picture] = queue.SimpleQueue()
         self.results, self._send = cast(tuple[Connection, Connection], Pipe(duplex=False))
         """Delivers a `CommitEnded` for each job."""
         config = spec.checkpoint
@@ -83,14 +99,34 @@ class BackgroundChores:
         self._retries = Retries(self._deadline_s)
         self._jobs.put((job, self._retries))
 
+    def keep(self, picture: Picture) -> None:
+        # In the queue of the commits: so that the last one is known of before the run ends with its last commit.
+        self._jobs.put(picture)
+
     def prune(self, attempt: int, tier: TierName) -> None:
         self._pruners[tier].request(attempt)
 
     def _work(self) -> None:
         while True:
-            job, retries = self._jobs.get()
+            work = self._jobs.get()
+            if isinstance(work, Picture):
+                self._store(work)
+                continue
+            job, retries = work
             pause = retries.pause if job.tier == "storage" else lambda: False
             self._send.send(carry_out(self._stores.of(job.tier), job, pause))
+
+    def _store(self, picture: Picture) -> None:
+        """Once: a picture is not worth holding up a checkpoint."""
+        store, fields = self._stores.storage, dict(picture.fields)
+        try:
+            store.write(picture.key, [picture.png])
+        except Exception as error:  # whatever it is: the checkpoints behind it in the queue must not wait for ever
+            why = str(error) if isinstance(error, UnbrokenError) else f"{type(error).__name__}: {error}"
+            self._notify(Event(kind="samples_lost", fields={**fields, "error": why}, time_s=time.time()))
+        else:
+            fields["path"] = f"{store.url}/{picture.key}"
+            self._notify(Event(kind="samples", fields=fields, time_s=time.time()))
 
 
 def carry_out(store: Store, job: CommitJob, pause: Callable[[], bool]) -> CommitEnded:

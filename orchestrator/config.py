@@ -54,12 +54,31 @@ class RunConfig(TrainerConfig):
             raise ConfigError(f"storage={self.storage!r} and the tier {tier.url!r} name two places; give one of them")
         self._check_workers()
         self._check_rollback()
+        self._check_best()
         for name in self.ema:
             if not SAFE_NAME.fullmatch(name) or name in _RESERVED_PROFILES:
                 raise ConfigError(
                     f"ema.{name} is no usable profile name; use letters, digits, '.', '_' and '-', but none of"
                     f" {', '.join(_RESERVED_PROFILES)}"
                 )
+
+    def _check_best(self) -> None:
+        best, every, save = self.checkpoint.keep.best, self.validation.every_steps, self.checkpoint.interval_steps
+        if best is None or not best.metric.startswith("validation/"):
+            return
+        known = ["validation/loss", *(f"validation/loss/ema/{name}" for name in self.ema)]
+        if best.metric not in known:
+            raise ConfigError(f"checkpoint.keep.best.metric={best.metric} is not measured; give {' or '.join(known)}")
+        if not self.validation.holds_out or every is None:
+            raise ConfigError(
+                f"checkpoint.keep.best.metric={best.metric} is not measured; set validation.fraction and"
+                " validation.every_steps"
+            )
+        if save % every and every % save:
+            raise ConfigError(
+                f"checkpoint.keep.best.metric={best.metric}: few of the checkpoints of every {save} steps have a"
+                f" validation of every {every} steps; make one of the two a multiple of the other"
+            )
 
     def _check_rollback(self) -> None:
         keep, every = self.checkpoint.retention.last, self.checkpoint.interval_steps

@@ -15,6 +15,8 @@ from typing import Any
 from orchestrator.casebook import Casebook
 from orchestrator.committing import Chores, CommitEnded
 from orchestrator.errors import GaveUpError, UnbrokenError
+from orchestrator.evaluating import Drew, Evaluated, Validated
+from orchestrator.evaluation_log import EvaluationLog
 from orchestrator.failures import Action
 from orchestrator.guard import Guard
 from orchestrator.halting import HaltOrder, Purpose
@@ -29,7 +31,6 @@ from orchestrator.messages import (
     Kill,
     Listening,
     Outcome,
-    Reached,
     Rendezvous,
     Restored,
     Started,
@@ -77,6 +78,7 @@ class Coordinator:
         self._down: dict[int, Down] = {}
         self._stopping = False
         self._save = SaveRound(spec, stores, world_size, chores, send, self._event)
+        self._evaluations = EvaluationLog(self._save, chores, self._event)
         self._memory: Progress | None = None
         self._guard = Guard(spec, world_size, send, self._event)
         self._launch_at: float | None = None
@@ -175,8 +177,6 @@ class Coordinator:
         match inner:
             case Listening(port=port):
                 self._to_all(Rendezvous(host=self._host, port=port))
-            case Reached(stage=stage):
-                self._event("reached", attempt=self._attempt, rank=rank, stage=stage)
             case Restored(progress=progress):
                 self._ready.add(rank)
                 if len(self._ready) == self._world_size:
@@ -188,10 +188,10 @@ class Coordinator:
                 difference = self._steps.take(inner)
                 if difference is not None and self._spec.failures.on_replay_difference == "stop":
                     self._end(Ending.GAVE_UP, f"{difference} (failures.on_replay_difference=stop)")
-            case Skipped(progress=progress):
-                self._event("save_skipped", step=progress.step)
-            case Paused(progress=progress, stall_s=stall_s):
-                self._event("snapshot", attempt=self._attempt, step=progress.step, stall_s=stall_s)
+            case Skipped() | Paused():
+                self._save.report(inner)
+            case Validated() | Drew() | Evaluated():
+                self._evaluations.take(self._attempt, inner)
             case Finished(progress=progress, stopped=stopped):
                 self._finished.add(rank)
                 if len(self._finished) < self._world_size:

@@ -89,7 +89,10 @@ class Guard:
         match message:
             case Stepped():
                 self._watchdog.stepped(now)
-            case Started() | Reached() | Restored():
+            case Reached(stage=stage):
+                self._watchdog.moved(now)
+                self._event("reached", attempt=self._attempt, rank=rank, stage=stage)
+            case Started() | Restored():
                 self._watchdog.moved(now)
             case Entered(phase=phase):
                 self._watchdog.entered(rank, phase, now)

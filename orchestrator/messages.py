@@ -185,7 +185,7 @@ class FromTrainer:
     attempt: int
     message: object
     """`Listening`, `Reached`, `Restored`, `Stepped`, `Skipped`, `Paused` or `Finished`; `Entered` or `AtGate` of
-    `liveness`."""
+    `liveness`; those of `evaluating`."""
 
 
 # coordinator -> agent

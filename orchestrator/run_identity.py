@@ -27,7 +27,7 @@ _PLACEMENT = frozenset(
         "data.quarantine",
     }
 )
-_OBSERVATION = frozenset({"train.ema_health_every"})
+_OBSERVATION = frozenset({"train.ema_health_every", "validation.every_steps"})
 
 
 def config_hash(config: TrainerConfig) -> str:
@@ -57,7 +57,7 @@ def conflicting_keys(old: Mapping[str, Any], new: TrainerConfig) -> list[str]:
 def _is_free(key: str, schedule: ScheduleConfig) -> bool:
     if key == "train.num_steps":
         return not depends_on_num_steps(schedule)
-    return key in _PLACEMENT | _OBSERVATION or key.split(".")[0] in SECTIONS_OF_RUN
+    return key in _PLACEMENT | _OBSERVATION or key.split(".")[0] in SECTIONS_OF_RUN | {"samples"}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any, Any]]:

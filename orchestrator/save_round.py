@@ -11,7 +11,7 @@ from orchestrator.checkpoint.writer import CommitInfo
 from orchestrator.committing import Chores, CommitEnded, CommitJob
 from orchestrator.opening import Opening, Remembered
 from orchestrator.run_spec import RunSpec
-from orchestrator.saving import Receipt, SaveEnded, SaveFailed
+from orchestrator.saving import Paused, Receipt, SaveEnded, SaveFailed, Skipped
 from orchestrator.sections import TierName
 from orchestrator.stores import Stores
 from trainers.progress import Progress
@@ -47,10 +47,11 @@ class SaveRound:
         self.checkpoint: str | None = None
         """Its name."""
         self._metrics: tuple[Progress, Mapping[str, float]] = (Progress(), {})
+        self._attempt = 0
 
     def begin_attempt(self, opening: Opening) -> None:
         """Forget an incomplete set; its files stay behind as a checkpoint that was never committed."""
-        self._receipts, self._over, self.ended = {}, {}, None
+        self._receipts, self._over, self.ended, self._attempt = {}, {}, None, opening.attempt
         if opening.memory is None:
             self.committed, self.checkpoint = opening.committed, opening.restore
 
@@ -63,6 +64,19 @@ class SaveRound:
         if last or self._spec.checkpoint.tiers_due(progress.step, self._spec.num_steps):
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
             self._metrics = progress, finite
+
+    def join(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        """Further numbers of the step that was noted, if it was."""
+        if self._metrics[0] == progress:
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            self._metrics = progress, {**self._metrics[1], **finite}
+
+    def report(self, message: Skipped | Paused) -> None:
+        """What training gave for a save: a pause; or a save, for having none."""
+        if isinstance(message, Skipped):
+            self._event("save_skipped", step=message.progress.step)
+        else:
+            self._event("snapshot", attempt=self._attempt, step=message.progress.step, stall_s=message.stall_s)
 
     def has_ended(self, progress: Progress, tier: TierName | None = None) -> bool:
         """Whether the save of `progress` is over, in `tier` or in all; steps only grow within an attempt."""

@@ -86,6 +86,19 @@ class Screen:
         place = "" if tier == "storage" else " in the memory of the nodes"
         self._write(f"checkpoint of step {step}{place} failed, training goes on without it: {error}")
 
+    def _validation(self, at: float, *, attempt: int, step: int, metrics: dict[str, float]) -> None:
+        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self._write(f"step {step}: validation  {values}")
+
+    def _samples(self, at: float, *, attempt: int, step: int, title: str, path: str) -> None:
+        self._write(f"step {step}: samples of the weights {title}: {path}")
+
+    def _samples_lost(self, at: float, *, attempt: int, step: int, title: str, error: str) -> None:
+        self._write(f"step {step}: samples of the weights {title} could not be stored: {error}")
+
+    def _evaluated(self, at: float, *, attempt: int, step: int, seconds: float) -> None:
+        pass
+
     def _peers_lost(self, at: float, *, error: str) -> None:
         self._write(f"the memory of the nodes is not used: {error}")
 

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.checkpointer import LaggingError, SaveSchedule, SharedMemoryCheckpointer
+from orchestrator.evaluating import Drew, Evaluated, Validated
 from orchestrator.last_words import last_words
-from orchestrator.liveness import AtGate, Gate, StopAt
+from orchestrator.liveness import AtGate, Entered, Gate, StopAt
 from orchestrator.messages import (
     Begin,
     Finished,
@@ -24,6 +25,7 @@ from orchestrator.messages import (
     Stepped,
 )
 from orchestrator.trainer_probe import STACK_SIGNAL
+from orchestrator.watchdog import Phase
 from trainers.build import build
 from trainers.config import TrainerConfig
 from trainers.decode import decode
@@ -64,15 +66,33 @@ class StopOnOrder:
 
 
 class PipeSink:
-    """Numbers of a step, sent to the agent."""
+    """Numbers of a step and of an evaluation, sent to the agent."""
 
-    def __init__(self, agent: Connection, trace: StepTrace) -> None:
+    def __init__(self, agent: Connection, trace: StepTrace, rank: int) -> None:
         self._agent = agent
         self._trace = trace
+        self._rank = rank
 
     def log(self, progress: Progress, metrics: Mapping[str, float]) -> None:
         losses, ranks = self._trace.losses, self._trace.ranks
         self._agent.send(Stepped(progress=progress, metrics=dict(metrics), losses=losses, ranks=ranks))
+
+    def evaluating(self) -> None:
+        self._agent.send(Entered(phase=Phase.EVALUATING))
+
+    def validated(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        self._report(Validated(progress=progress, metrics=dict(metrics)))
+
+    def drew(self, progress: Progress, weights: str, png: bytes) -> None:
+        self._report(Drew(progress=progress, weights=weights, png=png))
+
+    def evaluated(self, progress: Progress, seconds: float) -> None:
+        self._report(Evaluated(progress=progress, seconds=seconds))
+        self._agent.send(Entered(phase=Phase.TRAINING))
+
+    def _report(self, message: object) -> None:
+        if self._rank == 0:  # the same on all ranks
+            self._agent.send(message)
 
 
 def _join(agent: Connection, begin: Begin) -> None:
@@ -120,7 +140,7 @@ def main(pipe: int, buffer: int, orders: int, stacks: int, trace_memory: int) ->
         control = StopOnOrder(schedule, config.train.num_steps, agent, Connection(orders))
         stopped = None
         try:
-            train(state, task, control, checkpointer, PipeSink(agent, trace))
+            train(state, task, control, checkpointer, PipeSink(agent, trace, begin.rank))
         except LaggingError as error:
             stopped = str(error)
         agent.send(Finished(progress=state.progress, stopped=stopped))

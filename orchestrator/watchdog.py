@@ -32,7 +32,8 @@ class WatchdogConfig:
     timeout_s: float | None = None
     """Seconds without a completed step, > 0. null: 8 times the longest of the last 100 steps, at least 5 s."""
     start_timeout_s: float = 1800.0
-    """Seconds for each part of a start (connect, build, restore, first step) and for the copy of a save, > 0."""
+    """Seconds, > 0, for each part of a start (connect, build, restore, first step), for the copy of a save, and for
+    each part of an evaluation (a microbatch, or the images of a grid that a worker draws at once)."""
 
     def __post_init__(self) -> None:
         if self.timeout_s is not None and not self.timeout_s > 0:
@@ -69,6 +70,7 @@ class Phase(Enum):
 
     STARTING = "starting"  # until its first completed step
     TRAINING = "training"
+    EVALUATING = "evaluating"  # validates, or draws samples: a part of either takes as long as it takes
     SAVING = "saving"  # copies its rows: no step for as long as that takes
     STORING = "storing"  # waits for storage, which has limits of its own
     DONE = "done"

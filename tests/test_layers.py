@@ -17,6 +17,7 @@ DOORS = {
     "fsspec": {"orchestrator/checkpoint/store.py"},
     "s3fs": set(),
     "wandb": {"orchestrator/tracking/wandb_sink.py"},
+    "torchmetrics": {"trainers/evaluation/metrics.py"},
     "tensorboardX": {"orchestrator/tracking/tensorboard_sink.py"},
     "ray": {
         "orchestrator/driver.py",

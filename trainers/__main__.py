@@ -45,10 +45,11 @@ class _Unsaved:
 
 
 class _Print:
-    """Rank 0 prints a line a step, at most one in two seconds."""
+    """Rank 0 prints a line a step, at most one in two seconds, and writes what was drawn into the folder `out`."""
 
-    def __init__(self, config: TrainerConfig) -> None:
+    def __init__(self, config: TrainerConfig, out: Path | None) -> None:
         self._config = config
+        self._out = out
         self._last_s = 0.0
         self._start_s = time.monotonic()
 
@@ -60,6 +61,24 @@ class _Print:
         rate = progress.samples_seen / (now - self._start_s)
         total = self._config.train.num_steps
         print(f"step {progress.step}/{total}  loss {metrics['loss']:.4f}  {rate:.0f} samples/s", flush=True)
+
+    def evaluating(self) -> None:
+        pass
+
+    def validated(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        if dist.get_rank() == 0:
+            values = "  ".join(f"validation/{name} {value:.4f}" for name, value in metrics.items())
+            print(f"step {progress.step}  {values}", flush=True)
+
+    def drew(self, progress: Progress, weights: str, png: bytes) -> None:
+        assert self._out is not None
+        path = self._out / "samples" / weights / f"{progress.step:09d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png)
+        print(f"step {progress.step}  samples drawn: {path}", flush=True)
+
+    def evaluated(self, progress: Progress, seconds: float) -> None:
+        pass
 
 
 def _write_weights(state: TrainState, config: TrainerConfig, out: Path) -> None:
@@ -93,6 +112,8 @@ def main() -> None:
         config = decode(TrainerConfig, json.loads(Path(arguments.config).read_text()))
     except (ConfigError, OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
+    if config.samples.every_steps is not None and not arguments.out:
+        parser.exit(2, "error: samples.every_steps needs --out, the folder for the images; or set it to null\n")
     torch.set_num_threads(config.parallel.cpu_threads)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -102,7 +123,7 @@ def main() -> None:
     try:
         state, task = build(config, device)
         unsaved = _Unsaved()
-        train(state, task, unsaved, unsaved, _Print(config))
+        train(state, task, unsaved, unsaved, _Print(config, arguments.out))
         state.generators.capture()
         combined = combined_fingerprint(fingerprints(state))
         if dist.get_rank() == 0:

@@ -10,6 +10,7 @@ from trainers.data.sources import open_source
 from trainers.divergence import DivergenceGuard
 from trainers.ema import EMA
 from trainers.errors import ConfigError
+from trainers.evaluation.split import split
 from trainers.exclusions import Exclusions
 from trainers.fitting import check_fits
 from trainers.frozen import open_frozen
@@ -39,6 +40,7 @@ def build(config: TrainerConfig, device: torch.device, trace: StepTrace | None =
     topology, mesh = make_topology(config.parallel, device)
     _check_microbatches(topology.world_size, config)
     source = open_source(config.data)
+    trained_on, held_out = split(config.validation, config.seed, len(source))
     model = empty_model(config.model, config.seed)
     latent_shape = check_fits(model, source, config)
     frozen = open_frozen(config.model, config.conditioning, device)
@@ -63,7 +65,8 @@ def build(config: TrainerConfig, device: torch.device, trace: StepTrace | None =
     )
     task = Task(
         config=config,
-        source=GuardedSource(source, trace),
+        source=GuardedSource(source, trace, trained_on),
+        validation=None if held_out is None else GuardedSource(source, trace, held_out),
         trace=trace,
         objective=Objective(config.objective),
         rounds=rounds,

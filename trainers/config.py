@@ -9,6 +9,7 @@ from trainers.data.sources import DataConfig
 from trainers.divergence import DivergenceConfig
 from trainers.ema import EMAConfig
 from trainers.errors import ConfigError
+from trainers.evaluation.config import SamplesConfig, ValidationConfig
 from trainers.frozen import ConditioningConfig
 from trainers.models import ModelConfig
 from trainers.objectives import ObjectiveConfig
@@ -69,8 +70,11 @@ class TrainerConfig:
     """EMA profiles by name; the first one is the default for sampling and export."""
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
 
     def __post_init__(self) -> None:
+        self.samples.check_weights(list(self.ema))
         if self.objective.contrastive and self.train.microbatch_size < 2:
             raise ConfigError(
                 f"objective.contrastive={self.objective.contrastive} pairs the samples of a microbatch, and"

@@ -10,6 +10,8 @@ from trainers.conditioning import Condition, takes_text, type_name
 from trainers.config import TrainerConfig
 from trainers.data.sources import Source
 from trainers.errors import ConfigError
+from trainers.evaluation.config import check_samples
+from trainers.evaluation.split import split
 from trainers.frozen import check_schedule, latent_shape
 from trainers.models import learns_null_label, null_label, settings_of
 from trainers.pretrained import PretrainedFolder
@@ -33,6 +35,8 @@ def check_fits(model: nn.Module, source: Source, config: TrainerConfig) -> tuple
     _check_channels(model, shape or (source.channels, image_size, image_size), config)
     _check_captions(model, source, encoded=folder is not None and folder.has("tokenizer"))
     _check_labels(model, source.num_classes, config.objective.label_drop)
+    check_samples(config.samples, model, source, config.objective.label_drop)
+    split(config.validation, config.seed, len(source))
     return shape
 
 

@@ -139,6 +139,14 @@ class FrozenParts:
         return (drawn - (self._vae.config.get("shift_factor") or 0.0)) * self._vae.config["scaling_factor"]
 
     @torch.no_grad()
+    def images(self, latents: torch.Tensor) -> torch.Tensor:
+        """The images of `latents`, (B, C, H, W) float32 in about [-1, 1]; `latents` themselves without a VAE."""
+        if self._vae is None:
+            return latents
+        unscaled = latents / self._vae.config["scaling_factor"] + (self._vae.config.get("shift_factor") or 0.0)
+        return self._vae.decode(unscaled.to(self._vae.dtype)).sample.float()
+
+    @torch.no_grad()
     def condition(
         self, labels: torch.Tensor | None, captions: tuple[str, ...] | None, sizes: torch.Tensor | None
     ) -> Condition:

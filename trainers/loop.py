@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainers.evaluation.evaluate import evaluate
 from trainers.ports import Checkpointer, Control, MetricSink
 from trainers.state import TrainState
 from trainers.step import Task, train_step
@@ -19,6 +20,7 @@ def train(state: TrainState, task: Task, control: Control, checkpointer: Checkpo
     while state.progress.step < task.config.train.num_steps:
         metrics = train_step(state, task)
         sink.log(state.progress, metrics)
+        evaluate(state, task, sink)
         directive = control.poll(state.progress)
         if directive.save:
             checkpointer.save(state)

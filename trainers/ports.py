@@ -54,8 +54,24 @@ class Checkpointer(Protocol):
 
 
 class MetricSink(Protocol):
-    """Takes the numbers of a step. Must not block, must not raise."""
+    """Takes the numbers of a step, and of an evaluation after it. Must not block, must not raise."""
 
     def log(self, progress: Progress, metrics: Mapping[str, float]) -> None:
         """Called on all ranks with the same values."""
+        ...
+
+    def evaluating(self) -> None:
+        """A further part of an evaluation begins. Called on all ranks, often: for whoever waits for signs of life."""
+        ...
+
+    def validated(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        """Of the samples held out: `loss`, and `loss/ema/<profile>`. Called on all ranks with the same values."""
+        ...
+
+    def drew(self, progress: Progress, weights: str, png: bytes) -> None:
+        """A grid of images, a PNG, drawn from an EMA profile or from `raw`. Called on rank 0."""
+        ...
+
+    def evaluated(self, progress: Progress, seconds: float) -> None:
+        """The evaluation after this step is over, and training goes on. Called on all ranks."""
         ...

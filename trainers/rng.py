@@ -30,6 +30,8 @@ class Stream(IntEnum):
     INPUT_PERTURBATION = 10
     POSTERIOR = 20  # the VAE's draw of a latent
     ADAPTER_INIT = 21
+    SPLIT = 40  # which samples are held out
+    VALIDATION = 41  # a seed of its own for noise and timesteps of these
 
 
 def mix64(value: int) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from trainers.conditioning import Condition, call_model
+from trainers.conditioning import Condition, call_model, takes_text
 from trainers.config import TrainerConfig
 from trainers.errors import ConfigError
 from trainers.frozen import load_pipeline, pipeline_scheduler
-from trainers.models import learns_null_label, null_label
+from trainers.models import learns_null_label, null_label, settings_of
 from trainers.objectives import Objective
 from trainers.rng import Stream, derive_seed, normal
 
@@ -55,13 +56,15 @@ def sample_images(
     if guidance != 1 and not learns_null_label(model, objective.config.label_drop):
         raise ConfigError(f"guidance={guidance} needs a model that was trained with dropped labels; use guidance=1")
     noise = normal(seed, Stream.SAMPLING, np.arange(shape[0]), tuple(shape[1:]))
+    device, parts = next(model.parameters()).device, []
     was_training = model.training
     model.eval()
     try:
-        parts = [
-            _denoise(model, objective, part, None if labels is None else labels[i : i + len(part)], guidance, num_steps)
-            for i, part in zip(range(0, shape[0], _BATCH_SIZE), noise.split(_BATCH_SIZE), strict=True)
-        ]
+        for i, part in zip(range(0, shape[0], _BATCH_SIZE), noise.split(_BATCH_SIZE), strict=True):
+            given = None if labels is None else labels[i : i + len(part)].to(device)
+            without = None if given is None else torch.full_like(given, null or 0)
+            predict = guided(model, Condition(labels=given), Condition(labels=without), guidance)
+            parts.append(denoise(predict, objective.scheduler(), part.to(device), num_steps).cpu())
     finally:
         model.train(was_training)
     return torch.cat(parts).clamp(-1, 1)
@@ -81,7 +84,7 @@ def sample_pipeline(
     Image i starts from a generator of (seed, i), for any weights and any number of images.
 
     Args:
-        model: whole, on the CPU; it was trained out of a pretrained pipeline.
+        model: whole; it was trained out of a pretrained pipeline.
         prompts: a text or, for a pipeline of classes, a label for each image.
 
     Returns:
@@ -91,6 +94,7 @@ def sample_pipeline(
     assert folder is not None and folder.part is not None
     scheduler = pipeline_scheduler(folder, config.objective)
     pipeline: Any = load_pipeline(config.model, folder, **{folder.part: model.eval(), "scheduler": scheduler})
+    pipeline.to(next(model.parameters()).device)
     pipeline.set_progress_bar_config(disable=True)
     known = inspect.signature(pipeline.__call__).parameters
     wanted = {
@@ -118,45 +122,89 @@ def sample_pipeline(
     return torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).float() * 2 - 1  # (N, H, W, C) -> (N, C, H, W)
 
 
+def draw(model: nn.Module, config: TrainerConfig, wanted: Sequence[Any], **how: Any) -> torch.Tensor:
+    """Images of whatever the model was trained to draw.
+
+    Args:
+        wanted: for each image its text or label; anything for a model of neither.
+        how: seed, guidance and num_steps of `sample_images` and `sample_pipeline`.
+
+    Returns:
+        (N, C, H, W) float32 in [-1, 1], on the CPU.
+    """
+    folder = config.model.folder()
+    if folder is not None and folder.has("vae"):
+        return sample_pipeline(model, config, wanted, **how)
+    labels = None if null_label(model) is None else torch.tensor(wanted)
+    shape = (len(wanted), settings_of(model)["in_channels"], config.data.image_size, config.data.image_size)
+    return sample_images(model, Objective(config.objective), shape, labels, **how)
+
+
+def usual_guidance(model: nn.Module, label_drop: float) -> float:
+    """The guidance of who asks for none: 1.5 where training showed the model images without label or text, else 1."""
+    learned = label_drop > 0 if takes_text(model) else learns_null_label(model, label_drop)
+    return 1.5 if learned else 1.0
+
+
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""What is predicted of (B, C, H, W) at (B,) timesteps; float32."""
+
+
+def guided(
+    model: nn.Module, given: Condition, without: Condition, guidance: float, dtype: torch.dtype = torch.float32
+) -> Predict:
+    """The prediction of `model` under the condition `given`, led away from that `without`; 1 is no guidance.
+
+    Args:
+        dtype: what the model takes.
+    """
+    given, without = given.cast(dtype), without.cast(dtype)
+
+    def predict(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        prediction = call_model(model, noisy.to(dtype), timesteps, given).float()
+        if guidance == 1:
+            return prediction
+        other = call_model(model, noisy.to(dtype), timesteps, without).float()
+        return other + guidance * (prediction - other)
+
+    return predict
+
+
 @torch.no_grad()
-def _denoise(
-    model: nn.Module,
-    objective: Objective,
-    x: torch.Tensor,
-    labels: torch.Tensor | None,
-    guidance: float,
-    num_steps: int,
-) -> torch.Tensor:
-    """(B, C, H, W) noise to (B, C, H, W) images."""
-    device = next(model.parameters()).device
-    scheduler: Any = objective.scheduler()
-    scheduler.set_timesteps(num_steps, device=device)
-    x = x.to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
+def denoise(predict: Predict, scheduler: Any, noise: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """(B, C, H, W) noise to (B, C, H, W) images or latents, on the same device."""
+    scheduler.set_timesteps(num_steps, device=noise.device)
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     scale_input = getattr(scheduler, "scale_model_input", lambda x, _: x)
-    without_label = None
-    if labels is not None:
-        labels = labels.to(device)
-        without_label = torch.full_like(labels, null_label(model) or 0)
     for timestep in scheduler.timesteps:
-        timesteps = timestep.expand(len(x))
-        noisy = scale_input(x, timestep)
-        prediction = call_model(model, noisy, timesteps, Condition(labels=labels)).float()
-        if guidance != 1:
-            without = call_model(model, noisy, timesteps, Condition(labels=without_label)).float()
-            prediction = without + guidance * (prediction - without)
+        prediction = predict(scale_input(x, timestep), timestep.expand(len(x)))
         x = scheduler.step(prediction, timestep, x).prev_sample
-    return x.cpu()
+    return x
 
 
 def save_grid(images: torch.Tensor, path: str | Path, columns: int) -> None:
-    """Write images as one PNG, row by row, small ones enlarged without smoothing so that their pixels can be seen.
+    """Write images as one PNG, see `grid_png`.
 
     Args:
         images: (N, C, H, W) float in [-1, 1], C = 1 or 3.
     """
-    if images.shape[1] not in (1, 3):
-        raise ConfigError(f"{images.shape[1]} channels can not be drawn; give images of 1 or 3")
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().expand(-1, 3, -1, -1)  # (N, 3, H, W)
+    Path(path).write_bytes(grid_png(to_pixels(images), columns))
+
+
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """uint8, 0 .. 255, of images in [-1, 1]; what lies beyond is clipped."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def grid_png(pixels: torch.Tensor, columns: int) -> bytes:
+    """Images as one PNG, row by row, small ones enlarged without smoothing so that their pixels can be seen.
+
+    Args:
+        pixels: (N, C, H, W) uint8, C = 1 or 3.
+    """
+    if pixels.shape[1] not in (1, 3):
+        raise ConfigError(f"{pixels.shape[1]} channels can not be drawn; give images of 1 or 3")
+    pixels = pixels.expand(-1, 3, -1, -1)  # (N, 3, H, W)
     zoom = max(1, 64 // pixels.shape[-1])
     pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     gap, (num, _, height, width) = max(1, zoom // 2), pixels.shape
@@ -165,4 +213,6 @@ def save_grid(images: torch.Tensor, path: str | Path, columns: int) -> None:
     for i, image in enumerate(pixels):
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         grid[:, top : top + height, left : left + width] = image
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+    file = io.BytesIO()
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, "PNG")
+    return file.getvalue()

@@ -36,6 +36,8 @@ class Task:
     device: torch.device
     null_label: int | None
     """What a dropped label becomes; None: the model takes no labels."""
+    validation: GuardedSource | None = None
+    """The samples that are held out, if there are any."""
     frozen: FrozenParts | None = None
     """What makes latents of images and embeddings of captions; None: the model takes images and labels as they are."""
     latent_shape: tuple[int, int, int] | None = None
@@ -62,7 +64,10 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
         task.trace.leave(())
         _advance(state, task)
         return {"skipped": 1.0}
-    task.source.leave_out(state.exclusions.left_out(step))
+    left_out = state.exclusions.left_out(step)
+    task.source.leave_out(left_out)
+    if task.validation is not None:
+        task.validation.leave_out(left_out)
     losses = torch.zeros(train.num_microbatches, device=task.device)
     for _ in task.rounds:
         begin_round(state.model, task.config.parallel, task.rounds)
@@ -123,17 +128,27 @@ def _backward(state: TrainState, task: Task, index: int, scale: float) -> torch.
         latent_shape=task.latent_shape,
     )
     task.trace.computing()
-    clean, condition = _inputs(task, batch)
     seed_global_generators(config.seed, state.progress.step, index)
-    noise, in_input = (part.to(task.device) for part in task.objective.noises(batch.noise, config.seed, positions))
-    timesteps = task.objective.timesteps(batch.uniform).to(task.device)
-    noisy = task.objective.noisy(clean, in_input, timesteps)
-    if config.train.precision == "bf16":
-        noisy, condition = noisy.bfloat16(), condition.cast(torch.bfloat16)
-    prediction = call_model(state.model, noisy, timesteps, condition, with_variance=config.objective.learned_variance)
-    loss = task.objective.loss(prediction, clean, noise, timesteps).mean()
+    loss = sample_losses(state.model, task, batch, config.seed, positions).mean()
     (loss * scale).backward()
     return loss.detach()
+
+
+def sample_losses(model: torch.nn.Module, task: Task, batch: Batch, seed: int, positions: np.ndarray) -> torch.Tensor:
+    """The loss of every sample of a batch, (B,) float32. All ranks at once, if the model is sharded.
+
+    Args:
+        seed: with `positions`, what the batch was loaded with.
+    """
+    config, objective = task.config, task.objective
+    clean, condition = _inputs(task, batch)
+    noise, in_input = (part.to(task.device) for part in objective.noises(batch.noise, seed, positions))
+    timesteps = objective.timesteps(batch.uniform).to(task.device)
+    noisy = objective.noisy(clean, in_input, timesteps)
+    if config.train.precision == "bf16":
+        noisy, condition = noisy.bfloat16(), condition.cast(torch.bfloat16)
+    prediction = call_model(model, noisy, timesteps, condition, with_variance=config.objective.learned_variance)
+    return objective.loss(prediction, clean, noise, timesteps)
 
 
 def _inputs(task: Task, batch: Batch) -> tuple[torch.Tensor, Condition]:

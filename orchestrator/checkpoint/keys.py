@@ -11,7 +11,7 @@ checkpoints/0000000012800-0007/                             <samples seen>-<atte
     expired.json                                            if it is about to be removed: begin no reading
 events/0007-00000012-1f2e3d4c-0.jsonl                       <attempt>-<number>-<writer>-<level>: the run's own record
 metrics/0007-00000013-1f2e3d4c-0.jsonl                      one row a step
-samples/                                                    images that were drawn while it trained
+samples/main/000000400.png                                  <weights>/<step>: images that were drawn while it trained
 stacks/0007-00001.txt                                       <attempt>-<rank>: where a trainer stood when all hung
 """
 
@@ -48,6 +48,10 @@ def attempt_key(attempt: int) -> str:
 
 def stack_key(attempt: int, rank: int) -> str:
     return f"stacks/{attempt:04d}-{rank:05d}.txt"
+
+
+def grid_key(weights: str, step: int) -> str:
+    return f"{SAMPLES}/{weights}/{step:09d}.png"
 
 
 def parse_attempt(name: str) -> int | None:

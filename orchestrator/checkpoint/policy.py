@@ -26,15 +26,16 @@ class BestConfig:
     """Checkpoints that stay because a number was best at their step."""
 
     metric: str = "loss"
-    """Which of the step's numbers: loss or grad_norm. Those of one step; a loss varies much from batch to batch."""
+    """Which of the step's numbers: loss or grad_norm, which vary much from batch to batch; or of a validation:
+    validation/loss, or validation/loss/ema/PROFILE."""
     mode: Literal["min", "max"] = "min"
     """Whether less or more is better."""
     num: int = 1
     """How many stay, >= 1."""
 
     def __post_init__(self) -> None:
-        if self.metric not in ("loss", "grad_norm"):
-            raise ConfigError(f"metric={self.metric!r} is no number of a step; give loss or grad_norm")
+        if self.metric not in ("loss", "grad_norm") and not self.metric.startswith("validation/"):
+            raise ConfigError(f"metric={self.metric!r} is no number of a step; give loss, grad_norm or validation/loss")
         if self.num < 1:
             raise ConfigError(f"num={self.num} must be at least 1")
 

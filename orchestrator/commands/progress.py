@@ -14,12 +14,12 @@ def bar(label: str, total: float, unit: str) -> Iterator[Callable[[float], None]
     """A bar on stderr while the block runs, if that is a terminal; nothing otherwise.
 
     Args:
-        unit: `bytes` or `s`.
+        unit: `bytes`, or another one that is shown as it is.
 
     Yields:
         A function to be told of every amount done.
     """
-    amount = DownloadColumn() if unit == "bytes" else TextColumn("{task.completed:.0f} of {task.total:.0f} s")
+    amount = DownloadColumn() if unit == "bytes" else TextColumn(f"{{task.completed:.0f}} of {{task.total:.0f}} {unit}")
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from orchestrator.weights import SavedModel
 
-_WEIGHTS = "ema|raw|PROFILE|sigma_rel=X"
-_STEP = click.option(
+WEIGHTS = "ema|raw|PROFILE|sigma_rel=X"
+STEP = click.option(
     "--step", type=click.IntRange(min=0), help="Weights of the checkpoint of this step. Default: the newest stable one."
 )
 
@@ -22,8 +22,8 @@ _STEP = click.option(
 @click.command()
 @click.argument("run")
 @click.argument("out", metavar="OUT.png", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--weights", default="ema", metavar=_WEIGHTS, help="ema, the default: the first EMA profile.")
-@_STEP
+@click.option("--weights", default="ema", metavar=WEIGHTS, help="ema, the default: the first EMA profile.")
+@STEP
 @click.option("--num", default=100, type=click.IntRange(1, 10_000), show_default=True, help="Number of images.")
 @click.option(
     "--guidance", type=click.FloatRange(min=0), help="Default: 1.5 where labels were dropped in training; 1 is none."
@@ -52,12 +52,9 @@ def _draw(
     saved: SavedModel, weights: str, *, num: int, guidance: float | None, seed: int, prompts: tuple[str, ...]
 ) -> tuple[torch.Tensor, int]:
     """The images, and in how many columns to show them."""
-    import torch
-
     from trainers.conditioning import takes_text
     from trainers.models import learns_null_label, null_label
-    from trainers.objectives import Objective
-    from trainers.sampling import sample_images, sample_pipeline
+    from trainers.sampling import draw, usual_guidance
 
     config, model = saved.config, saved.load(weights)
     text, null = takes_text(model), null_label(model)
@@ -65,19 +62,12 @@ def _draw(
         raise click.UsageError("this model draws what a text says; give --prompt TEXT, once or more")
     if prompts and not text:
         raise click.UsageError("--prompt has no effect on a model without text; leave it out")
-    guided = config.objective.label_drop > 0 if text else learns_null_label(model, config.objective.label_drop)
-    columns = len(prompts) if text else 10 if null is None else null + 1 - guided
+    label_drop = config.objective.label_drop
+    columns = len(prompts) if text else 10 if null is None else null + 1 - learns_null_label(model, label_drop)
     if guidance is None:
-        guidance = 1.5 if guided else 1.0
-    folder = config.model.folder()
-    if folder is not None and folder.has("vae"):
-        wanted: list[Any] = [prompts[i % columns] if text else i % columns for i in range(num)]
-        return sample_pipeline(model, config, wanted, seed=seed, guidance=guidance), min(num, columns)
-    labels = None if null is None else torch.arange(num) % columns  # every class in turn
-    channels: int = cast(Any, model).config["in_channels"]
-    shape = (num, channels, config.data.image_size, config.data.image_size)
-    images = sample_images(model, Objective(config.objective), shape, labels, seed=seed, guidance=guidance)
-    return images, min(num, columns)
+        guidance = usual_guidance(model, label_drop)
+    wanted = [prompts[i % columns] if text else i % columns for i in range(num)]  # every class in turn
+    return draw(model, config, wanted, seed=seed, guidance=guidance), min(num, columns)
 
 
 def _make_folder(folder: Path) -> None:
@@ -90,10 +80,10 @@ def _make_folder(folder: Path) -> None:
 @click.command()
 @click.argument("run")
 @click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--weights", default="both", metavar=f"both|{_WEIGHTS}", show_default=True)
+@click.option("--weights", default="both", metavar=f"both|{WEIGHTS}", show_default=True)
 @click.option("--fp16", is_flag=True, help='Also the default weights in float16, as variant="fp16".')
 @click.option("--max-shard-size", default="10GB", show_default=True, help="Cut larger weights into files of this size.")
-@_STEP
+@STEP
 def export(run: str, out_dir: Path, weights: str, fp16: bool, max_shard_size: str, step: int | None) -> None:
     """Write the model in diffusers form, with the pipeline that it was trained in, if there was one.
 

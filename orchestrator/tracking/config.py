@@ -19,7 +19,7 @@ class BestConfig:
     """Which checkpoint is the best."""
 
     metric: str
-    """A value of `validation` events."""
+    """A number of a validation: loss, or loss/ema/PROFILE."""
     mode: Literal["min", "max"] = "min"
     """Whether the smallest or the largest value is the best."""
 

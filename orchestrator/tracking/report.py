@@ -24,6 +24,7 @@ _CURVE_POINTS = 500
 _MOST_RECOVERIES = 50
 _MOST_EVENTS = 200
 _MOST_IMAGES = 12
+_MOST_VALIDATIONS = 12
 _MOST_IMAGE_BYTES = 2 << 20
 _TYPES = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp", "gif": "image/gif"}
 
@@ -44,6 +45,7 @@ def page(seen: Overview, store: Store) -> str:
         [
             *_heading(seen, name),
             _loss(seen),
+            _validation(seen),
             *_time(seen),
             _recoveries(seen),
             _checkpoints(seen),
@@ -97,6 +99,21 @@ def _loss(seen: Overview) -> str:
     gaps = f"; {missing:,} steps are not in the record" if missing else ""
     restarts = "; dashed: a failure; shaded: steps that were done again" if redone else ""
     return section("Loss", line_chart(points, redone), paragraph(f"{last}{restarts}{gaps}", "note"))
+
+
+def _validation(seen: Overview) -> str:
+    by_step = {e.fields["step"]: e.fields["metrics"] for e in of_the_owner(seen.events) if e.kind == "validation"}
+    if not by_step:
+        return ""
+    names, steps = sorted({name for metrics in by_step.values() for name in metrics}), sorted(by_step)
+    count = min(_MOST_VALIDATIONS, len(steps))
+    chosen = [steps[round(index * (len(steps) - 1) / max(1, count - 1))] for index in range(count)]
+    rows = [
+        (f"{step:,}", *(f"{by_step[step][name]:.4g}" if name in by_step[step] else "-" for name in names))
+        for step in chosen
+    ]
+    more = paragraph(f"{count} of {len(steps)}, evenly spaced", "note") if len(steps) > count else ""
+    return section("Validation", table(("step#", *(f"{name}#" for name in names)), rows), more)
 
 
 def _time(seen: Overview) -> Iterator[str]:

@@ -45,6 +45,8 @@ class Rows:
             self._last = (fields["step"], event.time_s)
             if self._attempt > 1:
                 self._mark_restart(fields["step"], event.time_s)
+        elif event.kind == "evaluated" and self._last is not None:
+            self._last = (self._last[0], event.time_s)  # steps are not slower for what is between them
         elif event.kind == "step":
             return self._row(event)
         return None

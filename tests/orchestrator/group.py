@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.store import Store
-from orchestrator.committing import CommitEnded, CommitJob, carry_out
+from orchestrator.committing import CommitEnded, CommitJob, Picture, carry_out
 from orchestrator.coordinator import Coordinator
 from orchestrator.messages import Down, Event, ExitKind, Joined, Launch, TrainerExit
 from orchestrator.run_spec import RunSpec
@@ -44,6 +44,7 @@ class PromptChores:
         self._store = store
         self.prunings: list[int] = []
         self.jobs: list[CommitJob] = []
+        self.pictures: list[Picture] = []
         self.hand_over: Callable[[CommitEnded], None] | None = None
         """None: commits are only collected in `jobs`."""
 
@@ -51,6 +52,9 @@ class PromptChores:
         self.jobs.append(job)
         if self.hand_over is not None:
             self.hand_over(carry_out(self._store, job, lambda: False))
+
+    def keep(self, picture: Picture) -> None:
+        self.pictures.append(picture)
 
     def prune(self, attempt: int, tier: str) -> None:
         self.prunings.append(attempt)

@@ -61,6 +61,24 @@ def test_what_a_run_leaves_out_is_told(kind: str, fields: dict[str, Any], line: 
     assert lines((kind, {"attempt": 1} | fields)) == [line]
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "expected"),
+    [
+        (
+            "validation",
+            {"metrics": {"loss": 0.5, "loss/ema/slow": 0.25}},
+            "validation  loss 0.5000  loss/ema/slow 0.2500",
+        ),
+        ("samples", {"title": "slow", "path": "s3://b/x.png"}, "samples of the weights slow: s3://b/x.png"),
+        ("samples_lost", {"title": "raw", "error": "why"}, "samples of the weights raw could not be stored: why"),
+        ("evaluated", {"seconds": 2.5}, None),
+    ],
+)
+def test_what_an_evaluation_finds_is_told(kind: str, fields: dict[str, Any], expected: str | None) -> None:
+    found = lines((kind, {"attempt": 1, "step": 6} | fields))
+    assert found == ([] if expected is None else [f"step 6: {expected}"])
+
+
 def test_a_step_that_is_left_out_has_no_loss() -> None:
     (line,) = lines(("step", {"attempt": 1, "step": 20, "metrics": {"skipped": 1.0}}))
     assert line.startswith("step 20/20  left out  ")

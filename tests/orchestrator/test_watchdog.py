@@ -71,6 +71,21 @@ def test_saves_take_the_time_they_take() -> None:
     assert clock.wait(5.5)
 
 
+def test_an_evaluation_takes_the_time_it_takes() -> None:
+    clock = Clock(WatchdogConfig(start_timeout_s=60.0))
+    clock.step(0.1, times=5)
+    for _ in range(3):  # three parts of it, far longer than a step
+        clock.dog.entered(0, Phase.EVALUATING, clock.now)
+        assert not clock.wait(59.0)
+    clock.dog.entered(1, Phase.TRAINING, clock.now)
+    assert not clock.wait(59.0), "rank 0 is not through yet"
+    clock.dog.entered(0, Phase.TRAINING, clock.now)
+    clock.step(0.1)
+    assert clock.dog.limit_s == 5.0, "an evaluation is no step time"
+    clock.dog.entered(0, Phase.EVALUATING, clock.now)
+    assert clock.wait(60.5), "but it may hang"
+
+
 def test_a_suspended_machine_and_a_busy_coordinator_are_no_hang() -> None:
     clock = Clock()
     clock.step(0.1, times=5)

@@ -101,6 +101,7 @@ def run(tmp_path: Path) -> Store:
                 details="",
                 step=20,
             ),
+            event(27.7, "validation", session="a", attempt=1, step=20, metrics={"loss": 0.75, "loss/ema/slow": 0.0625}),
         ],
     )
     for value in (10, 30):
@@ -125,6 +126,8 @@ def test_the_page_is_whole_offline_and_has_the_values(run: Store):
         "killed",
         "0000000000300-0001",
         "stable",
+        "loss/ema/slow",
+        "0.0625",
         "seed: 0",
     ):
         assert any(value in piece for piece in parsed.texts), value

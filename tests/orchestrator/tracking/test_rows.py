@@ -41,3 +41,15 @@ def test_rate_and_restart_markers() -> None:
         "restart/down_s": 5.0,
     }
     assert found[3].values == {"train/loss": 0.2, "run/attempt": 2, "run/world_size": 1, "run/samples_per_s": 2.0}
+
+
+def test_an_evaluation_between_two_steps_makes_neither_slower() -> None:
+    rows = Rows(global_batch_size=8)
+    story = [
+        at(0, "attempt", attempt=1, world_size=2),
+        at(10, "training", attempt=1, step=0),
+        at(12, "step", attempt=1, step=1, metrics={}),
+        at(40, "evaluated", attempt=1, step=1, seconds=28.0),
+        at(42, "step", attempt=1, step=2, metrics={}),
+    ]
+    assert [row.values["run/samples_per_s"] for row in map(rows.take, story) if row] == [4.0, 4.0]

@@ -28,8 +28,8 @@ class Numbers:
         return Samples(images=images, sizes=torch.zeros(len(indices), 6))
 
 
-def read(left_out: set[int], indices: list[int]) -> list[int]:
-    source = GuardedSource(Numbers(), StepTrace(4))
+def read(left_out: set[int], indices: list[int], members: list[int] | None = None) -> list[int]:
+    source = GuardedSource(Numbers(), StepTrace(4), None if members is None else np.array(members))
     source.leave_out(frozenset(left_out))
     return source.read(np.array(indices)).images.flatten().int().tolist()
 
@@ -40,6 +40,25 @@ def test_a_sample_that_is_left_out_is_replaced_by_the_next_that_is_not() -> None
     assert read({3, 4, 9}, [3, 9, 4]) == [5, 0, 5]
     with pytest.raises(ConfigError, match="all 10 samples"):
         read(set(range(10)), [1])
+
+
+def test_a_part_of_the_dataset_has_numbers_of_its_own_and_takes_no_other_samples() -> None:
+    assert read(set(), [0, 2, 1], [1, 4, 8]) == [1, 8, 4]
+    assert read({4, 2}, [1], [1, 4, 8]) == [8]
+    assert read({8, 2}, [2], [1, 4, 8]) == [1], "not 9, which is not a part"
+    assert read({0, 2, 3, 4}, [0], [1, 4, 8]) == [1], "more are left out than there are here, but others"
+    with pytest.raises(ConfigError, match="all 3 samples"):
+        read({1, 4, 8, 9}, [0], [1, 4, 8])
+
+
+def test_the_trace_names_samples_of_the_dataset() -> None:
+    trace = StepTrace(4)
+    source = GuardedSource(Numbers(8), trace, np.array([1, 4, 8]))
+    trace.enter(1, 0, 0)
+    with pytest.raises(ValueError, match="8"):
+        source.read(np.array([0, 2]))
+    place = trace.place()
+    assert place is not None and place.samples == (8,) and place.blame is Blame.EXACT
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""Validation and sample grids: the sections `validation` and `samples`, and what they demand of model and data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from trainers.conditioning import takes_text
+from trainers.data.sources import Source
+from trainers.errors import ConfigError
+from trainers.models import learns_null_label, null_label
+
+RAW = "raw"
+"""The weights themselves, among the names of EMA profiles."""
+FIRST = "ema"
+"""The first EMA profile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Samples that are never trained on, and how often the loss of them is measured. Neither given: none are."""
+
+    fraction: float | None = None
+    """Share of the samples that is held out, 0 < fraction < 1; which ones is a function of the seed and their index."""
+    num_samples: int | None = None
+    """Number of samples to hold out instead, >= 1."""
+    every_steps: int | None = 1000
+    """Their loss is measured after every so many steps and at the end, >= 1; null: never."""
+
+    def __post_init__(self) -> None:
+        if self.fraction is not None and self.num_samples is not None:
+            raise ConfigError(f"fraction={self.fraction} and num_samples={self.num_samples}: give one of them")
+        if self.fraction is not None and not 0 < self.fraction < 1:
+            raise ConfigError(f"fraction={self.fraction} must be between 0 and 1, both excluded; 0.01 is usual")
+        for key in ("num_samples", "every_steps"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"{key}={value} must be at least 1, or null for none")
+        if not self.holds_out and self.every_steps not in (None, 1000):
+            raise ConfigError(
+                f"every_steps={self.every_steps} has no effect, as nothing is held out; give fraction or num_samples"
+            )
+
+    @property
+    def holds_out(self) -> bool:
+        return self.fraction is not None or self.num_samples is not None
+
+    def due(self, step: int, num_steps: int) -> bool:
+        """Whether there is a validation after `step` completed steps."""
+        return self.holds_out and _due(self.every_steps, step, num_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """Images that are drawn while the model is trained, from the same noise each time."""
+
+    every_steps: int | None = None
+    """A grid after every so many steps and at the end, >= 1; null: none."""
+    num_images: int = 16
+    """Images of one grid, >= 1. They are cut like the batch of a step, so that as many workers can draw them."""
+    num_steps: int = 50
+    """Denoising steps, >= 1."""
+    guidance: float | None = None
+    """Classifier-free guidance, >= 0; 1 is none. null: 1.5 where training drops labels or captions, else 1."""
+    prompts: tuple[str, ...] = ()
+    """For models of text, which need at least one; each has a column."""
+    labels: tuple[int, ...] = ()
+    """For models of classes; each has a column. Empty: every class of the data."""
+    weights: tuple[str, ...] = ()
+    """raw, ema (the first profile) or profiles by name: a grid each, once they have begun. Empty: ema, raw without."""
+    seed: int = 0
+    """Of the noise that the images are made of, >= 0."""
+
+    def __post_init__(self) -> None:
+        for key, low in (("every_steps", 1), ("num_images", 1), ("num_steps", 1), ("guidance", 0), ("seed", 0)):
+            value = getattr(self, key)
+            if value is not None and value < low:
+                raise ConfigError(f"{key}={value} must be at least {low}")
+
+    def due(self, step: int, num_steps: int) -> bool:
+        """Whether a grid is drawn after `step` completed steps."""
+        return _due(self.every_steps, step, num_steps)
+
+    def chosen(self, profiles: list[str]) -> list[str]:
+        """The weights to draw from, of a run with these EMA profiles."""
+        first = profiles[:1] or [RAW]
+        return list(dict.fromkeys(first[0] if name == FIRST else name for name in self.weights or first))
+
+    def check_weights(self, profiles: list[str]) -> None:
+        """Raises ConfigError for a profile that the run does not have."""
+        known = [RAW, *([FIRST] if profiles else []), *profiles]
+        if unknown := [name for name in self.weights if name not in known]:
+            raise ConfigError(f"samples.weights: there are no weights {unknown[0]}; give {' or '.join(known)}")
+
+
+def _due(every: int | None, step: int, num_steps: int) -> bool:
+    return every is not None and (step % every == 0 or step == num_steps)
+
+
+def check_samples(samples: SamplesConfig, model: nn.Module, source: Source, label_drop: float) -> None:
+    """Check that `model`, trained on `source`, can draw what `samples` asks for.
+
+    Raises:
+        ConfigError: it can't; the message names the key to change.
+    """
+    if samples.every_steps is None:
+        return
+    text, null, num_classes = takes_text(model), null_label(model), source.num_classes or 0
+    if source.channels not in (1, 3):
+        raise ConfigError(f"samples.every_steps={samples.every_steps}: data of {source.channels} channels is not drawn")
+    if text and not samples.prompts:
+        raise ConfigError('samples.prompts=[] for a model that draws what a text says; give some: ["a red square"]')
+    if samples.prompts and not text:
+        raise ConfigError(
+            f"samples.prompts={list(samples.prompts)} have no effect on a model without text; remove them"
+        )
+    if samples.labels and null is None:
+        raise ConfigError(
+            f"samples.labels={list(samples.labels)} have no effect on a model without classes; remove them"
+        )
+    if wrong := [label for label in samples.labels if not 0 <= label < num_classes]:
+        raise ConfigError(f"samples.labels: the data has no class {wrong[0]}; give 0 to {num_classes - 1}")
+    guided = label_drop > 0 if text else learns_null_label(model, label_drop)
+    if samples.guidance not in (None, 1) and not guided:
+        raise ConfigError(
+            f"samples.guidance={samples.guidance} needs a model that learns to do without label or caption;"
+            " set objective.label_drop, or guidance=1"
+        )
