@@ -1,6 +1,6 @@
 """`python -m bench [ROW ...] [--quick]`: measure, print the table, and write `bench/results/ROW.json`.
 
-Rows: reduction, ema, overhead, recovery, s3, tracking; all of them take about 20 minutes. `--quick` tries the
+Rows: reduction, ema, overhead, recovery, save, s3, tracking; all of them take about 30 minutes. `--quick` tries the
 benchmarks out on small models and keeps nothing.
 """
 
@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 
-ROWS = ("reduction", "ema", "overhead", "recovery", "s3", "tracking")
+ROWS = ("reduction", "ema", "overhead", "recovery", "save", "s3", "tracking")
 
 
 def main(arguments: list[str] | None = None) -> None:
