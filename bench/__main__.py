@@ -3,7 +3,7 @@
 `python -m bench readme`: write README and plots anew from the results that are stored. `--quick` tries the benchmarks
 out on small models and keeps nothing.
 
-Rows, in the order in which they run; all of them take about 45 minutes:
+Rows, in the order in which they run; all of them take about 55 minutes:
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ ROWS = {
     "ema": "an EMA update, beside others and the memory's bandwidth",
     "recovery": "from SIGKILL to the next step, beside torchrun",
     "goodput": "useful time under one schedule of kills, beside the best interval in hindsight and torch's DCP",
+    "save": "what a save costs the training, beside a copy, torch's DCP, torch.save and accelerate",
     "s3": "saves to S3, beside boto3",
     "tracking": "a step with every tracking sink, beside none",
     "scale": "the control path at 8 to 16,384 ranks; 10,000 nodes on a simulated clock",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import ShardReceipt
-from orchestrator.committing import CommitEnded, CommitJob
+from orchestrator.committing import CommitEnded, CommitJob, Picture
 from orchestrator.coordinator import Coordinator
 from orchestrator.halting import HaltOrder, Purpose
 from orchestrator.liveness import AtGate, Beat, Busy, Entered, Told
@@ -30,6 +30,9 @@ class _NoChores:
 
     def commit(self, job: CommitJob) -> None:
         self.jobs.append(job)
+
+    def keep(self, picture: Picture) -> None:
+        pass
 
     def prune(self, attempt: int, tier: TierName) -> None:
         pass

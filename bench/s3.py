@@ -1,7 +1,8 @@
-"""Uploads and ranged downloads of the store beside bare clients, on the same bytes, in turn.
+"""Saves and restores on S3 beside uploads and ranged downloads of bare clients, of the same bytes, in turn.
 
-On a sink that drains what is sent and serves zeros: what the client costs. On a real server, which shares the cores
-with it: what comes out here. boto3 and obstore are measured where they are installed (`pip install boto3 obstore`).
+On a sink that drains what is sent and serves zeros: what the client costs, without hashes. On a real server, which
+shares the cores with it: from a snapshot to its commit, hashed and read back; and a restore, checked.
+boto3 and obstore are measured where they are installed (`pip install boto3 obstore`).
 """
 
 from __future__ import annotations
@@ -23,9 +24,17 @@ import fsspec
 from botocore.config import Config
 
 from bench.comparison import Comparison
+from orchestrator.checkpoint.attempts import claim_attempt
+from orchestrator.checkpoint.catalog import load_manifest
+from orchestrator.checkpoint.keys import CheckpointRef, shard_name
+from orchestrator.checkpoint.manifest import Manifest
+from orchestrator.checkpoint.reader import Destination, read_rows
 from orchestrator.checkpoint.s3_requests import OPTIONS
 from orchestrator.checkpoint.store import Store
+from orchestrator.checkpoint.writer import CommitInfo, commit, prepare_shard, store_shard
 from tests.s3.server import BUCKET, KEY, SECRET, S3Server
+from trainers.progress import Progress
+from trainers.shards import Chunk, TensorSpec
 
 _UPLOAD_GOAL, _DOWNLOAD_GOAL = 1.25, 1.3
 _RANGE_BYTES = 16 << 20
@@ -39,16 +48,19 @@ def measure(quick: bool) -> list[Comparison]:
     """Ours beside each bare client; the fastest of them is the one that the goal is about."""
     num_pairs = 2 if quick else 10
     comparisons = []
-    for target, endpoint, size in (("sink", _sink, 256 << 20), ("server", _server, 128 << 20)):
+    for target, endpoint, size in (("sink", _sink, 256 << 20), ("server", _server, 256 << 20)):
         size = (32 << 20) if quick else size
         with endpoint() as url, tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
             data = os.urandom(1 << 20) * (size >> 20)
             file.write(data)
             file.flush()
-            for what, goal, arms in zip(
-                ("upload", "download"), (_UPLOAD_GOAL, _DOWNLOAD_GOAL), _arms(url, data, file.name), strict=True
-            ):
-                comparisons += _compare(f"{what} of {size >> 20} MiB, {target}", arms, num_pairs, goal, size)
+            up, down = _arms(url, data, file.name)
+            words = ("Store.write", "Store.read_into")
+            if target == "server":
+                words, checkpoint = ("save, committed", "restore"), _Checkpoint(memoryview(data))
+                up["ours"], down["ours"] = checkpoint.save, checkpoint.restore
+            for what, goal, arms in zip(words, (_UPLOAD_GOAL, _DOWNLOAD_GOAL), (up, down), strict=True):
+                comparisons += _compare(f"{size >> 20} MiB, {target}: {what}", arms, num_pairs, goal, size)
     return comparisons
 
 
@@ -65,12 +77,12 @@ def _compare(name: str, arms: Arms, num_pairs: int, goal: float, size: int) -> I
     for arm in arms:
         if arm != "ours":
             yield Comparison(
-                name=f"{name}: Store",
+                name=name,
                 reference_name=arm,
                 ours_s=times["ours"][_WARM_UP:],
                 reference_s=times[arm][_WARM_UP:],
                 goal=goal if arm == fastest else None,
-                notes={"CPU s/GB of Store, of the other": [cpu[one] / num_pairs / size * 1e9 for one in ("ours", arm)]},
+                notes={f"CPU s/GB, of {arm}": [cpu[one] / num_pairs / size * 1e9 for one in ("ours", arm)]},
             )
 
 
@@ -82,7 +94,7 @@ def _arms(endpoint: str, data: bytes, path: str) -> tuple[Arms, Arms]:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return list(pool.map(lambda span: len(read(*span)), spans))
 
-    store, view = Store.open(f"s3://{BUCKET}/ours"), memoryview(data)
+    store, view, out = Store.open(f"s3://{BUCKET}/ours"), memoryview(data), memoryview(bytearray(len(data)))
     fs = fsspec.filesystem("s3", **OPTIONS)
     files, begins, ends = [f"{BUCKET}/s3fs"] * len(spans), [a for a, _ in spans], [b for _, b in spans]
     up: Arms = {
@@ -90,7 +102,7 @@ def _arms(endpoint: str, data: bytes, path: str) -> tuple[Arms, Arms]:
         "s3fs put_file": lambda: fs.put_file(path, f"{BUCKET}/s3fs"),
     }
     down: Arms = {
-        "ours": lambda: in_threads(lambda begin, end: store.read("object", begin, end)),
+        "ours": lambda: in_threads(lambda begin, end: out[: store.read_into("object", begin, [out[begin:end]])]),
         "s3fs cat_ranges": lambda: fs.cat_ranges(files, begins, ends),
     }
     if importlib.util.find_spec("boto3"):
@@ -124,6 +136,52 @@ def _arms(endpoint: str, data: bytes, path: str) -> tuple[Arms, Arms]:
             lambda begin, end: obstore.get_range(bare, "obstore", start=begin, end=end)
         )
     return up, down
+
+
+class _Checkpoint:
+    """One of one rank, with a tensor in each MiB."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._store = Store.open(f"s3://{BUCKET}/run")
+        self._data, self._out = data, memoryview(bytearray(len(data)))
+        self._chunks = [
+            Chunk(
+                spec=TensorSpec(name=f"model/{begin >> 20}", dtype="F32", shape=(512, 512)),
+                row_offset=0,
+                num_rows=512,
+                begin=begin,
+                end=begin + (1 << 20),
+            )
+            for begin in range(0, len(data), 1 << 20)
+        ]
+        self._attempt = claim_attempt(self._store, {})
+        self._step = 0
+        self._manifest: Manifest | None = None
+
+    def save(self) -> None:
+        self._step += 1
+        info = CommitInfo(
+            run_id="bench",
+            attempt=self._attempt,
+            progress=Progress(self._step, self._step),
+            reason="interval",
+            strategy="fsdp",
+            config_hash="bench",
+            versions={},
+            scalars={},
+            health={"ok": True},
+        )
+        shard = prepare_shard(shard_name(0, 1), self._chunks, self._data, {})
+        store_shard(self._store, CheckpointRef(self._step, self._attempt), shard)
+        self._manifest = commit(self._store, [shard.receipt], info)
+
+    def restore(self) -> None:
+        assert self._manifest is not None
+        wanted = [
+            Destination(spec=chunk.spec, row_offset=0, num_rows=512, out=self._out[chunk.begin : chunk.end])
+            for chunk in self._chunks
+        ]
+        read_rows(self._store, load_manifest(self._store, self._manifest.ref), wanted)
 
 
 @contextmanager

@@ -45,6 +45,18 @@ class _Ports:
     def log(self, progress: Progress, metrics: Mapping[str, float]) -> None:
         say("step", step=progress.step)
 
+    def evaluating(self) -> None:
+        pass
+
+    def validated(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def drew(self, progress: Progress, weights: str, png: bytes) -> None:
+        pass
+
+    def evaluated(self, progress: Progress, seconds: float) -> None:
+        pass
+
 
 def main() -> None:
     content = json.loads(Path(sys.argv[1]).read_text())

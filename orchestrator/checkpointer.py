@@ -5,9 +5,10 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -20,14 +21,14 @@ from orchestrator.errors import StorageError
 from orchestrator.liveness import Entered
 from orchestrator.memory_restore import fill_from_memory
 from orchestrator.messages import Begin, Restored
-from orchestrator.saving import Overwriting, Paused, SaveEnded, Skipped, Snapshot
+from orchestrator.saving import Chunks, Overwriting, Paused, SaveEnded, Skipped, Snapshot
 from orchestrator.sections import CheckpointConfig, TierName
 from orchestrator.watchdog import Phase
 from trainers.errors import StateMismatchError
 from trainers.fingerprint import format_fingerprint
 from trainers.ports import Directive
 from trainers.progress import Progress
-from trainers.shards import Chunk
+from trainers.shards import DTYPE_BYTES, Chunk
 from trainers.state import LocalTensor, TrainState, fingerprints
 
 
@@ -73,6 +74,9 @@ class SharedMemoryCheckpointer:
         """What all ranks had heard of when the last snapshot was taken."""
         self._undecided = False
         """A snapshot was taken that not all ranks are known to have heard the end of; alike on all ranks."""
+        self._names: list[str] = []
+        self._chunks = Chunks()
+        """Where the tensors of these names lie in a snapshot."""
         self.stopping = False
         """The next save is the last of this process: it has to outlive the memory of the nodes."""
 
@@ -88,6 +92,7 @@ class SharedMemoryCheckpointer:
             self._undecided = memory.pending
         elif self._begin.restore is not None:
             self._restore_from_storage(state, self._begin.restore)
+        self._room(_snapshot_bytes(state))
         self._agent.send(Restored(progress=state.progress))
 
     def may_save(self, progress: Progress) -> bool:
@@ -128,25 +133,27 @@ class SharedMemoryCheckpointer:
 
     def _take_snapshot(self, state: TrainState) -> None:
         state.generators.capture()
-        chunks, pieces, end = [], [], 0
-        for local in sorted(state.tensors(), key=_element_bytes, reverse=True):
-            start, stop = local.owned_rows()
-            if stop == start or not local.tensor.numel():
-                continue
-            begin, end = end, end + (stop - start) * local.spec.row_bytes
-            offset = local.row_offset + start
-            chunks.append(Chunk(spec=local.spec, row_offset=offset, num_rows=stop - start, begin=begin, end=end))
-            pieces.append(local.tensor[start:stop] if local.tensor.ndim else local.tensor)
+        owned = owned_tensors(state)
+        names = [local.spec.name for local in owned]
+        if names != self._names:  # within one process a name stands for the same rows
+            self._names, self._chunks = names, layout(owned)
+        chunks, size_bytes = self._chunks, self._chunks[-1].end if owned else 0
         self._agent.send(Overwriting())
-        target = torch.frombuffer(self._room(end), dtype=torch.uint8)
-        for chunk, piece in zip(chunks, pieces, strict=True):
-            target[chunk.begin : chunk.end].copy_(piece.detach().contiguous().view(-1).view(torch.uint8))
+        target = np.frombuffer(self._room(size_bytes), np.uint8)
+        for chunk, local in zip(chunks, owned, strict=True):
+            start, stop = local.owned_rows()
+            rows = local.tensor.detach()[start:stop] if local.tensor.ndim else local.tensor.detach()
+            data = rows.contiguous().view(-1).view(torch.uint8)
+            if data.device.type == "cpu":
+                np.copyto(target[chunk.begin : chunk.end], data.numpy())
+            else:
+                torch.from_numpy(target[chunk.begin : chunk.end]).copy_(data)
         self._pending, self._undecided = state.progress, True
         self._agent.send(
             Snapshot(
                 progress=state.progress,
-                chunks=tuple(chunks),
-                size_bytes=end,
+                chunks=chunks,
+                size_bytes=size_bytes,
                 scalars=state.scalars(),
                 tiers=self._tiers(state.progress),
             )
@@ -195,17 +202,49 @@ class SharedMemoryCheckpointer:
         state.generators.apply()
 
     def _room(self, size_bytes: int) -> mmap.mmap:
-        """The buffer, at least this large. It only grows and is reused over trainers, so its pages are warm."""
+        """The buffer, at least this large. It only grows, and is reused over trainers.
+
+        All of its pages are made and mapped here: page by page that takes some ten times as long as the copy, and a
+        trainer's first save would be that much slower than the others.
+        """
         if self._buffer is None or len(self._buffer) < size_bytes:
-            size_bytes = max(size_bytes, os.fstat(self._buffer_handle).st_size)
+            size_bytes = max(1, size_bytes, os.fstat(self._buffer_handle).st_size)
             os.ftruncate(self._buffer_handle, size_bytes)
-            self._buffer = mmap.mmap(self._buffer_handle, size_bytes)
+            self._buffer = mmap.mmap(self._buffer_handle, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         return self._buffer
 
 
-def _element_bytes(local: LocalTensor) -> int:
-    """Larger elements go first in a shard file, so that every tensor in it is aligned."""
-    return local.tensor.element_size()
+def owned_tensors(state: TrainState) -> list[LocalTensor]:
+    """Those of which this rank saves rows. Larger elements go first in a file, so that every tensor is aligned."""
+    owned = [local for local in state.tensors() if local.tensor.numel() and _num_rows(local)]
+    return sorted(owned, key=lambda local: local.tensor.element_size(), reverse=True)
+
+
+def _num_rows(local: LocalTensor) -> int:
+    start, stop = local.owned_rows()
+    return stop - start
+
+
+def layout(owned: Sequence[LocalTensor]) -> Chunks:
+    """Where the rows that this rank saves lie in a snapshot: back to back."""
+    chunks, end = [], 0
+    for local in owned:
+        start, stop = local.owned_rows()
+        begin, end = end, end + (stop - start) * local.spec.row_bytes
+        offset = local.row_offset + start
+        chunks.append(Chunk(spec=local.spec, row_offset=offset, num_rows=stop - start, begin=begin, end=end))
+    return Chunks(chunks)
+
+
+def _snapshot_bytes(state: TrainState) -> int:
+    """What this rank's snapshot takes, with the EMA profiles that begin in the next step."""
+    chunks = layout(owned_tensors(state))
+    trained = {f"model/{parameter.name}" for parameter in state.parameters}
+    sizes = [
+        (chunk.end - chunk.begin) // DTYPE_BYTES[chunk.spec.dtype] for chunk in chunks if chunk.spec.name in trained
+    ]
+    profiles = len(state.ema.beginning(state.progress.step + 1))
+    return sum(chunk.end - chunk.begin for chunk in chunks) + profiles * sum(sizes) * DTYPE_BYTES["F32"]
 
 
 class _Destination:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from orchestrator.sections import TierName
@@ -16,6 +18,21 @@ from trainers.shards import Chunk
 @dataclass(frozen=True, kw_only=True)
 class Overwriting:
     """The trainer begins to write the next snapshot into the agent's buffer; the one before is gone."""
+
+
+class Chunks(tuple[Chunk, ...]):
+    """Where a rank's rows lie. Written down once, however often it is sent: training waits, and there are many."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _chunks, (self._pickled,)
+
+    @cached_property
+    def _pickled(self) -> bytes:
+        return pickle.dumps(tuple(self))
+
+
+def _chunks(pickled: bytes) -> Chunks:
+    return Chunks(pickle.loads(pickled))
 
 
 @dataclass(frozen=True, kw_only=True)

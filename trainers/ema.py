@@ -173,6 +173,12 @@ class EMA:
                 torch._foreach_lerp_(self._averages[name], self._parameters, 1.0 - decay)
                 self._num_updates[name] += 1
 
+    def beginning(self, step: int) -> list[str]:
+        """The profiles that get their memory when `step` steps are completed."""
+        return [
+            name for name, config in self._profiles.items() if step >= config.start_step and name not in self._averages
+        ]
+
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """Profile -> parameter name -> the average's live local rows, float32, of the profiles that have begun."""
         return {name: dict(zip(self._names, average, strict=True)) for name, average in self._averages.items()}

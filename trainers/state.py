@@ -87,8 +87,9 @@ class TrainState:
         for profile in sorted(averages):
             for parameter in self.parameters:
                 yield self._sharded(f"ema/{profile}", parameter, averages[profile][parameter.name])
-        kept = self.model.state_dict()
-        for name, value in self.model.named_buffers():
+        buffers = list(self.model.named_buffers())
+        kept = self.model.state_dict() if buffers else {}  # slow, and most models have none
+        for name, value in buffers:
             if name in kept:
                 yield self._replicated(f"model/{name}", value)
         for name, value in self.generators.tensors.items():

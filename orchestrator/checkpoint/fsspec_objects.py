@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from orchestrator.checkpoint.backend import Backend
+
 _WRITE_PIECE_BYTES = 16 << 20  # bounds what a client buffers: it copies each piece it is given
 
 
-class FsspecObjects:
+class FsspecObjects(Backend):
     """A backend of `Store`."""
 
     def __init__(self, protocol: str, filesystem: Any) -> None:
@@ -46,12 +48,3 @@ class FsspecObjects:
     def delete(self, path: str) -> None:
         with suppress(FileNotFoundError):
             self._filesystem.rm_file(path)
-
-    def abort_unfinished(self, path: str, older_than_s: float) -> int:
-        return 0  # fsspec has no word for it
-
-    def clock_skew_s(self, path: str) -> float | None:
-        return None
-
-    def free_bytes(self, path: str) -> int | None:
-        return None

@@ -17,6 +17,7 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any
 
+from orchestrator.checkpoint.backend import Backend
 from orchestrator.checkpoint.peer_server import receive
 from orchestrator.checkpoint.store import Store
 
@@ -48,7 +49,7 @@ class PeerRing:
         return Store(f"peer://{len(self.peers)}-nodes", "", PeerObjects(self))
 
 
-class PeerObjects:
+class PeerObjects(Backend):
     """A backend of `Store`. A node that does not answer is left out from then on."""
 
     kind = "peer"
@@ -61,6 +62,9 @@ class PeerObjects:
 
     def read(self, path: str, begin: int | None, end: int | None, timeout_s: float) -> bytes:
         return self._first(path, lambda node: node.read(path, begin, end))
+
+    def read_into(self, path: str, begin: int, outs: Sequence[memoryview], timeout_s: float) -> int:
+        return self._first(path, lambda node: node.read_into(path, begin, outs))
 
     def write(self, path: str, parts: Sequence[memoryview]) -> None:
         for node in self._nearest()[:_COPIES]:
@@ -89,15 +93,6 @@ class PeerObjects:
 
     def delete(self, path: str) -> None:
         self._all("delete", path)
-
-    def abort_unfinished(self, path: str, older_than_s: float) -> int:
-        return 0  # what is unfinished is nowhere
-
-    def clock_skew_s(self, path: str) -> float | None:
-        return None
-
-    def free_bytes(self, path: str) -> int | None:
-        return None
 
     def _living(self) -> list[_Node]:
         living = [node for node in self._nodes if not node.lost]
@@ -144,6 +139,18 @@ class _Node:
             data = bytearray(size)
             receive(raw, memoryview(data))
             return bytes(data)
+
+        return self._call(receive_it)
+
+    def read_into(self, path: str, begin: int, outs: Sequence[memoryview]) -> int | None:
+        def receive_it(raw: socket.socket, connection: Connection) -> int | None:
+            connection.send(("read", path, begin, begin + sum(map(len, outs))))
+            size = left = connection.recv()
+            if size is not None:
+                for out in outs:
+                    receive(raw, out[:left])
+                    left -= min(left, len(out))
+            return size
 
         return self._call(receive_it)
 

@@ -51,7 +51,7 @@ class RetentionConfig:
     best: BestConfig | None = None
     """The best stable ones by a number of their step are kept too; null: none."""
     grace_s: float = 600.0
-    """Seconds that a checkpoint still exists after it was marked as expired, so that its readers can finish, >= 0."""
+    """Seconds that a checkpoint outlives its expiry, for its readers, and an upload its attempt, unfinished, >= 0."""
 
     def __post_init__(self) -> None:
         if self.last is not None and self.last < 1:

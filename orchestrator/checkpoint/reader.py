@@ -7,10 +7,12 @@ cannot be; those rows are covered by the tensor's fingerprint, which the caller 
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import xxhash
 
@@ -41,6 +43,24 @@ class Destination:
     """Writable, contiguous, exactly as long as the rows."""
 
 
+@dataclass
+class _Check:
+    """A chunk that is read whole, and hashed by whoever reads its last piece."""
+
+    name: str
+    chunk: ChunkEntry
+    out: memoryview
+    num_missing: int = 0
+    """Pieces."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def complete(self) -> bool:
+        """Take note of another piece; whether it was the last one."""
+        with self.lock:
+            self.num_missing -= 1
+            return self.num_missing == 0
+
+
 @dataclass(frozen=True)
 class _Piece:
     """Bytes of a file and their place in memory."""
@@ -48,15 +68,7 @@ class _Piece:
     begin: int
     end: int
     out: memoryview
-
-
-@dataclass(frozen=True)
-class _Check:
-    """A chunk that is read whole."""
-
-    name: str
-    chunk: ChunkEntry
-    out: memoryview
+    check: _Check | None = None
 
 
 def read_rows(store: Store, manifest: Manifest, wanted: Sequence[Destination]) -> None:
@@ -69,13 +81,13 @@ def read_rows(store: Store, manifest: Manifest, wanted: Sequence[Destination]) -
         RunMismatchError: the checkpoint is intact, but has no such tensor, or in another dtype or shape.
         StorageError: the store failed; reading again may work. Destinations hold garbage.
     """
-    pieces, checks = plan(manifest, [destination for destination in wanted if destination.num_rows])
-    reads = [(file, group) for file, found in pieces.items() for group in _coalesce(found)]
+    pieces = plan(manifest, [destination for destination in wanted if destination.num_rows])
+    jobs = [partial(_check_file, store, manifest.ref, manifest.files[file]) for file in pieces]
+    jobs += [partial(_fill, store, manifest, file, group) for file in pieces for group in _coalesce(pieces[file])]
     with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="checkpoint-read") as pool:
-        # Each map raises its first error; the order makes a short or foreign file known before its bytes are used.
-        list(pool.map(lambda file: _check_file(store, manifest.ref, manifest.files[file]), pieces))
-        list(pool.map(lambda read: _fill(store, manifest.ref, manifest.files[read[0]], read[1]), reads))
-        list(pool.map(lambda check: _check_chunk(manifest, check), checks))
+        # Raises the first error in this order: that a file is short or foreign says more than what follows from it.
+        for _ in pool.map(lambda job: job(), jobs):
+            pass
 
 
 def expected_fingerprints(manifest: Manifest) -> dict[str, str]:
@@ -119,14 +131,13 @@ def verify(store: Store, ref: CheckpointRef, advance: Callable[[int], None] = la
     return problems
 
 
-def plan(manifest: Manifest, wanted: Sequence[Destination]) -> tuple[dict[int, list[_Piece]], list[_Check]]:
-    """The pieces to read from each file, and the chunks that can be checked by their hash afterwards.
+def plan(manifest: Manifest, wanted: Sequence[Destination]) -> dict[int, list[_Piece]]:
+    """The pieces to read from each file. Those of a chunk that is read whole know how it is checked.
 
     Each rank makes its own, so it looks only at the chunks that it needs: with all of them in every rank's plan, the
     work of a restore would grow with the square of the number of ranks.
     """
     pieces: dict[int, list[_Piece]] = {}
-    checks: list[_Check] = []
     for destination in wanted:
         _check_spec(manifest, destination.spec)
         row_bytes = destination.spec.row_bytes
@@ -145,10 +156,13 @@ def plan(manifest: Manifest, wanted: Sequence[Destination]) -> tuple[dict[int, l
                 break
             target = out[(begin - first) * row_bytes : (end - first) * row_bytes]
             at = chunk.begin + (begin - chunk.row_offset) * row_bytes
-            pieces.setdefault(chunk.file, []).extend(_cut(at, target))
-            if end - begin == chunk.num_rows:
-                checks.append(_Check(destination.spec.name, chunk, target))
-    return pieces, checks
+            whole = end - begin == chunk.num_rows
+            check = _Check(destination.spec.name, chunk, target) if whole else None
+            found = list(_cut(at, target, check))
+            if check is not None:
+                check.num_missing = len(found)
+            pieces.setdefault(chunk.file, []).extend(found)
+    return pieces
 
 
 def _check_spec(manifest: Manifest, spec: TensorSpec) -> None:
@@ -165,11 +179,11 @@ def _check_spec(manifest: Manifest, spec: TensorSpec) -> None:
         )
 
 
-def _cut(begin: int, out: memoryview) -> Iterator[_Piece]:
+def _cut(begin: int, out: memoryview, check: _Check | None) -> Iterator[_Piece]:
     """Pieces small enough that one large tensor is read by several threads."""
     for offset in range(0, len(out), _RANGE_BYTES):
         part = out[offset : offset + _RANGE_BYTES]
-        yield _Piece(begin + offset, begin + offset + len(part), part)
+        yield _Piece(begin + offset, begin + offset + len(part), part, check)
 
 
 def _coalesce(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
@@ -177,28 +191,40 @@ def _coalesce(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
     groups: list[list[_Piece]] = []
     for piece in sorted(pieces, key=lambda piece: piece.begin):
         group = groups[-1] if groups else []
-        if group and piece.begin - group[-1].end <= _GAP_BYTES and piece.end - group[0].begin <= _RANGE_BYTES:
+        gap = piece.begin - group[-1].end if group else -1
+        if 0 <= gap <= _GAP_BYTES and piece.end - group[0].begin <= _RANGE_BYTES:
             group.append(piece)
         else:
             groups.append([piece])
     return groups
 
 
-def _fill(store: Store, ref: CheckpointRef, file: FileEntry, group: Sequence[_Piece]) -> None:
-    begin, end = group[0].begin, max(piece.end for piece in group)
-    data = memoryview(_fetch(store, ref, file, begin, end))
+def _fill(store: Store, manifest: Manifest, file: int, group: Sequence[_Piece]) -> None:
+    outs, end = [], group[0].begin
     for piece in group:
-        piece.out[:] = data[piece.begin - begin : piece.end - begin]
+        if piece.begin > end:
+            outs.append(memoryview(bytearray(piece.begin - end)))  # what lies between is read, and not wanted
+        outs.append(piece.out)
+        end = piece.end
+    _fetch(store, manifest.ref, manifest.files[file], group[0].begin, outs)
+    for piece in group:
+        if piece.check is not None and piece.check.complete():
+            _check_chunk(manifest, piece.check)
 
 
-def _fetch(store: Store, ref: CheckpointRef, file: FileEntry, begin: int, end: int) -> bytes:
+def _fetch(store: Store, ref: CheckpointRef, file: FileEntry, begin: int, outs: Sequence[memoryview]) -> None:
     try:
-        data = store.read(ref.file(file.name), begin, end)
+        found = store.read_into(ref.file(file.name), begin, outs)
     except MissingObjectError as error:
         raise DamagedCheckpointError(f"{ref}/{file.name} is missing") from error
-    if len(data) != end - begin:
-        raise DamagedCheckpointError(f"{ref}/{file.name} ends at byte {begin + len(data)} of {file.size_bytes}")
-    return data
+    if found != sum(map(len, outs)):
+        raise DamagedCheckpointError(f"{ref}/{file.name} ends at byte {begin + found} of {file.size_bytes}")
+
+
+def _header(store: Store, ref: CheckpointRef, file: FileEntry) -> bytearray:
+    header = bytearray(file.header_bytes)
+    _fetch(store, ref, file, 0, [memoryview(header)])
+    return header
 
 
 def _check_file(store: Store, ref: CheckpointRef, file: FileEntry) -> None:
@@ -209,8 +235,7 @@ def _check_file(store: Store, ref: CheckpointRef, file: FileEntry) -> None:
         raise DamagedCheckpointError(f"{ref}/{file.name} is missing") from error
     if size_bytes != file.size_bytes:
         raise DamagedCheckpointError(f"{ref}/{file.name} has {size_bytes} bytes, written were {file.size_bytes}")
-    header = _fetch(store, ref, file, 0, file.header_bytes)
-    if xxhash.xxh3_128_hexdigest(header) != file.header_hash:
+    if xxhash.xxh3_128_hexdigest(_header(store, ref, file)) != file.header_hash:
         raise DamagedCheckpointError(f"{ref}/{file.name} is damaged in its first {file.header_bytes} bytes, the header")
 
 
@@ -237,14 +262,15 @@ def _verify_data(
     Adds each chunk's fingerprint to `partials`.
     """
     problems = []
-    whole = xxhash.xxh3_128(_fetch(store, manifest.ref, file, 0, file.header_bytes))
+    whole = xxhash.xxh3_128(_header(store, manifest.ref, file))
     by_range = {(chunk.begin, chunk.end): (name, chunk) for name, chunk in chunks if chunk.begin < chunk.end}
     for group in _coalesce([_Piece(begin, end, memoryview(b"")) for begin, end in by_range]):
-        data = memoryview(_fetch(store, manifest.ref, file, group[0].begin, group[-1].end))
+        begin, data = group[0].begin, memoryview(bytearray(group[-1].end - group[0].begin))
+        _fetch(store, manifest.ref, file, begin, [data])
         whole.update(data)
         for piece in group:
             name, chunk = by_range[piece.begin, piece.end]
-            rows = data[piece.begin - group[0].begin : piece.end - group[0].begin]
+            rows = data[piece.begin - begin : piece.end - begin]
             partials[name].append(partial_fingerprint(manifest.spec(name), chunk.row_offset, rows))
             if xxhash.xxh3_128_hexdigest(rows) != chunk.hash:
                 problems.append(_damage(manifest, name, chunk))

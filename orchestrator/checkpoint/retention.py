@@ -31,7 +31,7 @@ from trainers.decode import decode
 
 _UNREADABLE = (CheckpointState.WRITING, CheckpointState.ABANDONED, CheckpointState.EXPIRED)
 _CLAIM_FIELD = "keep"
-_UPLOAD_S = 86400.0  # no upload of a shard takes a day; parts that lie about for longer were left by a killed writer
+_UPLOAD_S = 86400.0  # no upload takes a day, whoever's it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +50,11 @@ class Pruner:
         self._config = config
         self._clock = clock
         self._expired_at: dict[CheckpointRef, float] = {}
-        self._swept_uploads = False
 
     def prune(self, attempt: int, report: Callable[[Removal], None]) -> float | None:
         """One pass: mark what has become superfluous, remove what was marked long enough ago.
 
-        The first pass also removes unfinished uploads of killed writers.
+        Last, it removes what uploads of attempts that are over have left behind unfinished.
 
         Args:
             report: told of every checkpoint that is gone.
@@ -67,9 +66,6 @@ class Pruner:
             SupersededError: a newer attempt owns the run; it prunes.
             UnbrokenError: the store failed. The next pass goes on where this one ended.
         """
-        if not self._swept_uploads:
-            self._store.abort_dangling_uploads(_UPLOAD_S)
-            self._swept_uploads = True
         began = self._clock()
         verdicts = judge(list_checkpoints(self._store), self._config, attempt)
         gone = [verdict for verdict in verdicts if not verdict.keep]
@@ -79,7 +75,20 @@ class Pruner:
                 self._store.delete(verdict.info.ref.expired)
         self._expired_at = {v.info.ref: at for v in gone if (at := self._expired_at.get(v.info.ref)) is not None}
         waits = [self._remove(verdict, attempt, began, report) for verdict in gone]
+        waits += self._sweep_uploads(attempt)
         return min((wait for wait in waits if wait), default=None)
+
+    def _sweep_uploads(self, attempt: int) -> list[float]:
+        """Seconds until others that are unfinished may go."""
+        waits = []
+        for upload in self._store.unfinished_uploads():
+            wait = upload.begun_s + _patience_s(self._store.upload_key(upload), attempt, self._config) - time.time()
+            if wait <= 0:
+                check_not_superseded(self._store, attempt)
+                self._store.abort_upload(upload)
+            elif wait < _UPLOAD_S / 2:  # else the pass after some later save will see to it
+                waits.append(wait)
+        return waits
 
     def _remove(self, verdict: Verdict, attempt: int, began: float, report: Callable[[Removal], None]) -> float:
         """Seconds until it may be removed; 0 if that has been done.
@@ -100,6 +109,13 @@ class Pruner:
         if remove(self._store, info, attempt):
             report(Removal(ref=info.ref, reason=verdict.reason))
         return 0.0
+
+
+def _patience_s(key: str, attempt: int, config: RetentionConfig) -> float:
+    """How old an unfinished upload must be to be nobody's any more."""
+    ref = CheckpointRef.parse(f"{key}/".split("/")[1]) if key.startswith(f"{keys.CHECKPOINTS}/") else None
+    # What an older attempt is still uploading can not be committed any more, so nothing is lost by it.
+    return config.grace_s if ref is not None and ref.attempt < attempt else _UPLOAD_S
 
 
 def expire(store: Store, ref: CheckpointRef, reason: str) -> None:

@@ -6,10 +6,11 @@ import asyncio
 import email.utils
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
+from orchestrator.checkpoint.backend import Backend, Unfinished
+from orchestrator.checkpoint.s3_downloads import S3Downloads
 from orchestrator.checkpoint.s3_requests import Body, S3Requests, allow_for
 from orchestrator.checkpoint.storage_failures import code
 
@@ -21,7 +22,7 @@ _PARTS_AT_ONCE = 8
 _MISSING = {"NoSuchKey", "NotFound", "404"}
 
 
-class S3Objects:
+class S3Objects(Backend):
     """A backend of `Store`. Its calls may come from any thread of the process that made it."""
 
     kind = "s3"
@@ -29,6 +30,7 @@ class S3Objects:
     def __init__(self, connect: Callable[[], Any], deadline_s: float) -> None:
         """Args: connect: makes an s3fs filesystem with `s3_requests.OPTIONS`."""
         self._requests = S3Requests(connect, deadline_s)
+        self._downloads = S3Downloads(self._requests)
 
     def read(self, path: str, begin: int | None, end: int | None, timeout_s: float) -> bytes:
         bucket, key = _split(path)
@@ -51,6 +53,13 @@ class S3Objects:
             if code(error) in ("InvalidRange", "416"):
                 return b""  # it begins at or after the end
             raise
+
+    def read_into(self, path: str, begin: int, outs: Sequence[memoryview], timeout_s: float) -> int:
+        if not any(map(len, outs)):
+            self.size(path)  # there is no empty range; the object may be missing all the same
+            return 0
+        with _missing_found(path):
+            return self._downloads.read_into(*_split(path), begin, outs, timeout_s)
 
     def write(self, path: str, parts: Sequence[memoryview]) -> None:
         size = sum(map(len, parts))
@@ -104,28 +113,31 @@ class S3Objects:
         bucket, key = _split(path)
         self._run(path, self._requests.repeat(lambda client, _: client.delete_object(Bucket=bucket, Key=key)))
 
-    def abort_unfinished(self, path: str, older_than_s: float) -> int:
+    def unfinished(self, path: str) -> list[Unfinished]:
         bucket, key = _split(path)
-        begun_before = datetime.now(UTC) - timedelta(seconds=older_than_s)
 
         async def page(marker: dict[str, str]) -> Any:
             return await self._requests.repeat(
                 lambda client, _: client.list_multipart_uploads(Bucket=bucket, Prefix=f"{key}/", **marker)
             )
 
-        async def abort_all() -> int:
-            aborted, marker = 0, {}
+        async def uploads() -> list[Unfinished]:
+            found, marker = [], {}
             while True:
                 answer = await page(marker)
                 for upload in answer.get("Uploads", ()):
-                    if upload["Initiated"] <= begun_before:
-                        await self._abort(bucket, upload["Key"], upload["UploadId"])
-                        aborted += 1
+                    begun_s = upload["Initiated"].timestamp()
+                    place = f"{bucket}/{upload['Key']}"
+                    found.append(Unfinished(path=place, begun_s=begun_s, handle=upload["UploadId"]))
                 if not answer.get("IsTruncated"):
-                    return aborted
+                    return found
                 marker = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
 
-        return self._run(path, abort_all())
+        return self._run(path, uploads())
+
+    def abort(self, upload: Unfinished) -> None:
+        bucket, key = _split(upload.path)
+        self._run(upload.path, self._abort(bucket, key, upload.handle))
 
     def clock_skew_s(self, path: str) -> float | None:
         bucket, _ = _split(path)
@@ -137,16 +149,9 @@ class S3Objects:
         # The header counts whole seconds and was written somewhere between sending and receiving.
         return email.utils.parsedate_to_datetime(date).timestamp() + 0.5 - (began + time.time()) / 2
 
-    def free_bytes(self, path: str) -> int | None:
-        return None
-
     def _run(self, path: str, coroutine: Coroutine[Any, Any, T]) -> T:
-        try:
+        with _missing_found(path):
             return self._requests.run(coroutine)
-        except Exception as error:
-            if code(error) in _MISSING:
-                raise FileNotFoundError(path) from error
-            raise
 
     async def _put(self, path: str, parts: Sequence[memoryview]) -> None:
         bucket, key = _split(path)
@@ -205,6 +210,16 @@ class S3Objects:
         except Exception as error:
             if code(error) != "NoSuchUpload":  # finished or aborted by its owner meanwhile
                 raise
+
+
+@contextmanager
+def _missing_found(path: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if code(error) in _MISSING:
+            raise FileNotFoundError(path) from error
+        raise
 
 
 def _cut(parts: Sequence[memoryview], size: int) -> Iterator[list[memoryview]]:

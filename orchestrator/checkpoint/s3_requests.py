@@ -10,6 +10,7 @@ import asyncio
 import os
 import random
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ OPTIONS: dict[str, Any] = {
     # Instead of them every shard is read back and its hash compared before it counts.
     "config_kwargs": {
         "s3": {"payload_signing_enabled": False},
+        "signature_version": "s3v4",  # else URLs are signed in a way that newer buckets refuse
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
         # Repeating and giving up is decided here, in one place.
@@ -74,20 +76,36 @@ class S3Requests:
 
     async def repeat(self, request: Request[T], *, num_bytes: int = 0, timeout_s: float | None = None) -> T:
         """The answer to a request that may safely be sent again, until it succeeds, cannot succeed, or time is up."""
-        time_s = (self._deadline_s if timeout_s is None else timeout_s) + num_bytes / _SLOWEST_BYTES_PER_S
-        clock = asyncio.get_running_loop().time
-        end, tries = clock() + time_s, 0
+        tries = self._tries(timeout_s, num_bytes)
         while True:
-            tries += 1
             try:
-                return await self.once(request, min(end - clock(), self._deadline_s / _TRIES), num_bytes)
+                return await self.once(request, tries.next_s(), num_bytes)
             except Exception as error:
-                if not diagnose(error).retry:
-                    raise
-                pause_s = min(5.0, 0.1 * 2**tries) * random.uniform(0.5, 1.0)
-                if clock() + pause_s >= end:
-                    raise DeadlineError(f"{tries} {'try' if tries == 1 else 'tries'} in {time_s:.0f} s") from error
+                pause_s = tries.failed(error)
             await asyncio.sleep(pause_s)
+
+    def repeat_here(self, request: Callable[[float], T], timeout_s: float) -> T:
+        """The same for what blocks the calling thread; told the seconds that it may take."""
+        tries = self._tries(timeout_s, 0)
+        while True:
+            try:
+                return request(tries.next_s())
+            except Exception as error:
+                pause_s = tries.failed(error)
+            time.sleep(pause_s)
+
+    def _tries(self, timeout_s: float | None, num_bytes: int) -> _Tries:
+        time_s = (self._deadline_s if timeout_s is None else timeout_s) + transfer_s(num_bytes)
+        return _Tries(time_s, self._deadline_s / _TRIES)
+
+    async def sign(self, operation: str, valid_s: int, **parameters: str) -> str:
+        """A URL that stands for a request of ours, sent by whomever."""
+        client = await self._filesystem.set_session()
+        return await client.generate_presigned_url(operation, Params=parameters, ExpiresIn=valid_s)
+
+    def certificates(self) -> str | bool:
+        """The file of those that are trusted, from AWS_CA_BUNDLE or AWS's configuration; True: the usual ones."""
+        return self._connected().session.get_config_variable("ca_bundle") or True
 
     async def once(self, request: Request[T], time_s: float, num_bytes: int = 0) -> T:
         """The answer to one request."""
@@ -98,6 +116,30 @@ class S3Requests:
         async with asyncio.timeout(time_s) as limit:
             allow_for(limit, num_bytes)
             return await request(client, limit)
+
+
+class _Tries:
+    """Those of one request: each may take a part of the time, with growing pauses between them."""
+
+    def __init__(self, time_s: float, one_s: float) -> None:
+        self._time_s, self._one_s = time_s, one_s
+        self._end = time.monotonic() + time_s
+        self._count = 0
+
+    def next_s(self) -> float:
+        """Seconds that another try may take."""
+        self._count += 1
+        return min(self._end - time.monotonic(), self._one_s)
+
+    def failed(self, error: Exception) -> float:
+        """Seconds to wait before the next try. Raises `error` if it is no use, DeadlineError if there is no time."""
+        if not diagnose(error).retry:
+            raise error
+        pause_s = min(5.0, 0.1 * 2**self._count) * random.uniform(0.5, 1.0)
+        if time.monotonic() + pause_s >= self._end:
+            tries = f"{self._count} {'try' if self._count == 1 else 'tries'}"
+            raise DeadlineError(f"{tries} in {self._time_s:.0f} s") from error
+        return pause_s
 
 
 class Body:
@@ -149,4 +191,9 @@ def allow_for(limit: asyncio.Timeout, num_bytes: int) -> None:
     """More time for a large transfer."""
     when = limit.when()
     assert when is not None
-    limit.reschedule(when + num_bytes / _SLOWEST_BYTES_PER_S)
+    limit.reschedule(when + transfer_s(num_bytes))
+
+
+def transfer_s(num_bytes: int) -> float:
+    """Seconds that so many bytes are granted."""
+    return num_bytes / _SLOWEST_BYTES_PER_S

@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import fsspec
 
+from orchestrator.checkpoint.backend import Backend, Unfinished
 from orchestrator.checkpoint.fsspec_objects import FsspecObjects
 from orchestrator.checkpoint.local_folder import LocalFolder
 from orchestrator.checkpoint.s3_objects import S3Objects
@@ -36,25 +36,6 @@ Buffer = bytes | bytearray | memoryview
 DEADLINE_S = 60.0
 _CREATE_TRIES = 3
 _SETTLE_S = 2.0  # in which a request that another process has begun should have taken effect
-
-
-class Backend(Protocol):
-    """What keeps the objects. It raises FileNotFoundError for a missing one, else whatever its library raises."""
-
-    kind: str
-
-    def read(self, path: str, begin: int | None, end: int | None, timeout_s: float) -> bytes: ...
-    def write(self, path: str, parts: Sequence[memoryview]) -> None: ...
-    def create_once(self, path: str, data: bytes, timeout_s: float) -> None:
-        """Raises FileExistsError if there is such an object, perhaps ours."""
-        ...
-
-    def size(self, path: str) -> int: ...
-    def list(self, path: str) -> list[str]: ...
-    def delete(self, path: str) -> None: ...
-    def abort_unfinished(self, path: str, older_than_s: float) -> int: ...
-    def clock_skew_s(self, path: str) -> float | None: ...
-    def free_bytes(self, path: str) -> int | None: ...
 
 
 class Store:
@@ -106,6 +87,19 @@ class Store:
             StorageError: it could not be read.
         """
         return self._read(key, begin, end, self._deadline_s)
+
+    def read_into(self, key: str, begin: int, outs: Sequence[memoryview]) -> int:
+        """Fill `outs`, one after the other, from byte `begin` of an object on.
+
+        Returns:
+            How many bytes there were; fewer than asked for if the object is shorter.
+
+        Raises:
+            MissingObjectError: there is no such object.
+            StorageError: it could not be read; `outs` hold garbage.
+        """
+        with self._translated("read", key):
+            return self.backend.read_into(self._path(key), begin, outs, self._deadline_s)
 
     def write(self, key: str, parts: Sequence[Buffer]) -> None:
         """Store `parts`, one after the other, as one object; an existing one is replaced.
@@ -176,13 +170,19 @@ class Store:
         with self._translated("delete", key):
             self.backend.delete(self._path(key))
 
-    def abort_dangling_uploads(self, older_than_s: float) -> int:
-        """Remove what uploads left behind that were begun here so long ago and never finished; returns how many.
+    def unfinished_uploads(self) -> Sequence[Unfinished]:
+        """What uploads left behind that were begun here and not ended, or that still go on."""
+        with self._translated("list uploads in", ""):
+            return self.backend.unfinished(self._root)
 
-        An upload that is still going on and is that old is lost too: its writer gets a StorageError.
-        """
-        with self._translated("abort uploads in", ""):
-            return self.backend.abort_unfinished(self._root, older_than_s)
+    def upload_key(self, upload: Unfinished) -> str:
+        """The key, or its folder, that an unfinished upload was meant for."""
+        return upload.path.removeprefix(f"{self._root}/")
+
+    def abort_upload(self, upload: Unfinished) -> None:
+        """Remove what it left behind. If it still goes on, its writer gets a StorageError."""
+        with self._translated("abort an upload in", ""):
+            self.backend.abort(upload)
 
     def clock_skew_s(self) -> float | None:
         """Seconds by which the store's clock is ahead of ours, to about one; None if it does not tell."""

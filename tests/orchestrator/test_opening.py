@@ -93,7 +93,8 @@ def test_memory_that_a_trainer_refuses_is_not_offered_again(store: Store) -> Non
 def test_from_memory_only_names_are_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     group = Group(store).join()
     group.save(5)
-    monkeypatch.setattr(Store, "read", lambda *_: pytest.fail("storage is read"))
+    for name in ("read", "read_into"):
+        monkeypatch.setattr(Store, name, lambda *_: pytest.fail("storage is read"))
     for rank in (0, 1):
         group.down(rank, ExitKind.KILLED, held=FIVE)
     group.coordinator.tick()

@@ -29,3 +29,11 @@ def opened(deadline_s: float = 10.0) -> Store:
 def unfinished(server: S3Server) -> list:
     """Multipart uploads that were begun and never ended."""
     return server.client.list_multipart_uploads(BUCKET)
+
+
+def abort_all(store: Store) -> int:
+    """End every upload below the store that was begun and not ended; how many there were."""
+    uploads = store.unfinished_uploads()
+    for upload in uploads:
+        store.abort_upload(upload)
+    return len(uploads)

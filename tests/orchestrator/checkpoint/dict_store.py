@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from orchestrator.checkpoint.backend import Backend
 from orchestrator.checkpoint.store import Store
 
 
-class DictObjects:
+class DictObjects(Backend):
     """A backend of `Store`."""
 
     kind = "dict"
+    pieces_at_once = 1
 
     def __init__(self, objects: dict[str, bytes]) -> None:
         self.objects = objects
@@ -33,9 +35,6 @@ class DictObjects:
 
     def delete(self, path):
         self.objects.pop(path[1:], None)
-
-    def abort_unfinished(self, path, older_than_s):
-        return 0
 
     def _get(self, path):
         try:

@@ -53,8 +53,9 @@ class MortalStore:
     """A store whose process dies at `countdown`."""
 
     def __init__(self, inner: Store, countdown: Countdown) -> None:
-        self.url = inner.url
-        for name in ("read", "write", "create", "exists", "size", "list", "delete", "abort_dangling_uploads"):
+        self.url, self.backend = inner.url, inner.backend
+        names = ("read", "read_into", "write", "create", "exists", "size", "list", "delete", "unfinished_uploads")
+        for name in names:
             setattr(self, name, countdown.around(getattr(inner, name)))
 
 

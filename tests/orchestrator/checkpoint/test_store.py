@@ -46,6 +46,16 @@ class TestContract:
         store.write("a", [b"0123"])
         assert store.read("a", 2, 10) == b"23"
 
+    def test_a_range_is_read_to_where_it_belongs(self, store):
+        store.write("a", [b"0123456789"])
+        out = bytearray(b"........")
+        view = memoryview(out)
+        assert store.read_into("a", 2, [view[5:7], view[1:3]]) == 4 and out == b".45..23."
+        assert store.read_into("a", 8, [view[7:], view[:1], view[3:5]]) == 2 and out == b"945..238"
+        assert store.read_into("a", 10, [view]) == store.read_into("a", 3, []) == 0
+        with pytest.raises(MissingObjectError, match="gone"):
+            store.read_into("gone", 0, [view])
+
     def test_write_replaces(self, store):
         store.write("a", [b"a long first version"])
         store.write("a", [b"second"])

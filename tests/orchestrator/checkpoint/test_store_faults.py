@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+import traceback
 
 import pytest
 
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import AlreadyExistsError, MissingObjectError, StorageError, UnknownOutcomeError
 from tests.s3.fault_proxy import Fault, Kind
-from tests.s3.stores import BIG, MB, opened, unfinished
+from tests.s3.stores import BIG, MB, abort_all, opened, unfinished
 
 pytestmark = pytest.mark.s3
 
@@ -17,6 +18,7 @@ FOR_EVER = 10**6
 OPERATIONS = {
     "write": (lambda store: store.write("new", [b"data"]), "PUT"),
     "read": (lambda store: store.read("old"), "GET .*/old"),
+    "read_into": (lambda store: store.read_into("old", 0, [memoryview(bytearray(3))]), "GET .*/old"),
     "size": (lambda store: store.size("old"), "HEAD"),
     "list": (lambda store: store.list(""), "GET .*list-type"),
     "delete": (lambda store: store.delete("old"), "DELETE"),
@@ -66,6 +68,10 @@ class TestRepeated:
         store.write("new", [BIG])
         assert store.read("new") == BIG
         assert s3_proxy.fired(Kind.CUT_REQUEST) == s3_proxy.fired(Kind.CUT_ANSWER) == 1
+        s3_proxy.faults = [Fault(kind=Kind.CUT_ANSWER, match="GET", after_bytes=5 * MB)]
+        out = bytearray(len(BIG))
+        assert store.read_into("new", 0, [memoryview(out)]) == len(BIG) and out == BIG
+        assert s3_proxy.fired(Kind.CUT_ANSWER) == 2
 
     @pytest.mark.parametrize("kind", [Kind.CUT_REQUEST, Kind.LOSE_ANSWER, Kind.ANSWER])
     def test_a_part_that_fails_is_sent_again(self, s3_server, s3_proxy, parts_of_5_mb, kind):
@@ -84,7 +90,7 @@ class TestRepeated:
         s3_proxy.faults = [Fault(kind=kind, match=request_)]
         store.write("new", [BIG])
         assert store.read("new") == BIG and s3_proxy.fired(kind) == 1
-        store.abort_dangling_uploads(0)  # of an upload whose beginning got no answer nobody knows the name
+        abort_all(store)  # of an upload whose beginning got no answer nobody knows the name
 
     def test_a_slow_line_gets_the_time_that_the_size_needs(self, s3_proxy, parts_of_5_mb):
         store = opened(deadline_s=1.2)
@@ -93,6 +99,8 @@ class TestRepeated:
         began = time.monotonic()
         assert store.read("new") == BIG
         assert time.monotonic() - began > 11 / 8
+        assert store.read_into("new", 0, [memoryview(bytearray(len(BIG)))]) == len(BIG)
+        assert time.monotonic() - began > 2 * 11 / 8
 
 
 class TestGivenUp:
@@ -107,6 +115,25 @@ class TestGivenUp:
             call(store)
         assert time.monotonic() - began < 3
         assert s3_proxy.fired(Kind.BLACK_HOLE) >= 2
+
+    def test_what_is_said_of_a_download_lets_nobody_read_it(self, s3_proxy):
+        store = opened(deadline_s=1.0)
+        s3_proxy.faults = [Fault(kind=Kind.LOSE_ANSWER, match="GET .*/old", count=FOR_EVER)]
+        with pytest.raises(StorageError) as caught:
+            store.read_into("old", 0, [memoryview(bytearray(3))])
+        assert "/old" in str(caught.value) and "Signature" not in "".join(traceback.format_exception(caught.value))
+        assert s3_proxy.fired(Kind.LOSE_ANSWER) >= 2
+
+    def test_a_download_that_trickles(self, s3_proxy, monkeypatch):
+        monkeypatch.setattr("orchestrator.checkpoint.s3_requests._SLOWEST_BYTES_PER_S", 20 * MB)
+        store = opened()
+        store.write("new", [BIG])
+        store._deadline_s = store.backend._requests._deadline_s = 1.5
+        s3_proxy.bytes_per_s = MB  # something arrives all the time, and it would take 11 s
+        began = time.monotonic()
+        with pytest.raises(StorageError, match="no answer in time"):
+            store.read_into("new", 0, [memoryview(bytearray(len(BIG)))])
+        assert time.monotonic() - began < 6
 
     def test_a_black_hole_in_the_middle_of_a_large_upload(self, s3_server, s3_proxy, parts_of_5_mb, monkeypatch):
         monkeypatch.setattr("orchestrator.checkpoint.s3_requests._SLOWEST_BYTES_PER_S", 20 * MB)

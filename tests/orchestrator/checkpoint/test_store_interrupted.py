@@ -15,7 +15,7 @@ from orchestrator.checkpoint.catalog import newest_stable
 from orchestrator.checkpoint.store import Store
 from tests.orchestrator.checkpoint.states import equal, load, make_state, save
 from tests.s3.server import BUCKET
-from tests.s3.stores import BIG, MB, opened, unfinished
+from tests.s3.stores import BIG, MB, abort_all, opened, unfinished
 
 pytestmark = pytest.mark.s3
 
@@ -40,17 +40,18 @@ class TestServerKilled:
 
 
 class TestUnfinishedUploads:
-    def test_only_old_ones_below_our_prefix_are_aborted(self, s3_server, s3_url):
+    def test_only_those_below_our_prefix_are_seen(self, s3_server, s3_url):
         client, store = s3_server.client, Store.open(f"{s3_url}/run")
         prefix = store.url.removeprefix(f"s3://{BUCKET}/")
         keys = [f"{prefix}/checkpoints/1/shard", f"{prefix}-2/checkpoints/1/shard"]
         for key in keys:
             client.call_s3("create_multipart_upload", Bucket=BUCKET, Key=key)
-        assert store.abort_dangling_uploads(3600) == 0
+        (upload,) = store.unfinished_uploads()
+        assert store.upload_key(upload) == "checkpoints/1/shard" and abs(upload.begun_s - time.time()) < 60
         assert {upload["Key"] for upload in unfinished(s3_server)} == set(keys)
-        assert store.abort_dangling_uploads(0) == 1
+        assert abort_all(store) == 1
         assert [upload["Key"] for upload in unfinished(s3_server)] == keys[1:]
-        Store.open(f"{s3_url}/run-2").abort_dangling_uploads(0)
+        abort_all(Store.open(f"{s3_url}/run-2"))
 
     def test_of_a_process_that_was_killed(self, s3_server, s3_proxy):
         url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
@@ -69,7 +70,7 @@ Store.open({url!r}).write("big", [bytes(20 << 20)])
         process.wait()
         store = Store.open(url)
         assert not store.exists("big") and len(unfinished(s3_server)) == 1
-        assert store.abort_dangling_uploads(0) == 1
+        assert abort_all(store) == 1
         assert unfinished(s3_server) == []
 
 

@@ -146,7 +146,7 @@ class TestCommit:
 
 
 def test_a_large_shard_is_read_back_in_ranges(any_store, monkeypatch):
-    monkeypatch.setattr("orchestrator.checkpoint.writer._READ_BACK_BYTES", 1000)
+    monkeypatch.setattr(type(any_store.backend), "piece_bytes", 1000)
     spec = TensorSpec(name="big", dtype="U8", shape=(5500,))
     data = np.random.default_rng(0).integers(0, 256, 5500, np.uint8)
     chunks = [Chunk(spec=spec, row_offset=0, num_rows=5500, begin=0, end=5500)]
@@ -161,7 +161,7 @@ def test_how_much_is_read_back(verify, reads, finds):
         store, count = Store.open(f"memory://{uuid.uuid4().hex}"), []
         spec = TensorSpec(name="a", dtype="U8", shape=(100_000,))
         chunk = Chunk(spec=spec, row_offset=0, num_rows=100_000, begin=0, end=100_000)
-        write, read = store.write, store.read
+        write, reads_of = store.write, {name: getattr(store, name) for name in ("read", "read_into")}
 
         def corrupt(key, parts, write=write, damaged=damaged):
             data = bytearray(b"".join(map(bytes, parts)))
@@ -169,7 +169,8 @@ def test_how_much_is_read_back(verify, reads, finds):
             write(key, [data])
 
         store.write = corrupt
-        store.read = lambda *args, count=count, read=read: count.append(args) or read(*args)
+        for name, read in reads_of.items():
+            setattr(store, name, lambda *args, count=count, read=read: count.append(args) or read(*args))
         expected = pytest.raises(StorageError) if damaged and finds else contextlib.nullcontext()
         with expected:
             write_shard(store, REF.shard(0, 1), [chunk], memoryview(bytes(100_000)), {}, verify)

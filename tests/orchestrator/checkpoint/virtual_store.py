@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from orchestrator.checkpoint.backend import Backend
 from orchestrator.checkpoint.store import Store
 
 
@@ -174,10 +175,11 @@ class VirtualTime:
         self.monotonic = lambda: world.now
 
 
-class VirtualBackend:
+class VirtualBackend(Backend):
     """Each operation gives up control before it takes effect and after, and draws its faults."""
 
     kind = "virtual"
+    pieces_at_once = 1
 
     def __init__(self, world: World, process: Process) -> None:
         self._world, self._process = world, process
@@ -209,9 +211,6 @@ class VirtualBackend:
     def create_once(self, path: str, data: bytes, timeout_s: float) -> None:
         if not self._act("create", path, data, lambda key: key not in self._world.objects):
             raise FileExistsError(path)
-
-    def abort_unfinished(self, path: str, older_than_s: float) -> int:
-        return self._before() or 0
 
     def _act(self, verb: str, path: str, data: bytes | None, possible: Callable[[str], bool]) -> bool:
         """Whether it had an effect. `possible` is asked at that moment."""
