@@ -46,8 +46,9 @@ class SaveSchedule:
     def poll(self, progress: Progress) -> Directive:
         if progress.step == self._num_steps:
             return Directive(save=True)
-        due = self._config.tiers_due(progress.step, self._num_steps)
-        return Directive(save=bool(due) and self._checkpointer.may_save(progress))
+        due = bool(self._config.tiers_due(progress.step, self._num_steps))
+        due = due or (self._config.automatic and self._checkpointer.is_due(progress))
+        return Directive(save=due and self._checkpointer.may_save(progress))
 
     def stop(self) -> Directive:
         """Stop here, saved. All ranks say so after the same step."""
@@ -71,6 +72,10 @@ class SharedMemoryCheckpointer:
         """Of the newest committed checkpoint that this rank has heard of."""
         self._agreed = begin.committed
         """What all ranks had heard of when the last snapshot was taken."""
+        self._every_steps = begin.every_steps or begin.checkpoint.interval_steps
+        self._next_every_steps = self._every_steps
+        """What this rank was told last; others may not have heard it yet."""
+        self._next_step = 0
         self._undecided = False
         """A snapshot was taken that not all ranks are known to have heard the end of; alike on all ranks."""
         self.stopping = False
@@ -88,7 +93,12 @@ class SharedMemoryCheckpointer:
             self._undecided = memory.pending
         elif self._begin.restore is not None:
             self._restore_from_storage(state, self._begin.restore)
+        self._next_step = state.progress.step + self._every_steps
         self._agent.send(Restored(progress=state.progress))
+
+    def is_due(self, progress: Progress) -> bool:
+        """Whether it is time for a save by the interval that was found out; the same answer on all ranks."""
+        return progress.step >= self._next_step
 
     def may_save(self, progress: Progress) -> bool:
         """Whether the save that is due now is made; `checkpoint.when_busy` says what it does if one still runs.
@@ -106,6 +116,7 @@ class SharedMemoryCheckpointer:
         if self._lags(progress, self._agreed):
             self._settle()
             return True
+        self._next_step = progress.step + self._every_steps
         self._agent.send(Skipped(progress=progress))
         return False
 
@@ -113,6 +124,8 @@ class SharedMemoryCheckpointer:
         begun_s = time.monotonic()
         self._settle()  # a failed save was reported by the coordinator; this newer one takes its place
         self._agreed = self._committed
+        self._every_steps = self._next_every_steps  # by now every rank has heard the end of the save before
+        self._next_step = state.progress.step + self._every_steps
         lags = self._lags(state.progress, self._agreed)
         self._agent.send(Entered(phase=Phase.SAVING))
         self._take_snapshot(state)
@@ -165,6 +178,7 @@ class SharedMemoryCheckpointer:
         ended = self._agent.recv()
         assert isinstance(ended, SaveEnded) and ended.progress == self._pending, ended
         self._pending = None
+        self._next_every_steps = ended.every_steps or self._next_every_steps
         if ended.error is None and ended.tier == "storage":
             self._committed = ended.progress
         return ended.error
@@ -174,7 +188,7 @@ class SharedMemoryCheckpointer:
         most = self._config.max_lag_steps
         if most is None or "storage" not in self._tiers(progress):
             return False
-        return progress.step + self._config.interval_steps - committed.step > most
+        return progress.step + self._every_steps - committed.step > most
 
     def _tiers(self, progress: Progress) -> tuple[TierName, ...]:
         """Where the state of `progress` is saved; one that is saved for a reason of its own is to last."""

@@ -83,7 +83,7 @@ class RunConfig(TrainerConfig):
     def _check_rollback(self) -> None:
         keep, every = self.checkpoint.retention.last, self.checkpoint.interval_steps
         undone, tier = self.divergence.rollback_steps, self.checkpoint.storage
-        if keep is not None and keep * every < undone:
+        if keep is not None and keep * every < undone and not self.checkpoint.automatic:  # that knows what it must keep
             key, interval = "checkpoint.keep.last", "checkpoint.every_steps"
             if tier is not None:
                 key, interval = f"keep of the tier {tier.url}", "its every"

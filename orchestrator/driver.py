@@ -105,6 +105,7 @@ def _spec(config: RunConfig, run_id: str, more_preload: Sequence[str]) -> RunSpe
         preload=(*preload(config), *more_preload),
         watchdog=config.watchdog,
         failures=config.failures,
+        rollback_steps=config.divergence.rollback_steps,
         quarantine=config.data.quarantine,
     )
 

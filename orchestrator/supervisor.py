@@ -188,6 +188,7 @@ class Supervisor:
             memory=memory,
             committed=launch.committed,
             exclusions=launch.exclusions,
+            every_steps=launch.every_steps,
         )
         self._tell_trainer(begin)
         self._coordinator.send(Started(attempt=launch.attempt, pid=self._pid, agent_pid=os.getpid(), node=self._node))

@@ -47,6 +47,9 @@ class ClusterNodes:
     def take_drained(self) -> None:
         """Nothing: whoever runs the cluster takes the node away."""
 
+    def tend(self) -> None:
+        """Nothing: they are not ours."""
+
     def cut_off(self, place: Place, seconds: float) -> None:
         raise AssertionError("the network of a cluster of somebody else is left alone")
 

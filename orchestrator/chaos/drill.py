@@ -137,6 +137,7 @@ class Drill:
             if late:
                 kind = late[0].injection.fault.kind
                 return f"it has not recovered from {kind} in {self._plan.patience_s:g} s, and was ended"
+            self._nodes.tend()
             self._inject_next()
 
     def _take(self, event: Event) -> None:

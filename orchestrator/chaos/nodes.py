@@ -21,7 +21,7 @@ from orchestrator.chaos.namespaces import Namespaces
 from orchestrator.errors import ClusterError
 
 _STORE_BYTES = 80_000_000  # little more than Ray's least: runs keep nothing in it
-_START_S = 120.0
+_TRIES = 3  # Ray gives a node 30 s to start; a busy machine may need longer
 _DRAIN_S = 60
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
@@ -37,6 +37,17 @@ class Place:
     """Process id."""
     agent: int
     """Process id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """A node that is coming up."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    options: Sequence[str]
+    prefix: Sequence[str]
+    tries: int
 
 
 class Nodes(Protocol):
@@ -63,6 +74,10 @@ class Nodes(Protocol):
 
     def take_drained(self) -> None:
         """The run has left what was drained: take it away, if that is in our hands."""
+        ...
+
+    def tend(self) -> None:
+        """Called now and then: nodes that did not come up are started once more."""
         ...
 
     def close(self) -> None:
@@ -107,13 +122,16 @@ class LocalNodes:
         self.environment: Mapping[str, str] = {**os.environ, **own, "RAY_ADDRESS": self._address}
         self._processes: list[subprocess.Popen[bytes]] = []
         self._num_started = 0
+        self._starting: list[_Start] = []
         self._leaving: list[int] = []
         try:
             head = ["--head", f"--port={self._address.rpartition(':')[2]}", f"--temp-dir={self.folder}"]
             head += ["--include-dashboard=false", f"--num-cpus={0 if num_nodes else cpus}"]
-            self._wait(self._start([*head, f"--node-ip-address={host}"]))
-            for started in [self._add() for _ in range(num_nodes)]:
-                self._wait(started)
+            self._start([*head, f"--node-ip-address={host}"])
+            self._wait()
+            for _ in range(num_nodes):
+                self._add()
+            self._wait()
         except BaseException:
             self.close()
             raise
@@ -150,7 +168,23 @@ class LocalNodes:
             self._network.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _add(self) -> tuple[subprocess.Popen[bytes], Path]:
+    def tend(self) -> None:
+        for start in list(self._starting):
+            said = start.log.read_text(errors="replace")
+            if "--block" in said:
+                self._starting.remove(start)
+            elif start.process.poll() is not None:
+                self._starting.remove(start)
+                if start.tries == _TRIES:
+                    raise ClusterError(f"a Ray node on this machine does not start: {said.strip()[-400:]}")
+                self._start(start.options, start.prefix, start.tries + 1)
+
+    def _wait(self) -> None:
+        while self._starting:
+            self.tend()
+            time.sleep(0.05)
+
+    def _add(self) -> None:
         # Addresses of their own: a driver attaches to the node of its own address, and must not lose that.
         prefix: Sequence[str] = ()
         if self._network is not None:
@@ -158,9 +192,9 @@ class LocalNodes:
         else:
             address = f"127.0.0.{self._num_started + 1}"
         options = [f"--address={self._address}", f"--num-cpus={self._cpus}", f"--node-ip-address={address}"]
-        return self._start(options, prefix)
+        self._start(options, prefix)
 
-    def _start(self, options: Sequence[str], prefix: Sequence[str] = ()) -> tuple[subprocess.Popen[bytes], Path]:
+    def _start(self, options: Sequence[str], prefix: Sequence[str] = (), tries: int = 1) -> None:
         self._num_started += 1
         log = self.folder / f"start-{self._num_started}.log"
         plain = [f"--object-store-memory={_STORE_BYTES}", "--disable-usage-stats", "--block"]
@@ -175,15 +209,7 @@ class LocalNodes:
                 preexec_fn=_end_with_parent,
             )
         self._processes.append(process)
-        return process, log
-
-    def _wait(self, started: tuple[subprocess.Popen[bytes], Path]) -> None:
-        process, log = started
-        end = time.monotonic() + _START_S
-        while "--block" not in (said := log.read_text(errors="replace")):
-            if process.poll() is not None or time.monotonic() > end:
-                raise ClusterError(f"a Ray node on this machine does not start: {said.strip()[-400:]}")
-            time.sleep(0.05)
+        self._starting.append(_Start(process=process, log=log, options=options, prefix=prefix, tries=tries))
 
 
 def _ray() -> str:
