@@ -21,7 +21,7 @@ from orchestrator.chaos.namespaces import Namespaces
 from orchestrator.errors import ClusterError
 
 _STORE_BYTES = 80_000_000  # little more than Ray's least: runs keep nothing in it
-_TRIES = 3  # Ray gives a node 30 s to start; a busy machine may need longer
+_TRIES = 10  # Ray gives a node 30 s to start; a busy machine may need longer
 _DRAIN_S = 60
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
@@ -159,11 +159,7 @@ class LocalNodes:
 
     def close(self) -> None:
         for process in reversed(self._processes):
-            for pid in [*_descendants(process.pid), process.pid]:
-                _kill(pid)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its own session: also what has lost its parent
-            process.wait()
+            _end_session(process)
         if self._network is not None:
             self._network.close()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -173,11 +169,13 @@ class LocalNodes:
             said = start.log.read_text(errors="replace")
             if "--block" in said:
                 self._starting.remove(start)
-            elif start.process.poll() is not None:
+            elif start.process.poll() is not None and start is self._starting[0]:  # one after the other this time
                 self._starting.remove(start)
+                _end_session(start.process)
                 if start.tries == _TRIES:
                     raise ClusterError(f"a Ray node on this machine does not start: {said.strip()[-400:]}")
                 self._start(start.options, start.prefix, start.tries + 1)
+                self._starting.insert(0, self._starting.pop())
 
     def _wait(self) -> None:
         while self._starting:
@@ -245,6 +243,14 @@ def kill_node_of(pid: int) -> None:
 def _kill_node(raylet: int) -> None:
     for pid in [raylet, *_descendants(raylet)]:
         _kill(pid)
+
+
+def _end_session(process: subprocess.Popen[bytes]) -> None:
+    for pid in _descendants(process.pid):
+        _kill(pid)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # also what has lost its parent
+    process.wait()
 
 
 def _kill(pid: int) -> None:
