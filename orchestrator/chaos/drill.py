@@ -163,7 +163,8 @@ class Drill:
         if found.passed and (found.resumed_step is None or self._watch.step > found.resumed_step + found.lost_steps):
             self._open.remove(entry)
             self._say(f"{found.fault.kind}: recovered after {found.recovered_s:.2f} s, {found.lost_steps} steps lost")
-            self._nodes.take_drained()
+            if found.fault.kind is FaultKind.DRAIN:
+                self._nodes.take_drained()
 
     def _inject_next(self) -> None:
         watch = self._watch

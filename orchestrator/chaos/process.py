@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -17,13 +18,17 @@ class DrilledProcess:
     """One life of the driver; see `orchestrator/chaos/drilled.py` for what it runs."""
 
     def __init__(self, config: Path, preload: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        """Args: log: takes what it writes to stderr."""
-        command = [sys.executable, "-m", "orchestrator.chaos.drilled", str(config), *preload]
+        """Args: log: takes what it prints."""
+        # Not its stdout: Ray writes there too.
+        ours, theirs = os.pipe()
+        command = [sys.executable, "-m", "orchestrator.chaos.drilled", str(theirs), str(config), *preload]
         self._log = log
-        with log.open("a") as errors:
+        with log.open("a") as out:
             self._process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=errors, env=dict(environment), start_new_session=True
+                command, stdout=out, stderr=out, env=dict(environment), pass_fds=[theirs], start_new_session=True
             )
+        os.close(theirs)
+        self._lines = os.fdopen(ours, "rb")
         self.events: SimpleQueue[Event | None] = SimpleQueue()
         """All that it tells; None: it is over."""
         self._reader = threading.Thread(target=self._read, name="drilled", daemon=True)
@@ -48,10 +53,11 @@ class DrilledProcess:
         return lines[-1] if lines else "it said nothing"
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as lines:
-            for line in lines:
-                if line.endswith(b"\n"):  # one cut short is the last one of a killed process
-                    kind, time_s, fields = json.loads(line)
-                    self.events.put(Event(kind=kind, fields=fields, time_s=time_s))
-        self.events.put(None)
+        try:
+            with self._lines:
+                for line in self._lines:
+                    if line.endswith(b"\n"):  # one cut short is the last one of a killed process
+                        kind, time_s, fields = json.loads(line)
+                        self.events.put(Event(kind=kind, fields=fields, time_s=time_s))
+        finally:
+            self.events.put(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from orchestrator.chaos.drill import Watch, flip_a_bit
 from orchestrator.chaos.exercise import DrillRequest, choose_kinds, copy_of
 from orchestrator.chaos.faults import FaultKind
-from orchestrator.checkpoint.catalog import newest_stable
+from orchestrator.chaos.namespaces import why_not
+from orchestrator.checkpoint.catalog import list_checkpoints, newest_stable
 from orchestrator.checkpoint.reader import verify
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import load_config
@@ -84,20 +86,43 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     assert any(name in problem for problem in verify(store, newest.ref))
 
 
+def unbroken_chaos(folder: Path, *arguments: str) -> dict[str, Any]:
+    """The scorecard of a drill that passes."""
+    command = [sys.executable, "-m", "orchestrator", "chaos", str(write_config(folder)), *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return json.loads(done.stdout)
+
+
 @pytest.mark.ray
 @pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_drill(tmp_path: Path) -> None:
     """A trainer killed, everything killed and a checkpoint corrupted, one sample not a number."""
-    config = write_config(tmp_path)
-    command = [sys.executable, "-m", "orchestrator", "chaos", str(config), "train.num_steps=30", "--json"]
-    command += ["checkpoint.every_steps=3", "--faults", "kill-worker,corrupt-checkpoint,nan", "--seed", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr + done.stdout
-    card = json.loads(done.stdout)
+    overrides = ("train.num_steps=30", "checkpoint.every_steps=3")
+    card = unbroken_chaos(tmp_path, *overrides, "--faults", "kill-worker,corrupt-checkpoint,nan", "--seed", "2")
     assert card["passed"] and card["bitwise_same"] and len(card["faults"]) == 3
     noticed = {fault["fault"]["kind"]: fault["noticed_by"] for fault in card["faults"]}
     assert noticed == {"kill-worker": "down", "corrupt-checkpoint": "quarantined", "nan": "bad_step"}
     assert not (tmp_path / "run").exists(), "the run that the config names is left alone"
     assert {path.name.split("-")[1] for path in tmp_path.glob("run-*")} == {"undisturbed", "drilled"}
+
+
+@pytest.mark.ray
+@pytest.mark.chaos
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif("UNBROKEN_TEST_LONG" not in os.environ, reason="takes minutes: UNBROKEN_TEST_LONG=1")
+def test_a_network_that_is_cut_off_and_heals(tmp_path: Path) -> None:
+    """One attempt survives. What the cut-off node still does, it does to nobody: the storage is in its reach."""
+    if (reason := why_not()) is not None:
+        pytest.skip(f"no network can be cut off: {reason}")
+    card = unbroken_chaos(tmp_path, "train.num_steps=3000", "checkpoint.every_steps=50", "--faults", "partition")
+    (fault,) = card["faults"]
+    assert fault["passed"] and card["bitwise_same"]
+    store = Store.open(card["drilled"])
+    committed = [info.manifest for info in list_checkpoints(store) if info.manifest is not None]
+    in_time = sorted(committed, key=lambda manifest: manifest.created_at)
+    assert [manifest.attempt for manifest in in_time] == sorted(manifest.attempt for manifest in in_time)
+    assert all(verify(store, info.ref) == [] for info in list_checkpoints(store) if info.manifest is not None)
