@@ -100,8 +100,8 @@ def unbroken_chaos(folder: Path, *arguments: str) -> dict[str, Any]:
 @pytest.mark.timeout(900)
 def test_a_drill(tmp_path: Path) -> None:
     """A trainer killed, everything killed and a checkpoint corrupted, one sample not a number."""
-    overrides = ("train.num_steps=30", "checkpoint.every_steps=3")
-    card = unbroken_chaos(tmp_path, *overrides, "--faults", "kill-worker,corrupt-checkpoint,nan", "--seed", "2")
+    overrides = ("train.num_steps=80", "checkpoint.every_steps=4")
+    card = unbroken_chaos(tmp_path, *overrides, "--faults", "kill-worker,corrupt-checkpoint,nan", "--seed", "9")
     assert card["passed"] and card["bitwise_same"] and len(card["faults"]) == 3
     noticed = {fault["fault"]["kind"]: fault["noticed_by"] for fault in card["faults"]}
     assert noticed == {"kill-worker": "down", "corrupt-checkpoint": "quarantined", "nan": "bad_step"}
