@@ -74,6 +74,11 @@ class RunConfig(TrainerConfig):
                 f"checkpoint.keep.best.metric={best.metric} is not measured; set validation.fraction and"
                 " validation.every_steps"
             )
+        if self.checkpoint.automatic:
+            raise ConfigError(
+                f"checkpoint.keep.best.metric={best.metric}: with checkpoint.every_steps=auto few checkpoints have a"
+                " validation; give a number of steps"
+            )
         if save % every and every % save:
             raise ConfigError(
                 f"checkpoint.keep.best.metric={best.metric}: few of the checkpoints of every {save} steps have a"

@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpointer import LaggingError, SaveSchedule, SharedMemoryCheckpointer
 from orchestrator.liveness import Entered, StopAt
 from orchestrator.messages import Begin
@@ -126,3 +127,17 @@ def test_the_watchdog_hears_of_copies_and_of_waiting_for_storage(closing: list[T
         trainer.save(10)
     agent.join(10)
     assert phases(heard) == [Phase.SAVING, Overwriting, Snapshot, Phase.STORING, Paused, Phase.TRAINING]
+
+
+def test_an_interval_that_was_found_out_is_taken_up_when_every_rank_has_heard_it(closing: list[Trainer]) -> None:
+    """It comes with the end of a save, which ranks read at different steps; they meet at the next save."""
+    trainer = start(closing, every_steps="auto", keep=RetentionConfig(every_steps=17))
+    trainer.checkpointer.restore(cast(TrainState, SimpleNamespace(progress=Progress())))
+    due = []
+    for step in range(1, NUM_STEPS + 1):
+        if trainer.poll(step).save:
+            due.append(step)
+            trainer.save(step)
+            trainer.agent.send(SaveEnded(progress=Progress(step, step), every_steps=4 if step == 1 else 7))
+    # 1, 2: the interval of the start; then 4, said at the end of 1; then 7. 17 is kept for good, 20 is the end.
+    assert due == [1, 2, 6, 13, 17, 20]
