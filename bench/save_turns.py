@@ -24,7 +24,8 @@ from bench.workload import pin
 from orchestrator import trainer_process
 from orchestrator.checkpoint.keys import shard_name
 from orchestrator.checkpoint.writer import prepare_shard
-from orchestrator.checkpointer import SharedMemoryCheckpointer, layout, owned_tensors
+from orchestrator.checkpointer import SharedMemoryCheckpointer
+from orchestrator.snapshot_layout import layout, owned_tensors
 from trainers.progress import Progress
 from trainers.state import TrainState
 from trainers.step import Task, train_step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -23,12 +23,12 @@ from orchestrator.memory_restore import fill_from_memory
 from orchestrator.messages import Begin, Restored
 from orchestrator.saving import Chunks, Overwriting, Paused, SaveEnded, Skipped, Snapshot
 from orchestrator.sections import CheckpointConfig, TierName
+from orchestrator.snapshot_layout import layout, owned_tensors, snapshot_bytes
 from orchestrator.watchdog import Phase
 from trainers.errors import StateMismatchError
 from trainers.fingerprint import format_fingerprint
 from trainers.ports import Directive
 from trainers.progress import Progress
-from trainers.shards import DTYPE_BYTES, Chunk
 from trainers.state import LocalTensor, TrainState, fingerprints
 
 
@@ -47,8 +47,9 @@ class SaveSchedule:
     def poll(self, progress: Progress) -> Directive:
         if progress.step == self._num_steps:
             return Directive(save=True)
-        due = self._config.tiers_due(progress.step, self._num_steps)
-        return Directive(save=bool(due) and self._checkpointer.may_save(progress))
+        due = bool(self._config.tiers_due(progress.step, self._num_steps))
+        due = due or (self._config.automatic and self._checkpointer.is_due(progress))
+        return Directive(save=due and self._checkpointer.may_save(progress))
 
     def stop(self) -> Directive:
         """Stop here, saved. All ranks say so after the same step."""
@@ -72,6 +73,10 @@ class SharedMemoryCheckpointer:
         """Of the newest committed checkpoint that this rank has heard of."""
         self._agreed = begin.committed
         """What all ranks had heard of when the last snapshot was taken."""
+        self._every_steps = begin.every_steps or begin.checkpoint.interval_steps
+        self._next_every_steps = self._every_steps
+        """What this rank was told last; others may not have heard it yet."""
+        self._next_step = 0
         self._undecided = False
         """A snapshot was taken that not all ranks are known to have heard the end of; alike on all ranks."""
         self._names: list[str] = []
@@ -92,8 +97,13 @@ class SharedMemoryCheckpointer:
             self._undecided = memory.pending
         elif self._begin.restore is not None:
             self._restore_from_storage(state, self._begin.restore)
-        self._room(_snapshot_bytes(state))
+        self._room(snapshot_bytes(state))
+        self._next_step = state.progress.step + self._every_steps
         self._agent.send(Restored(progress=state.progress))
+
+    def is_due(self, progress: Progress) -> bool:
+        """Whether it is time for a save by the interval that was found out; the same answer on all ranks."""
+        return progress.step >= self._next_step
 
     def may_save(self, progress: Progress) -> bool:
         """Whether the save that is due now is made; `checkpoint.when_busy` says what it does if one still runs.
@@ -111,6 +121,7 @@ class SharedMemoryCheckpointer:
         if self._lags(progress, self._agreed):
             self._settle()
             return True
+        self._next_step = progress.step + self._every_steps
         self._agent.send(Skipped(progress=progress))
         return False
 
@@ -118,6 +129,8 @@ class SharedMemoryCheckpointer:
         begun_s = time.monotonic()
         self._settle()  # a failed save was reported by the coordinator; this newer one takes its place
         self._agreed = self._committed
+        self._every_steps = self._next_every_steps  # by now every rank has heard the end of the save before
+        self._next_step = state.progress.step + self._every_steps
         lags = self._lags(state.progress, self._agreed)
         self._agent.send(Entered(phase=Phase.SAVING))
         self._take_snapshot(state)
@@ -172,6 +185,7 @@ class SharedMemoryCheckpointer:
         ended = self._agent.recv()
         assert isinstance(ended, SaveEnded) and ended.progress == self._pending, ended
         self._pending = None
+        self._next_every_steps = ended.every_steps or self._next_every_steps
         if ended.error is None and ended.tier == "storage":
             self._committed = ended.progress
         return ended.error
@@ -181,7 +195,7 @@ class SharedMemoryCheckpointer:
         most = self._config.max_lag_steps
         if most is None or "storage" not in self._tiers(progress):
             return False
-        return progress.step + self._config.interval_steps - committed.step > most
+        return progress.step + self._every_steps - committed.step > most
 
     def _tiers(self, progress: Progress) -> tuple[TierName, ...]:
         """Where the state of `progress` is saved; one that is saved for a reason of its own is to last."""
@@ -212,39 +226,6 @@ class SharedMemoryCheckpointer:
             os.ftruncate(self._buffer_handle, size_bytes)
             self._buffer = mmap.mmap(self._buffer_handle, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         return self._buffer
-
-
-def owned_tensors(state: TrainState) -> list[LocalTensor]:
-    """Those of which this rank saves rows. Larger elements go first in a file, so that every tensor is aligned."""
-    owned = [local for local in state.tensors() if local.tensor.numel() and _num_rows(local)]
-    return sorted(owned, key=lambda local: local.tensor.element_size(), reverse=True)
-
-
-def _num_rows(local: LocalTensor) -> int:
-    start, stop = local.owned_rows()
-    return stop - start
-
-
-def layout(owned: Sequence[LocalTensor]) -> Chunks:
-    """Where the rows that this rank saves lie in a snapshot: back to back."""
-    chunks, end = [], 0
-    for local in owned:
-        start, stop = local.owned_rows()
-        begin, end = end, end + (stop - start) * local.spec.row_bytes
-        offset = local.row_offset + start
-        chunks.append(Chunk(spec=local.spec, row_offset=offset, num_rows=stop - start, begin=begin, end=end))
-    return Chunks(chunks)
-
-
-def _snapshot_bytes(state: TrainState) -> int:
-    """What this rank's snapshot takes, with the EMA profiles that begin in the next step."""
-    chunks = layout(owned_tensors(state))
-    trained = {f"model/{parameter.name}" for parameter in state.parameters}
-    sizes = [
-        (chunk.end - chunk.begin) // DTYPE_BYTES[chunk.spec.dtype] for chunk in chunks if chunk.spec.name in trained
-    ]
-    profiles = len(state.ema.beginning(state.progress.step + 1))
-    return sum(chunk.end - chunk.begin for chunk in chunks) + profiles * sum(sizes) * DTYPE_BYTES["F32"]
 
 
 class _Destination:

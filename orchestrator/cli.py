@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import click
 
+from orchestrator.commands.chaos import chaos
 from orchestrator.commands.checkpoints import checkpoints
 from orchestrator.commands.config import config
 from orchestrator.commands.deploy import deploy
@@ -31,7 +32,7 @@ Exit codes:
   0    done
   1    an error nobody foresaw: a bug in unbroken
   2    usage or configuration: nothing was started
-  3    the run failed, or `prove` or `verify` found a difference
+  3    the run failed; `prove` or `verify` found a difference; `chaos` a fault that was not recovered from
   4    gave up: the failure policy ended the run, with its reason
   5    storage did not do what was asked
   6    superseded: a newer attempt owns the run
@@ -118,7 +119,7 @@ def main(debug: bool) -> None:
 
 
 for command in (
-    *(train, submit, resume, logs, stop, jobs, status, runs, report, prove),
+    *(train, submit, resume, logs, stop, jobs, status, runs, report, prove, chaos),
     *(sample, evaluate, export, ema, checkpoints, tracking, config, doctor, deploy),
 ):
     main.add_command(command)

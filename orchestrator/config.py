@@ -74,6 +74,11 @@ class RunConfig(TrainerConfig):
                 f"checkpoint.keep.best.metric={best.metric} is not measured; set validation.fraction and"
                 " validation.every_steps"
             )
+        if self.checkpoint.automatic:
+            raise ConfigError(
+                f"checkpoint.keep.best.metric={best.metric}: with checkpoint.every_steps=auto few checkpoints have a"
+                " validation; give a number of steps"
+            )
         if save % every and every % save:
             raise ConfigError(
                 f"checkpoint.keep.best.metric={best.metric}: few of the checkpoints of every {save} steps have a"
@@ -83,7 +88,7 @@ class RunConfig(TrainerConfig):
     def _check_rollback(self) -> None:
         keep, every = self.checkpoint.retention.last, self.checkpoint.interval_steps
         undone, tier = self.divergence.rollback_steps, self.checkpoint.storage
-        if keep is not None and keep * every < undone:
+        if keep is not None and keep * every < undone and not self.checkpoint.automatic:  # that knows what it must keep
             key, interval = "checkpoint.keep.last", "checkpoint.every_steps"
             if tier is not None:
                 key, interval = f"keep of the tier {tier.url}", "its every"

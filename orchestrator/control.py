@@ -144,10 +144,13 @@ class NodeWatch:
         self._ordered: set[tuple[str, ...]] = set()
         self._roomy_polls = 0
         self._closed = threading.Event()
-        threading.Thread(target=self._work, name="nodes", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="nodes", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
+        """Look no more: Ray must not be shut down under a thread that asks it something."""
         self._closed.set()
+        self._thread.join(timeout=5)
 
     def _work(self) -> None:
         while not self._closed.wait(NODE_POLL_S):

@@ -38,6 +38,7 @@ from orchestrator.messages import (
     TrainerExit,
 )
 from orchestrator.opening import Opener, Opening
+from orchestrator.past import PastReader
 from orchestrator.run_spec import RunSpec
 from orchestrator.save_round import SaveRound
 from orchestrator.saving import Paused, Receipt, SaveDelayed, SaveFailed, Skipped
@@ -69,7 +70,8 @@ class Coordinator:
         self._send = send
         self._notify = notify
         self._casebook = Casebook(spec, self._event)
-        self._steps = StepLog(self._event)
+        self._past = PastReader(spec, self._event)
+        self._steps = StepLog(self._past, self._event)
         self._opener = Opener(spec, stores, world_size, self._event)
         self._opening = Opening(attempt=0)
         self._joined: set[int] = set()
@@ -77,7 +79,7 @@ class Coordinator:
         self._finished: set[int] = set()
         self._down: dict[int, Down] = {}
         self._stopping = False
-        self._save = SaveRound(spec, stores, world_size, chores, send, self._event)
+        self._save = SaveRound(spec, stores, world_size, chores, send, self._event, lambda: self._past.past)
         self._evaluations = EvaluationLog(self._save, chores, self._event)
         self._memory: Progress | None = None
         self._guard = Guard(spec, world_size, send, self._event)
@@ -158,6 +160,7 @@ class Coordinator:
         remembered = self._save.remembered(self._memory)
         self._opening = opening = self._opener.open(cause, self._casebook.exclusions, remembered)
         exclusions = self._casebook.learn(opening.checkpoint)
+        self._past.begin(opening.attempt, opening.progress.step, exclusions)
         self._steps.begin_attempt(opening.attempt, opening.progress, self._casebook.changed_from)
         self._ready, self._finished, self._down = set(), set(), {}
         self._save.begin_attempt(opening)
@@ -166,7 +169,7 @@ class Coordinator:
         memory = opening.memory and opening.memory.step
         where = {"restore": opening.restore, "tier": opening.tier, "memory": memory}
         self._event("attempt", attempt=opening.attempt, **where, cause=cause, world_size=self._world_size)
-        self._to_all(opening.launch(exclusions))
+        self._to_all(opening.launch(exclusions, self._save.every_steps))
 
     @property
     def _attempt(self) -> int:
@@ -184,7 +187,7 @@ class Coordinator:
                     self._guard.halt.training()
                     self._save.then = None  # if there is an order to stop: now there is more to save
             case Stepped():
-                self._save.note(inner.progress, inner.metrics, last=inner.progress.step == self._guard.halt.step)
+                self._save.note(inner.progress, inner.metrics, self._guard.halt.reason(inner.progress.step))
                 difference = self._steps.take(inner)
                 if difference is not None and self._spec.failures.on_replay_difference == "stop":
                     self._end(Ending.GAVE_UP, f"{difference} (failures.on_replay_difference=stop)")

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -64,11 +64,12 @@ _ERRORS = {
 }
 
 
-def run(config: RunConfig, show: _Tell) -> None:
+def run(config: RunConfig, show: _Tell, more_preload: Sequence[str] = ()) -> None:
     """Train until the run of this configuration is finished; continue it if it has begun.
 
     Args:
         show: told every event, in order, from a thread.
+        more_preload: modules that every trainer imports too, as for `ForkServer`.
 
     Raises:
         RunMismatchError: a run of this name exists with another configuration.
@@ -76,7 +77,7 @@ def run(config: RunConfig, show: _Tell) -> None:
         UnbrokenError: Ray Train itself failed again and again.
     """
     check_tracking(config.tracking)
-    spec = _spec(config, _open_run(Store.open(run_url(config)), config).run_id)
+    spec = _spec(config, _open_run(Store.open(run_url(config)), config).run_id, more_preload)
     fan_out = FanOut(show)
     recorder = Recorder(spec.run_url, spec.session, report=fan_out.take)
 
@@ -90,7 +91,7 @@ def run(config: RunConfig, show: _Tell) -> None:
         recorder.close()
 
 
-def _spec(config: RunConfig, run_id: str) -> RunSpec:
+def _spec(config: RunConfig, run_id: str, more_preload: Sequence[str]) -> RunSpec:
     return RunSpec(
         run_id=run_id,
         run_url=run_url(config),
@@ -101,9 +102,10 @@ def _spec(config: RunConfig, run_id: str) -> RunSpec:
         checkpoint=config.checkpoint,
         num_steps=config.train.num_steps,
         versions=versions(),
-        preload=preload(config),
+        preload=(*preload(config), *more_preload),
         watchdog=config.watchdog,
         failures=config.failures,
+        rollback_steps=config.divergence.rollback_steps,
         quarantine=config.data.quarantine,
     )
 
@@ -124,15 +126,17 @@ def _go_on(config: RunConfig, spec: RunSpec, fan_out: FanOut, note: _Tell) -> No
             outcome = _supervise(config, spec, fan_out.take, note, interrupts)
             if Ending(outcome["ending"]) is not Ending.STOPPED:  # the grace time is not for uploads: they go on alone
                 fan_out.close()
-        except SystemExit:
+        except SystemExit:  # who catches it is to `leave`: threads of ours may still be asking Ray something
             note(_event("interrupted", kept=""))
             raise
-        finally:
+        except BaseException:
             ray.shutdown()
+            raise
     ending, message = Ending(outcome["ending"]), outcome["message"]
     if ending is Ending.STOPPED:
         note(_event("interrupted", kept=message))
         raise SystemExit(interrupts.exit_code)
+    ray.shutdown()
     if ending is not Ending.FINISHED:
         raise _ERRORS[ending](message)
 

@@ -70,6 +70,12 @@ class Halt:
         if self.order is not None:
             self._send(0, Gate(attempt=self._attempt))
 
+    def reason(self, step: int) -> str | None:
+        """In one word, why the state after `step` is saved, if it is this stop that saves it."""
+        if self.order is None or step != self.step:
+            return None
+        return self.order.reason.lower() if self.order.purpose is Purpose.END else self.order.purpose.value
+
     def hear(self, rank: int, message: AtGate | Told) -> None:
         """A rank's part of the agreement."""
         if self.order is None:

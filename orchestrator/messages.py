@@ -135,6 +135,8 @@ class Begin:
     """Of the newest committed checkpoint."""
     exclusions: Exclusions
     """What is left out, beside what the checkpoint says."""
+    every_steps: int | None = None
+    """Steps to the first save; None: the config says it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +207,8 @@ class Launch:
     committed: Progress = field(default_factory=Progress)
     """Of the newest committed checkpoint."""
     exclusions: Exclusions = field(default_factory=Exclusions)
+    every_steps: int | None = None
+    """Steps to the first save; None: the config says it."""
 
 
 @dataclass(frozen=True, kw_only=True)

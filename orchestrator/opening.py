@@ -65,7 +65,7 @@ class Opening:
         """Name of the checkpoint."""
         return _name(self.checkpoint)
 
-    def launch(self, exclusions: Exclusions) -> Launch:
+    def launch(self, exclusions: Exclusions, every_steps: int | None) -> Launch:
         """The order to begin there."""
         return Launch(
             attempt=self.attempt,
@@ -74,6 +74,7 @@ class Opening:
             memory=self.memory,
             committed=self.committed,
             exclusions=exclusions,
+            every_steps=every_steps,
         )
 
 

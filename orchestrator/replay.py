@@ -7,7 +7,7 @@ found out by the final weights.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _NUMBERS = ("loss", "grad_norm")
@@ -30,41 +30,38 @@ class _Step:
     """Of each microbatch, float32; empty if unknown."""
 
 
-def no_record(after_step: int) -> Mapping[int, Mapping[str, float]]:
-    """The record of a run that has none."""
-    return {}
-
-
 class ReplayCheck:
     """Remembers the numbers of steps, as bits, and compares when a step comes again."""
 
-    def __init__(
-        self,
-        recorded_metrics: Callable[[int], Mapping[int, Mapping[str, float]]] = no_record,
-        num_steps: int = 10_000,
-    ) -> None:
-        """
-        Args:
-            recorded_metrics: the metrics of all steps after a given one, as they were first recorded; asked when an
-                attempt begins behind what is remembered here, as after the death of rank 0's agent.
-            num_steps: how many steps are remembered.
-        """
-        self._recorded_metrics = recorded_metrics
+    def __init__(self, num_steps: int = 10_000) -> None:
+        """Args: num_steps: how many steps are remembered."""
         self._num_steps = num_steps
         self._steps: dict[int, _Step] = {}
         self._found = False
+        self._changed_from: int | None = None
 
-    def begin_attempt(self, step: int, unknown_from: int | None) -> None:
-        """Training goes on after `step`.
+    def begin_attempt(self, unknown_from: int | None) -> None:
+        """Steps may be made again now.
 
         Args:
             unknown_from: from this step on other numbers are to be expected than before; None: the same ones.
         """
-        if not self._steps:
-            self._steps = {at: _pack(metrics, ()) for at, metrics in self._recorded_metrics(step).items()}
         if unknown_from is not None:
             self._steps = {at: known for at, known in self._steps.items() if at < unknown_from}
+            self._changed_from = min(unknown_from, self._changed_from or unknown_from)
         self._found = False
+
+    def learn(self, recorded: Mapping[int, Mapping[str, float]]) -> Difference | None:
+        """Take over the metrics of steps that were made before this life, and compare those made again already."""
+        first = None
+        for step in sorted(recorded):
+            if self._changed_from is not None and step >= self._changed_from:
+                break
+            then = _pack(recorded[step], ())
+            now = self._steps.setdefault(step, then)
+            if now.numbers != then.numbers and not self._found:
+                self._found, first = True, _describe(step, then, now, ())
+        return first
 
     def check(
         self, step: int, metrics: Mapping[str, float], losses: Sequence[float], ranks: Sequence[int]

@@ -31,5 +31,7 @@ class RunSpec:
     """What the fork server imports before the first trainer."""
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     failures: FailureConfig = field(default_factory=FailureConfig)
+    rollback_steps: int = 0
+    """`divergence.rollback_steps` of the config."""
     quarantine: bool = False
     """`data.quarantine` of the config."""

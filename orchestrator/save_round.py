@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from orchestrator.cadence import Cadence
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.writer import CommitInfo
 from orchestrator.committing import Chores, CommitEnded, CommitJob
 from orchestrator.opening import Opening, Remembered
+from orchestrator.past import Past
 from orchestrator.run_spec import RunSpec
 from orchestrator.saving import Paused, Receipt, SaveEnded, SaveFailed, Skipped
 from orchestrator.sections import TierName
@@ -28,8 +31,13 @@ class SaveRound:
         chores: Chores,
         send: Callable[[int, object], None],
         event: Callable[..., None],
+        past: Callable[[], Past | None],
     ) -> None:
-        """Args: event: reports; called with the event's kind and its fields."""
+        """
+        Args:
+            event: reports; called with the event's kind and its fields.
+            past: what was before this group of agents, once that is known.
+        """
         self._spec = spec
         self._stores = stores
         self._world_size = world_size
@@ -46,12 +54,14 @@ class SaveRound:
         """Of the newest checkpoint committed in storage."""
         self.checkpoint: str | None = None
         """Its name."""
-        self._metrics: tuple[Progress, Mapping[str, float]] = (Progress(), {})
+        self._noted: tuple[Progress, Mapping[str, float], str | None] = (Progress(), {}, None)
+        self._cadence = Cadence(spec, past, event)
         self._attempt = 0
 
     def begin_attempt(self, opening: Opening) -> None:
         """Forget an incomplete set; its files stay behind as a checkpoint that was never committed."""
         self._receipts, self._over, self.ended, self._attempt = {}, {}, None, opening.attempt
+        self._cadence.begin_attempt(time.monotonic())
         if opening.memory is None:
             self.committed, self.checkpoint = opening.committed, opening.restore
 
@@ -59,23 +69,36 @@ class SaveRound:
         """What the agents hold, if it is a snapshot that all of them have."""
         return held and Remembered(progress=held, committed=self.committed, checkpoint=self.checkpoint)
 
-    def note(self, progress: Progress, metrics: Mapping[str, float], last: bool) -> None:
-        """The numbers of a step; they go into its checkpoint, if it gets one, as the `last` before a stop does."""
-        if last or self._spec.checkpoint.tiers_due(progress.step, self._spec.num_steps):
+    @property
+    def every_steps(self) -> int | None:
+        """Steps from one save to the next, where that is found out: see `Cadence`."""
+        return self._cadence.every_steps
+
+    def note(self, progress: Progress, metrics: Mapping[str, float], reason: str | None) -> None:
+        """The numbers of a step, for its checkpoint if it gets one.
+
+        Args:
+            reason: why it gets one even if none is due; None: it does not.
+        """
+        self._cadence.stepped(time.monotonic())
+        checkpoint = self._spec.checkpoint
+        if reason or checkpoint.automatic or checkpoint.tiers_due(progress.step, self._spec.num_steps):
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            self._metrics = progress, finite
+            self._noted = progress, finite, reason
 
     def join(self, progress: Progress, metrics: Mapping[str, float]) -> None:
         """Further numbers of the step that was noted, if it was."""
-        if self._metrics[0] == progress:
+        noted, known, reason = self._noted
+        if noted == progress:
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            self._metrics = progress, {**self._metrics[1], **finite}
+            self._noted = progress, {**known, **finite}, reason
 
     def report(self, message: Skipped | Paused) -> None:
         """What training gave for a save: a pause; or a save, for having none."""
         if isinstance(message, Skipped):
             self._event("save_skipped", step=message.progress.step)
         else:
+            self._cadence.paused(message.stall_s, time.monotonic())
             self._event("snapshot", attempt=self._attempt, step=message.progress.step, stall_s=message.stall_s)
 
     def has_ended(self, progress: Progress, tier: TierName | None = None) -> bool:
@@ -112,6 +135,7 @@ class SaveRound:
                 self.committed, self.checkpoint = progress, ref
             facts = {"checkpoint": ref, "bytes": commit.size_bytes, "tier": tier}
             self._event("saved", step=progress.step, attempt=commit.attempt, **facts)
+            self._cadence.stored(time.monotonic())
             self._chores.prune(commit.attempt, tier)
         self._end(progress, tier, commit.error)
 
@@ -123,7 +147,7 @@ class SaveRound:
             self._event("save_failed", step=progress.step, tier=tier, error=error)
         # Storage comes last; what is saved at a step that is not due goes there alone.
         if tier == "storage" or "storage" not in self._spec.checkpoint.tiers_due(progress.step, self._spec.num_steps):
-            self.ended = SaveEnded(progress=progress, error=error, tier=tier)
+            self.ended = SaveEnded(progress=progress, error=error, tier=tier, every_steps=self.every_steps)
             for rank in range(self._world_size):
                 self._send(rank, self.ended)
             if self.then is not None:
@@ -132,18 +156,23 @@ class SaveRound:
 
     def _info(self, receipt: Receipt) -> CommitInfo:
         store = self._stores.of(receipt.tier)
-        final = receipt.progress.step == self._spec.num_steps
+        progress, metrics, reason = self._noted
+        if progress != receipt.progress:
+            metrics, reason = {}, None
+        step = receipt.progress.step
+        final = step == self._spec.num_steps
+        due = final or self._spec.checkpoint.tiers_due(step, self._spec.num_steps)
         return CommitInfo(
             run_id=self._spec.run_id,
             attempt=receipt.attempt,
             progress=receipt.progress,
-            reason="final" if final else "interval",
+            reason="final" if final else "interval" if due or reason is None else reason,
             strategy=self._spec.strategy,
             config_hash=self._spec.config_hash,
             versions=self._spec.versions,
             store={"kind": store.backend.kind, "conditional_create": store.conditional_create},
             verify=self._spec.checkpoint.verify,
-            metrics=self._metrics[1] if self._metrics[0] == receipt.progress else {},
+            metrics=metrics,
             scalars=receipt.scalars,
             health=_health(receipt.scalars, final),
         )

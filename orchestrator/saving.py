@@ -88,6 +88,8 @@ class SaveEnded:
     error: str | None = None
     tier: TierName = "storage"
     """The last one that it was meant for."""
+    every_steps: int | None = None
+    """Steps from the next save to the one after it; None: the config says it."""
 
 
 # agent -> coordinator

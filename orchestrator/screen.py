@@ -168,6 +168,12 @@ class Screen:
     def _snapshot(self, at: float, *, attempt: int, step: int, stall_s: float) -> None:
         pass  # for the account of goodput
 
+    def _cadence(self, at: float, *, every_steps: int, arithmetic: str) -> None:
+        self._write(f"a checkpoint every {every_steps} steps from now on: {arithmetic}")
+
+    def _past_unread(self, at: float, *, error: str) -> None:
+        self._write(f"replayed steps are not compared with the record, it cannot be read: {error}")
+
     def _record_failed(self, at: float, *, error: str) -> None:
         self._write(f"the run's record cannot be written now and is held in memory, training goes on: {error}")
 

@@ -88,8 +88,9 @@ class Tier:
 class CheckpointConfig:
     """When the state is saved, and for how long."""
 
-    every_steps: int = 1000
-    """A checkpoint after every so many steps, and one at the end, >= 1."""
+    every_steps: int | Literal["auto"] = 1000
+    """A checkpoint after every so many steps, >= 1, and one at the end. auto: as often as what saves and failures cost
+    makes best, measured in the run; and at the multiples of keep.every_steps."""
     when_busy: Literal["wait", "skip"] = "wait"
     """When a save is due and the one before still runs: training waits, or this one is left out on all workers."""
     deadline_s: float = 600.0
@@ -103,8 +104,8 @@ class CheckpointConfig:
     """Instead of storage, every_steps and keep.last: one tier peer:// and one on storage; empty: only storage."""
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ConfigError(f"every_steps={self.every_steps} must be at least 1")
+        if self.every_steps != "auto" and self.every_steps < 1:
+            raise ConfigError(f"every_steps={self.every_steps} must be at least 1, or auto")
         if not 0 <= self.deadline_s < float("inf"):
             raise ConfigError(f"deadline_s={self.deadline_s:g} must be at least 0 and finite")
         self._check_tiers()
@@ -150,9 +151,15 @@ class CheckpointConfig:
         return next((tier for tier in self.tiers if tier.url != PEER_URL), None)
 
     @property
+    def automatic(self) -> bool:
+        """Whether the interval is found out while the run runs."""
+        return self.every_steps == "auto"
+
+    @property
     def interval_steps(self) -> int:
-        """Steps between two checkpoints in storage."""
-        return self.storage.every if self.storage else self.every_steps
+        """Steps between two checkpoints in storage; the fewest there can be, if that is automatic."""
+        every = 1 if self.every_steps == "auto" else self.every_steps
+        return self.storage.every if self.storage else every
 
     @property
     def retention(self) -> RetentionConfig:
@@ -160,7 +167,8 @@ class CheckpointConfig:
         return replace(self.keep, last=self.storage.keep) if self.storage else self.keep
 
     def tiers_due(self, step: int, num_steps: int) -> tuple[TierName, ...]:
-        """Where the state of `step` is saved, nearest first; nowhere for most steps."""
+        """Where the state of `step` is saved whatever is found out, nearest first; nowhere for most steps."""
         peer = self.peer is not None and step % self.peer.every == 0 and step != num_steps
-        storage = step % self.interval_steps == 0 or step == num_steps
+        every = self.keep.every_steps if self.automatic else self.interval_steps
+        storage = (every is not None and step % every == 0) or step == num_steps
         return (*(("peer",) if peer else ()), *(("storage",) if storage else ()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from orchestrator.messages import Stepped
+from orchestrator.past import PastReader
 from orchestrator.replay import ReplayCheck
 from trainers.progress import Progress
 
@@ -12,8 +13,13 @@ from trainers.progress import Progress
 class StepLog:
     """One for each coordinator; fed by it."""
 
-    def __init__(self, event: Callable[..., None]) -> None:
-        """Args: event: reports; called with the event's kind and its fields."""
+    def __init__(self, past: PastReader, event: Callable[..., None]) -> None:
+        """
+        Args:
+            past: reads how steps were made before this group of agents.
+            event: reports; called with the event's kind and its fields.
+        """
+        self._past: PastReader | None = past
         self._event = event
         self._replay = ReplayCheck()
         self._attempt = 0
@@ -23,7 +29,7 @@ class StepLog:
     def begin_attempt(self, attempt: int, progress: Progress, changed_from: int | None) -> None:
         """Args: progress: where it begins; changed_from: from this step on, other numbers than before are right."""
         self._attempt, self.reached = attempt, progress
-        self._replay.begin_attempt(progress.step, changed_from)
+        self._replay.begin_attempt(changed_from)
 
     def take(self, stepped: Stepped) -> str | None:
         """Report a step. Returns how it differs from an earlier time that it was made, if it does."""
@@ -33,9 +39,12 @@ class StepLog:
         if "skipped" in metrics and "loss" in metrics:
             numbers = f"loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}"
             self._event("bad_step", attempt=self._attempt, step=step, numbers=numbers)
-        difference = self._replay.check(step, metrics, stepped.losses, stepped.ranks)
+        late = None
+        if self._past is not None and (past := self._past.past) is not None:
+            late, self._past = self._replay.learn(past.steps), None
+        difference = self._replay.check(step, metrics, stepped.losses, stepped.ranks) or late
         if difference is None:
             return None
         ranks, message = list(difference.ranks), difference.message
-        self._event("replay_differs", attempt=self._attempt, step=step, ranks=ranks, message=message)
+        self._event("replay_differs", attempt=self._attempt, step=difference.step, ranks=ranks, message=message)
         return message

@@ -155,9 +155,9 @@ class Supervisor:
             case SaveEnded(progress=progress) if progress == self._pending:
                 self._pending = None
                 self._writer.drop()  # another rank's shard may have failed while this one's is tried again
-                self._tell_trainer(message)
+                self._tell(self._trainer, message)
             case Rendezvous():
-                self._tell_trainer(message)
+                self._tell(self._trainer, message)
 
     def _launch(self, launch: Launch) -> None:
         self._attempt, self._exit, self._kill, self._pending, self._work = launch.attempt, None, None, None, None
@@ -188,8 +188,9 @@ class Supervisor:
             memory=memory,
             committed=launch.committed,
             exclusions=launch.exclusions,
+            every_steps=launch.every_steps,
         )
-        self._tell_trainer(begin)
+        self._tell(self._trainer, begin)
         self._coordinator.send(Started(attempt=launch.attempt, pid=self._pid, agent_pid=os.getpid(), node=self._node))
 
     def _recall(self, launch: Launch) -> MemorySnapshot | None:
@@ -205,9 +206,6 @@ class Supervisor:
             self._pending = launch.memory
             self._writer.submit(launch.attempt, held)
         return held.recall(pending)
-
-    def _tell_trainer(self, message: object) -> None:
-        self._tell(self._trainer, message)
 
     def _tell(self, pipe: Connection | None, message: object) -> None:
         # A trainer that is gone reads nothing; that it is gone is reported by the fork server.

@@ -22,6 +22,7 @@ DOORS = {
     "ray": {
         "orchestrator/driver.py",
         "orchestrator/agent.py",
+        "orchestrator/chaos/cluster.py",
         "orchestrator/control.py",
         "orchestrator/jobs.py",
         "orchestrator/peer_memory.py",

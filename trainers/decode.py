@@ -93,8 +93,13 @@ def _union(args: tuple[Any, ...], value: Any, where: str) -> Any:
         except ConfigError:
             if len(kinds) == 1:
                 raise
-    names = [_kind(get_origin(kind) or kind) for kind in kinds] + ["null"] * (len(kinds) < len(args))
+    names = [name for kind in kinds for name in _names(kind)] + ["null"] * (len(kinds) < len(args))
     raise ConfigError(f"{where}={_show(value)} is {_kind(type(value))}; give {' or '.join(names)}")
+
+
+def _names(kind: Any) -> list[str]:
+    origin = get_origin(kind)
+    return [str(word) for word in get_args(kind)] if origin is Literal else [_kind(origin or kind)]
 
 
 def _tuple(kinds: tuple[Any, ...], value: list[Any] | tuple[Any, ...], where: str) -> tuple[Any, ...]:

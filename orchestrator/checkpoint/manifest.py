@@ -93,7 +93,7 @@ class Manifest:
     """The attempt that wrote it."""
     progress: Progress
     reason: str
-    """Why it was taken: interval, final, preemption, ..."""
+    """Why it was taken: interval, final, or what all ranks were stopped for: sigterm, sigint, drain, grow."""
     world_size: int
     """Number of ranks that wrote it; says nothing about who may read it."""
     strategy: str

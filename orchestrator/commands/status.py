@@ -199,6 +199,8 @@ def _checkpoints(seen: Overview) -> RenderableType:
     for info in seen.checkpoints:
         step, made = (f"{info.step:,}", info.manifest.created_at) if info.manifest else ("-", "")
         table.add_row(str(info.ref), step, f"{info.state} {info.detail}".rstrip(), made)
+    if seen.cadence is not None:
+        table.caption, table.caption_justify = f"every_steps: auto: {seen.cadence}", "left"
     return table
 
 

@@ -55,6 +55,10 @@ def train_here(config: RunConfig) -> None:
         click.echo(note, err=True)
 
     from orchestrator import driver  # imports ray: only for a config that can run
+    from orchestrator.interrupts import leave
     from orchestrator.screen import Screen, stdout_writer
 
-    driver.run(config, Screen(config.train.num_steps, config.train.global_batch_size, stdout_writer).show)
+    try:
+        driver.run(config, Screen(config.train.num_steps, config.train.global_batch_size, stdout_writer).show)
+    except SystemExit as error:
+        leave(error.code if isinstance(error.code, int) else 1)

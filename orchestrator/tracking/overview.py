@@ -83,6 +83,11 @@ class Overview:
     """Objects of the record that cannot be read as a whole."""
 
     @property
+    def cadence(self) -> str | None:
+        """How `checkpoint.every_steps: auto` came to its interval; None if it has not."""
+        return next((event.fields["arithmetic"] for event in reversed(self.events) if event.kind == "cadence"), None)
+
+    @property
     def eta_s(self) -> float | None:
         """Seconds until the last step at the present rate, while it trains."""
         if self.state is not State.TRAINING or not self.steps_per_s:
@@ -279,6 +284,7 @@ def as_json(view: Overview) -> Mapping[str, Any]:
         ],
         "newest_stable": str(newest.ref) if newest else None,
         "num_checkpoints": view.num_checkpoints,
+        "cadence": view.cadence,
         "checkpoints": [
             {
                 "checkpoint": str(info.ref),

@@ -68,7 +68,7 @@ def _fork_server(preload: Sequence[str]) -> ForkServer:
     return kept.pop() if kept else _KeptForkServer(preload)
 
 
-def make_spec(run: Path | str, config: Mapping[str, Any], every_steps: int, **checkpoint: Any) -> RunSpec:
+def make_spec(run: Path | str, config: Mapping[str, Any], every_steps: Any, **checkpoint: Any) -> RunSpec:
     """The spec of a run at `run`; `checkpoint` are other keys of that section."""
     record = open_or_create(Store.open(str(run)), config)
     return RunSpec(

@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpointer import LaggingError, SaveSchedule, SharedMemoryCheckpointer
 from orchestrator.liveness import Entered, StopAt
 from orchestrator.messages import Begin
@@ -56,14 +57,18 @@ class Trainer:
     def poll(self, step: int) -> Directive:
         return self.control.poll(Progress(step, step))
 
-    def save(self, step: int) -> None:
+    def state(self, step: int) -> TrainState:
         spec = TensorSpec(name="model/w", dtype="F32", shape=(4,))
         local = LocalTensor(spec=spec, row_offset=0, tensor=torch.zeros(4), replica=0, num_replicas=1)
         generators = SimpleNamespace(capture=lambda: None)
         state: Any = SimpleNamespace(
-            progress=Progress(step, step), generators=generators, tensors=lambda: [local], scalars=dict
+            progress=Progress(step, step), generators=generators, tensors=lambda: [local], scalars=dict, parameters=[]
         )
-        self.checkpointer.save(cast(TrainState, state))
+        state.ema = SimpleNamespace(beginning=lambda step: [])
+        return cast(TrainState, state)
+
+    def save(self, step: int) -> None:
+        self.checkpointer.save(self.state(step))
 
     def told(self) -> list[Any]:
         """What the agent has heard since."""
@@ -126,3 +131,17 @@ def test_the_watchdog_hears_of_copies_and_of_waiting_for_storage(closing: list[T
         trainer.save(10)
     agent.join(10)
     assert phases(heard) == [Phase.SAVING, Overwriting, Snapshot, Phase.STORING, Paused, Phase.TRAINING]
+
+
+def test_an_interval_that_was_found_out_is_taken_up_when_every_rank_has_heard_it(closing: list[Trainer]) -> None:
+    """It comes with the end of a save, which ranks read at different steps; they meet at the next save."""
+    trainer = start(closing, every_steps="auto", keep=RetentionConfig(every_steps=17))
+    trainer.checkpointer.restore(trainer.state(0))
+    due = []
+    for step in range(1, NUM_STEPS + 1):
+        if trainer.poll(step).save:
+            due.append(step)
+            trainer.save(step)
+            trainer.agent.send(SaveEnded(progress=Progress(step, step), every_steps=4 if step == 1 else 7))
+    # 1, 2: the interval of the start; then 4, said at the end of 1; then 7. 17 is kept for good, 20 is the end.
+    assert due == [1, 2, 6, 13, 17, 20]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.failures import FailureConfig
 from orchestrator.messages import Ending, Event
 from orchestrator.prove import prove
+from orchestrator.tracking.recorder import Recorder
 from tests.orchestrator.agents import FAULTS, make_spec, run_agents
 from tests.orchestrator.independent import assert_same_state
 from tests.orchestrator.test_agents import Script
@@ -150,6 +153,24 @@ def test_a_step_that_gives_other_bits_when_replayed_is_named(tmp_path: Path, rea
     assert (differs["step"], differs["ranks"]) == (5, [1])
     assert "first in microbatches 3 of rank 1" in differs["message"]
     assert outcome.ending is (Ending.FINISHED if reaction == "warn" else Ending.GAVE_UP)
+
+
+def test_steps_that_a_new_life_makes_again_are_compared_with_the_record(tmp_path: Path) -> None:
+    """All agents are gone, and with them what they knew; one sample is no longer what it was."""
+    flag, script = tmp_path / "flag", Script()
+    faulty(drift={sample_at(5, 3): str(flag)})
+    spec = make_spec(tmp_path / "run", config(), EVERY)
+    recorder = Recorder(spec.run_url, spec.session, report=script)
+    recorder.take(Event(kind="started", fields={"versions": spec.versions}, time_s=time.time()))
+    assert run_agents(spec, 2, recorder.take).ending is Ending.FINISHED
+    recorder.close()
+    for checkpoint in list_checkpoints(Store.open(spec.run_url)):
+        if checkpoint.step > EVERY:
+            shutil.rmtree(tmp_path / "run" / checkpoint.ref.folder)
+    flag.touch()
+    run_agents(make_spec(tmp_path / "run", config(), EVERY), 1, script)
+    (differs,) = script.of("replay_differs")
+    assert differs["step"] == 5 and "of which microbatch is not known" in differs["message"]
 
 
 def test_a_node_whose_imports_fail_ends_the_run_with_the_trace(tmp_path: Path) -> None:

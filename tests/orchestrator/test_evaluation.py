@@ -123,7 +123,7 @@ def run_config(**sections: Any) -> RunConfig:
 HELD_OUT = {"num_samples": 9, "every_steps": 10}
 
 
-def best(metric: str, every_steps: int = 10) -> dict[str, Any]:
+def best(metric: str, every_steps: int | str = 10) -> dict[str, Any]:
     return {"every_steps": every_steps, "keep": {"best": {"metric": metric}}}
 
 
@@ -139,6 +139,11 @@ def test_the_best_checkpoint_may_be_that_of_a_validation() -> None:
         ({**HELD_OUT, "every_steps": None}, best("validation/loss"), "is not measured; set validation.fraction"),
         (HELD_OUT, best("validation/loss/ema/fast"), "give validation/loss or validation/loss/ema/slow"),
         (HELD_OUT, best("validation/loss", every_steps=4), "every 4 steps have a validation of every 10 steps"),
+        (
+            HELD_OUT,
+            best("validation/loss", every_steps="auto"),
+            "with checkpoint.every_steps=auto few checkpoints have",
+        ),
     ],
 )
 def test_a_best_checkpoint_needs_its_number(validation: dict[str, Any], checkpoint: dict[str, Any], message: str):

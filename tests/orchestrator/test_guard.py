@@ -7,6 +7,7 @@ import uuid
 
 import pytest
 
+from orchestrator.checkpoint.catalog import newest_stable
 from orchestrator.checkpoint.store import Store
 from orchestrator.halting import HaltOrder, Purpose
 from orchestrator.liveness import AtGate, Beat, Dump, Gate, Stack, StopAt, Told
@@ -100,20 +101,23 @@ def halt(group: Group, purpose: Purpose, save: bool = True) -> None:
     group.coordinator.handle(1, Told(attempt=1, step=step))
     assert group.orders[-1] == (0, StopAt(attempt=1, step=step))
     if save:
+        group.coordinator.handle(0, stepped(step))
         group.save(step)
         group.both(FromTrainer(attempt=1, message=Finished(progress=Progress(step, step * 10))))
 
 
 @pytest.mark.parametrize(
-    ("purpose", "ending", "step"),
+    ("purpose", "ending", "step", "reason"),
     [
-        (Purpose.END, Ending.STOPPED, 7),
-        (Purpose.DRAIN, Ending.REGROUP, 7),
-        (Purpose.GROW, Ending.REGROUP, 10),
+        (Purpose.END, Ending.STOPPED, 7, "sigterm"),
+        (Purpose.DRAIN, Ending.REGROUP, 7, "drain"),
+        (Purpose.GROW, Ending.REGROUP, 10, "interval"),
     ],
 )
-def test_an_ordered_stop_is_saved(group: Group, purpose: Purpose, ending: Ending, step: int) -> None:
+def test_an_ordered_stop_is_saved(group: Group, purpose: Purpose, ending: Ending, step: int, reason: str) -> None:
     halt(group, purpose)
+    newest = newest_stable(group.store)
+    assert newest is not None and newest.manifest is not None and newest.manifest.reason == reason
     assert group.last(Outcome).ending is ending
     # The driver takes an outcome for the end of the run; a group that is placed anew is none.
     assert ("outcome" in group.kinds()) == (purpose is Purpose.END)

@@ -17,3 +17,10 @@ def test_tiers_take_the_place_of_storage_interval_and_number() -> None:
     trained = vars(decode(TrainerConfig, tiny_config()))
     config = RunConfig(run=RunSection(name="digits"), checkpoint=checkpoint, **trained)
     assert run_url(config) == "/data/runs/digits"
+
+
+def test_an_interval_that_is_found_out_leaves_only_what_is_kept_for_good_and_the_end() -> None:
+    checkpoint = CheckpointConfig(every_steps="auto", keep=RetentionConfig(every_steps=300))
+    due = [step for step in range(1, 1001) if checkpoint.tiers_due(step, 1000)]
+    assert checkpoint.automatic and due == [300, 600, 900, 1000]
+    assert not CheckpointConfig().automatic and CheckpointConfig(every_steps="auto").tiers_due(999, 1000) == ()

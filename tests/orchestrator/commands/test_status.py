@@ -46,6 +46,15 @@ def test_json(run: str):
     ]
 
 
+def test_the_arithmetic_of_an_interval_that_was_found_out(run: str):
+    fields = {"every_steps": 37, "arithmetic": "C + sqrt(2 (M + R) C + C^2) = 9 s"}
+    record(Store.open(run), [Event(kind="cadence", fields=fields, time_s=T0 + 100)], writer="1" * 8)
+    text = " ".join(unbroken("status", run).stdout.split())
+    assert "every_steps: auto: C + sqrt(2 (M + R) C + C^2) = 9 s" in text
+    assert "a checkpoint every 37 steps from now on" in text
+    assert json.loads(unbroken("status", run, "--json").stdout)["cadence"] == fields["arithmetic"]
+
+
 def test_watch_ends_with_the_run(run: str):
     lines = unbroken("status", run, "--watch", "--json").stdout.splitlines()
     assert len(lines) == 1 and json.loads(lines[0])["state"] == "finished"

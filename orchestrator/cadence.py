@@ -1,0 +1,151 @@
+"""`checkpoint.every_steps: auto`: how often a run is saved, from what saves and failures cost. It decides no number.
+
+Rank 0's coordinator measures and computes. A new interval travels with the end of a save and is taken up by all ranks
+at the next one, when every rank has heard it; so all of them save after the same steps, without another collective.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from orchestrator.past import Past
+from orchestrator.run_spec import RunSpec
+
+FIRST_STEPS = 10
+"""Interval until a save has been measured."""
+_ASSUMED_S = 3 * 3600.0
+"""Without any failure so far it is as if there had been one in this time."""
+_WINDOW = 9
+_STEPS = 100
+_WORTH_IT = 1.2
+"""A new interval must differ by so much: measurements vary, and each change is a line for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What saves and failures cost, in seconds."""
+
+    step_s: float
+    """One step."""
+    save_s: float
+    """C: how long training stands still for a save."""
+    persist_s: float
+    """L: from there until it is committed."""
+    restart_s: float
+    """R: from the start of an attempt to its first step."""
+    trained_s: float
+    """Time in training so far, over all attempts."""
+    failures: int
+    """In that time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """What follows."""
+
+    steps: int
+    arithmetic: str
+    """How, for people."""
+
+
+def best_interval(measured: Measured, least: int, most: int) -> Interval:
+    """The interval of most availability: C + sqrt(2 (M + R) C + C^2), M the mean time between failures.
+
+    No shorter than L: one save is in flight at a time. L costs work too, but the same at any interval.
+
+    Args:
+        least, most: bounds, in steps.
+
+    Source: Young, "A first order approximation to the optimum checkpoint interval", CACM 17(9), 1974, is its first
+    order; the form for availability is from arXiv 2410.18124.
+    """
+    save_s, restart_s = measured.save_s, measured.restart_s
+    between_s = (measured.trained_s + _ASSUMED_S) / (measured.failures + 1)
+    seconds = save_s + math.sqrt(2 * (between_s + restart_s) * save_s + save_s**2)
+    steps = min(most, max(least, 1, round(max(seconds, measured.persist_s) / measured.step_s)))
+    bound = ""
+    if measured.persist_s > seconds:
+        bound = f", raised to L={_s(measured.persist_s)}, which a save takes to be stored"
+    if steps in (least, most) and steps != round(max(seconds, measured.persist_s) / measured.step_s):
+        bound += f", kept within {least} to {most} steps"
+    text = (
+        f"C={_s(save_s)} a save, R={_s(restart_s)} a restart, M={_s(between_s)} between failures"
+        f" ({measured.failures} in {_s(measured.trained_s)}, and one assumed in {_s(_ASSUMED_S)}):"
+        f" C + sqrt(2 (M + R) C + C^2) = {_s(seconds)}{bound}; at {_s(measured.step_s)} a step: every {steps} steps"
+    )
+    return Interval(steps=steps, arithmetic=text)
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:.0f} s"
+
+
+class Cadence:
+    """Measures, in the coordinator; told the time by its caller."""
+
+    def __init__(self, spec: RunSpec, past: Callable[[], Past | None], event: Callable[..., None]) -> None:
+        """
+        Args:
+            past: what was before this group of agents, once that is known.
+            event: reports; called with the event's kind and its fields.
+        """
+        checkpoint = spec.checkpoint
+        self._past = past
+        self._event = event
+        # A rollback must find a checkpoint from before it.
+        self._least = -(-spec.rollback_steps // (checkpoint.keep.last or spec.rollback_steps or 1))
+        self._most = checkpoint.max_lag_steps // 2 if checkpoint.max_lag_steps else 10**9
+        self._steps_s, self._saves_s, self._persists_s, self._restarts_s = (
+            deque[float](maxlen=num) for num in (_STEPS, _WINDOW, _WINDOW, _WINDOW)
+        )
+        self._trained_s = 0.0
+        self._attempts = 0
+        self._since = 0.0
+        self._stepping = False
+        self._paused_at: float | None = None
+        self.every_steps = min(self._most, max(self._least, FIRST_STEPS)) if checkpoint.automatic else None
+        """Interval of saves; None: the config says it."""
+
+    def begin_attempt(self, now: float) -> None:
+        self._attempts += 1
+        self._since, self._stepping, self._paused_at = now, False, None
+
+    def stepped(self, now: float) -> None:
+        took_s, self._since = now - self._since, now
+        if self._stepping:
+            self._steps_s.append(took_s)
+            self._trained_s += took_s
+        else:
+            self._restarts_s.append(took_s)
+        self._stepping = True
+
+    def paused(self, stall_s: float, now: float) -> None:
+        """Training goes on after a snapshot, for which it stood still so long."""
+        self._saves_s.append(stall_s)
+        self._trained_s += now - self._since
+        self._since = self._paused_at = now
+
+    def stored(self, now: float) -> None:
+        """That snapshot is committed."""
+        self._persists_s.append(0.0 if self._paused_at is None else now - self._paused_at)
+        if self.every_steps is None or not (self._steps_s and self._saves_s):
+            return
+        found = best_interval(self._measured(), self._least, self._most)
+        if max(found.steps, self.every_steps) >= _WORTH_IT * min(found.steps, self.every_steps):
+            self.every_steps = found.steps
+            self._event("cadence", every_steps=found.steps, arithmetic=found.arithmetic)
+
+    def _measured(self) -> Measured:
+        past = self._past() or Past()
+        return Measured(
+            step_s=max(1e-6, statistics.median(self._steps_s)),
+            save_s=statistics.median(self._saves_s),
+            persist_s=statistics.median(self._persists_s),
+            restart_s=statistics.median(self._restarts_s),
+            trained_s=past.trained_s + self._trained_s,
+            failures=past.failures + self._attempts - 1,
+        )

@@ -1,0 +1,194 @@
+"""A drill from end to end: two copies of a run, faults on one of them, and the scorecard."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+from orchestrator.chaos import namespaces
+from orchestrator.chaos.drill import Drill, DrillPlan
+from orchestrator.chaos.faults import NAN_POSITIONS, Fault, FaultKind, draw, poisoned
+from orchestrator.chaos.nodes import LocalNodes, Nodes
+from orchestrator.chaos.process import DrilledProcess
+from orchestrator.chaos.scores import Scorecard
+from orchestrator.chaos.slow_store import SlowStore
+from orchestrator.checkpoint.store import Store
+from orchestrator.config import RunConfig, run_url, to_yaml
+from orchestrator.errors import UnbrokenError
+from orchestrator.prove import prove
+from orchestrator.tracking.config import TrackingConfig
+from trainers.errors import ConfigError
+
+_Say = Callable[[str], None]
+_NODE_KINDS = (FaultKind.KILL_NODE, FaultKind.DRAIN, FaultKind.PARTITION)
+_ENDPOINT = "AWS_ENDPOINT_URL_S3"
+_POISON = "orchestrator.chaos.poison"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrillRequest:
+    """What `unbroken chaos` was asked for."""
+
+    seed: int = 0
+    kinds: str | None = None
+    """Kinds of fault, separated by commas; None: all that can be caused."""
+    count: int | None = None
+    """None: one of each kind."""
+    cluster: Nodes | None = None
+    """Nodes of somebody else to drill on; None: our own on this machine."""
+    patience_s: float = 600.0
+    """Longest time from a fault to the end of its recovery."""
+
+
+def drill(config: RunConfig, request: DrillRequest, say: _Say) -> Scorecard:
+    """Run the drill. Takes as long as two runs of `config`, and the recoveries.
+
+    Args:
+        say: told line by line what happens.
+
+    Raises:
+        ConfigError: unknown kinds, or too short a run.
+        UnbrokenError: the undisturbed run failed, or there are no nodes to drill on.
+    """
+    kinds, skipped = choose_kinds(config, request)
+    for kind, reason in skipped.items():
+        say(f"skipped: {kind}: {reason}")
+    if not kinds:
+        raise ConfigError(f"none of the faults can be caused here: {'; '.join(map(str, skipped.values()))}")
+    faults = draw(kinds, request.count or len(kinds), request.seed, config.train.num_steps, config.min_workers)
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    undisturbed, drilled = (copy_of(config, f"{role}-{stamp}") for role in ("undisturbed", "drilled"))
+    with ExitStack() as stack:
+        before = signal.signal(signal.SIGTERM, _terminated)
+        stack.callback(signal.signal, signal.SIGTERM, before)
+        folder = Path(tempfile.mkdtemp(prefix="unbroken-drill-"))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        say(f"undisturbed run: {run_url(undisturbed)}")
+        say(f"drilled run: {run_url(drilled)}, {len(faults)} faults, seed {request.seed}")
+        positions = poisoned(faults, request.seed, config.train.global_batch_size)
+        variables = {NAN_POSITIONS: ",".join(map(str, positions))}
+        slow = SlowStore(_http_endpoint(config)) if FaultKind.SLOW_STORE in kinds else None
+        if slow is not None:
+            stack.callback(slow.close)
+            variables[_ENDPOINT] = slow.endpoint
+        nodes = _open_nodes(config, request, faults, variables)
+        stack.callback(nodes.close)
+
+        def start(copy: RunConfig) -> DrilledProcess:
+            path = folder / f"{copy.run.name}.yaml"
+            path.write_text(to_yaml(copy))
+            preload = [_POISON] if FaultKind.NAN in kinds else []
+            return DrilledProcess(path, preload, nodes.environment, path.with_suffix(".log"))
+
+        num_workers = _train_undisturbed(start(undisturbed), say)
+        plan = DrillPlan(
+            faults=faults, run_url=run_url(drilled), num_workers=num_workers, patience_s=request.patience_s
+        )
+        scores, error = Drill(plan, nodes, lambda: start(drilled), say, slow.slow_down if slow else None).run()
+    same, proof = _compare(run_url(drilled), run_url(undisturbed)) if error is None else (None, error)
+    urls = {"drilled": run_url(drilled), "undisturbed": run_url(undisturbed)}
+    return Scorecard(seed=request.seed, scores=scores, skipped=skipped, same_bits=same, proof=proof, **urls)
+
+
+def choose_kinds(config: RunConfig, request: DrillRequest) -> tuple[list[FaultKind], dict[FaultKind, str]]:
+    """The kinds that can be caused, and why the others cannot.
+
+    Raises:
+        ConfigError: there is no such kind.
+    """
+    known = ", ".join(FaultKind)
+    try:
+        named = [FaultKind(word.strip()) for word in request.kinds.split(",")] if request.kinds is not None else None
+    except ValueError as error:
+        raise ConfigError(f"--faults={request.kinds}: {error}; the kinds are {known}") from None
+    skipped: dict[FaultKind, str] = {}
+    for kind in named or list(FaultKind):
+        if (reason := _obstacle(kind, config, request, named is not None)) is not None:
+            skipped[kind] = reason
+    return [kind for kind in dict.fromkeys(named or list(FaultKind)) if kind not in skipped], skipped
+
+
+def _obstacle(kind: FaultKind, config: RunConfig, request: DrillRequest, named: bool) -> str | None:
+    """Why a kind cannot be caused here; None: it can."""
+    if request.cluster is not None:
+        if kind is FaultKind.PARTITION:
+            return "the network of a cluster that is yours is not touched"
+        if kind in (FaultKind.NAN, FaultKind.SLOW_STORE):
+            return "it needs nodes that the drill has started itself, without --address"
+        if kind in _NODE_KINDS and not named:
+            return f"it takes a node of your cluster; allow it with --faults {kind}"
+    elif kind in _NODE_KINDS and config.resources.gpu:
+        return "several nodes on one machine cannot share its GPUs; drill on a cluster with --address"
+    elif kind is FaultKind.PARTITION:
+        return namespaces.why_not()
+    elif kind is FaultKind.SLOW_STORE and not _http_endpoint(config):
+        return "the store is no S3 server at a plain http:// endpoint (AWS_ENDPOINT_URL_S3), so nothing fits in between"
+    return None
+
+
+def _http_endpoint(config: RunConfig) -> str:
+    """Of the S3 server that holds the run, if a relay can be put before it; else empty."""
+    found = os.environ.get(_ENDPOINT) or os.environ.get("AWS_ENDPOINT_URL") or ""
+    return found if config.storage_url.startswith("s3") and found.startswith("http://") else ""
+
+
+def copy_of(config: RunConfig, role: str) -> RunConfig:
+    """The same run under another name, in the same storage, not tracked."""
+    name = f"{config.run.name[:60]}-{role}"
+    return replace(config, run=replace(config.run, name=name), tracking=TrackingConfig())
+
+
+def _open_nodes(
+    config: RunConfig, request: DrillRequest, faults: Sequence[Fault], variables: Mapping[str, str]
+) -> Nodes:
+    """Args: variables: of every process on nodes of our own."""
+    if request.cluster is not None:
+        return request.cluster
+    kinds = {fault.kind for fault in faults}
+    cpus = max(1, math.ceil(config.resources.cpu))
+    several = any(kind in kinds for kind in _NODE_KINDS)
+    return LocalNodes(
+        num_nodes=config.max_workers if several else 0,
+        cpus=cpus if several else max(1, math.ceil(config.max_workers * config.resources.cpu)),
+        variables=variables,
+        namespaces=FaultKind.PARTITION in kinds,
+    )
+
+
+def _train_undisturbed(process: DrilledProcess, say: _Say) -> int:
+    """Let it run to its end. Returns the number of workers."""
+    num_workers, began = 0, time.monotonic()
+    try:
+        while (event := process.events.get()) is not None:
+            if event.kind == "attempt":
+                num_workers = event.fields["world_size"]
+        if code := process.wait():
+            raise UnbrokenError(f"the undisturbed run ended with exit code {code}: {process.last_words()}")
+    finally:
+        process.end()
+    say(f"undisturbed run: done in {time.monotonic() - began:.0f} s")
+    return num_workers
+
+
+def _compare(drilled: str, undisturbed: str) -> tuple[bool | None, str]:
+    try:
+        proof = prove(Store.open(drilled), Store.open(undisturbed))
+    except UnbrokenError as error:
+        return None, str(error)
+    if proof.first_difference is not None:
+        return False, f"first difference: {proof.first_difference}"
+    checkpoints = f"{proof.num_tensors} tensors in {proof.num_checkpoints} checkpoints up to step {proof.last.step}"
+    return True, f"{checkpoints}; fingerprint {proof.fingerprint}"
+
+
+def _terminated(number: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + number)

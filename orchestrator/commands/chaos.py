@@ -1,0 +1,67 @@
+"""`unbroken chaos`."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+
+@click.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the schedule of faults.")
+@click.option("--faults", metavar="KIND,...", help="Kinds of fault. Without it: all that can be caused here.")
+@click.option("--count", type=click.IntRange(1), help="Number of faults; without it one of each kind.")
+@click.option("--address", help="Address of a Ray cluster to drill on, such as head:6379; without it: one of its own.")
+@click.option("--json", "as_json", is_flag=True, help="The scorecard as JSON; what happens meanwhile goes to stderr.")
+def chaos(
+    config: str,
+    overrides: tuple[str, ...],
+    seed: int,
+    faults: str | None,
+    count: int | None,
+    address: str | None,
+    as_json: bool,
+) -> int:
+    """Cause faults on a copy of a run, and show that they make no difference.
+
+    Two runs are made of CONFIG, beside the one that it names: <run.name>-undisturbed-..., to which nothing happens, and
+    <run.name>-drilled-..., which has the faults. Which fault happens after which step to which rank is drawn from the
+    seed before anything starts. In the end there is a scorecard: when each fault was noticed, after how long the next
+    step was made, how many steps were lost, and whether both runs are bitwise the same.
+
+    Exit code 0 if every fault was noticed and recovered from and the bits are the same, else 3.
+
+    The Ray cluster is one of its own on this machine, with a node for each worker; it is ended in the end. With
+    --address it is yours: then processes are killed, but nodes are lost or drained only if --faults names these kinds,
+    and nobody replaces them.
+
+    \b
+      unbroken chaos configs/digits.yaml train.num_steps=200 checkpoint.every_steps=20
+      unbroken chaos configs/digits.yaml --seed 7 --faults kill-worker,hang,kill-driver --count 6
+
+    \b
+    Kinds: kill-worker, kill-agent, kill-node, hang, partition, slow-store, corrupt-checkpoint, nan, drain, kill-driver.
+    Those that cannot be caused here are listed with the reason.
+    """
+    from orchestrator.chaos.exercise import DrillRequest, drill
+    from orchestrator.config import load_config
+    from orchestrator.preflight import check_trainable
+
+    loaded = load_config(config, overrides)
+    check_trainable(loaded)
+    cluster = None
+    if address is not None:
+        from orchestrator.chaos.cluster import ClusterNodes  # imports ray: only if this process needs it
+
+        cluster = ClusterNodes(address)
+    request = DrillRequest(seed=seed, kinds=faults, count=count, cluster=cluster)
+    card = drill(loaded, request, lambda line: click.echo(line, err=as_json))
+    if as_json:
+        click.echo(json.dumps(card.as_json(), indent=2))
+    else:
+        click.echo("\n".join(card.lines()))
+    sys.stdout.flush()
+    return 0 if card.passed else 3
