@@ -10,6 +10,7 @@ import click
 
 from orchestrator.commands.checkpoints import checkpoints
 from orchestrator.commands.config import config
+from orchestrator.commands.data import data
 from orchestrator.commands.deploy import deploy
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.ema import ema
@@ -119,6 +120,6 @@ def main(debug: bool) -> None:
 
 for command in (
     *(train, submit, resume, logs, stop, jobs, status, runs, report, prove),
-    *(sample, evaluate, export, ema, checkpoints, tracking, config, doctor, deploy),
+    *(sample, evaluate, export, ema, checkpoints, tracking, data, config, doctor, deploy),
 ):
     main.add_command(command)

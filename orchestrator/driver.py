@@ -116,7 +116,7 @@ def _go_on(config: RunConfig, spec: RunSpec, fan_out: FanOut, note: _Tell) -> No
         return
     facts = {"num_steps": spec.num_steps, "workers": to_dict(config)["workers"], "versions": dict(spec.versions)}
     note(_event("started", host=platform.node(), pid=os.getpid(), system=platform.platform(), **facts))
-    _connect_ray(config)
+    connect_ray(config)
     # After Ray has set its own handler, which would abort with a stack dump.
     with Interrupts(config.run.grace_s) as interrupts:
         try:
@@ -168,7 +168,8 @@ def _event(kind: str, /, **fields: Any) -> Event:
     return Event(kind=kind, fields=fields, time_s=time.time())
 
 
-def _connect_ray(config: RunConfig) -> None:
+def connect_ray(config: RunConfig) -> None:
+    """Join the cluster of RAY_ADDRESS, or start one of this machine alone."""
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" in os.environ:

@@ -17,6 +17,7 @@ class StepLog:
         self._event = event
         self._replay = ReplayCheck()
         self._attempt = 0
+        self._broken: set[str] = set()  # each is named once
         self.reached = Progress()
         """After the last step that is complete."""
 
@@ -33,6 +34,9 @@ class StepLog:
         if "skipped" in metrics and "loss" in metrics:
             numbers = f"loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}"
             self._event("bad_step", attempt=self._attempt, step=step, numbers=numbers)
+        if new := sorted(set(stepped.broken) - self._broken):
+            self._broken.update(new)
+            self._event("broken_samples", attempt=self._attempt, step=step, samples=new)
         difference = self._replay.check(step, metrics, stepped.losses, stepped.ranks)
         if difference is None:
             return None
