@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import MissingObjectError
+from trainers.config import TrainerConfig
 from trainers.data.files import Files, LocalFiles, local_files
 from trainers.errors import ConfigError
 
@@ -43,6 +47,14 @@ class StoreFiles:
             return self._store.read(name, begin or None, end)
         except MissingObjectError as error:
             raise FileNotFoundError(f"{self.root}/{name} is not there any more") from error
+
+
+def with_absolute_path(config: TrainerConfig) -> TrainerConfig:
+    """`config` with a local `data.path` made absolute, for processes that start in other folders."""
+    path = config.data.path
+    if path is None or "://" in path or not os.path.exists(path):
+        return config
+    return replace(config, data=replace(config.data, path=os.path.abspath(path)))
 
 
 def data_files(path: str) -> Files:

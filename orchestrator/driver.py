@@ -19,6 +19,7 @@ from orchestrator.checkpoint.keys import CONFIG
 from orchestrator.checkpoint.run_record import RunRecord, open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig, run_url, to_dict, to_yaml, trainer_dict
+from orchestrator.data_files import with_absolute_path
 from orchestrator.errors import (
     AlreadyExistsError,
     GaveUpError,
@@ -95,7 +96,7 @@ def _spec(config: RunConfig, run_id: str) -> RunSpec:
         run_id=run_id,
         run_url=run_url(config),
         session=uuid.uuid4().hex,
-        config=trainer_dict(config),
+        config=trainer_dict(with_absolute_path(config)),
         config_hash=config_hash(config),
         strategy=config.parallel.strategy,
         checkpoint=config.checkpoint,

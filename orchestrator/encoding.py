@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig
-from orchestrator.data_files import data_files
+from orchestrator.data_files import data_files, with_absolute_path
 from trainers.conditioning import Condition
 from trainers.data.guarded import GuardedSource
 from trainers.data.latents import EMPTY
@@ -95,4 +95,5 @@ def _text_parts(condition: Condition) -> dict[str, torch.Tensor]:
 
 def plain_data(config: RunConfig) -> RunConfig:
     """`config` without what only changes how fast or how safely its data is read."""
-    return replace(config, data=replace(config.data, num_workers=0, quarantine=False, cache=None))
+    placed = with_absolute_path(config)
+    return replace(config, data=replace(placed.data, num_workers=0, quarantine=False, cache=None))

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from orchestrator.checkpoint.store import Store
-from orchestrator.data_files import StoreFiles, data_files
+from orchestrator.data_files import StoreFiles, data_files, with_absolute_path
 from tests.trainers.data import made_up
+from tests.trainers.tiny import tiny_config
+from trainers.config import TrainerConfig
 from trainers.data.config import Columns, DataConfig
 from trainers.data.files import LocalFiles
 from trainers.data.sources import open_source
+from trainers.decode import decode
 from trainers.errors import ConfigError
 
 
@@ -55,6 +58,18 @@ def test_sub_folders_and_ranges(tmp_path: Path) -> None:
     assert files.read("a/1.png", 5, 5) == b"" and files.read("a/1.png") == b"0123456789"
     with pytest.raises(FileNotFoundError, match=r"a/2\.png is not there any more"):
         files.read("a/2.png")
+
+
+def test_a_local_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path, expected in (
+        ("images", str(tmp_path / "images")),
+        ("s3://b/images", "s3://b/images"),
+        ("hub/x", "hub/x"),
+    ):
+        plain = tiny_config(data={"source": "datasets", "path": path})
+        assert with_absolute_path(decode(TrainerConfig, plain)).data.path == expected
 
 
 def test_what_opens_what() -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 import xxhash
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainers.data.config import DataConfig
 from trainers.data.index_cache import cached
@@ -112,8 +112,10 @@ def broken_if_undecodable(name: str) -> Iterator[None]:
     except (MemoryError, ConfigError):
         raise
     except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, struct.error, zlib.error, ...
+        # Its own message has an address in memory, and a sample has to be called the same whenever it is met.
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
         raise BrokenSampleError(
-            f"data.path: {name} can not be read as an image ({error}); repair or remove it, or set data.on_broken=skip"
+            f"data.path: {name} can not be read as an image ({reason}); repair or remove it, or set data.on_broken=skip"
         ) from error
 
 

@@ -178,7 +178,7 @@ class _Safetensors:
         size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         begin = self._first + entry["data_offsets"][0]
         read = [self._files.read(self._name, begin + row * size, begin + (row + 1) * size) for row in rows.tolist()]
-        values = np.frombuffer(b"".join(read), dtype).reshape(len(rows), *shape)
+        values = np.frombuffer(bytearray().join(read), dtype).reshape(len(rows), *shape)
         if entry["dtype"] == "BF16":  # the upper half of a float32
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values
