@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
+import torch
 
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig, to_dict
@@ -58,7 +59,8 @@ class Preparation:
         self._store = Store.open(out)
         _check(config)
         self._source: Source = open_source(config.data, data_files)
-        check_fits(empty_model(config.model, config.seed), self._source, config)
+        with torch.device("meta"):  # its shapes are enough
+            check_fits(empty_model(config.model, config.seed), self._source, config)
         self.num_samples = len(self._source)
         self._shards = [shard_name(i, self._count) for i in range(self._count)]
         self._begin()
@@ -171,12 +173,13 @@ def _encoded(config: RunConfig, out: str, shard_size: int, jobs: list[int]) -> I
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # one of ours is enough
     context.print_on_execution_start = False
+    num_actors = min(config.max_workers, len(jobs))
     encoded = ray.data.from_items([{"job": job} for job in jobs], override_num_blocks=len(jobs)).map_batches(
         _Job,
         fn_constructor_args=(to_dict(config), out, shard_size),
         batch_size=1,
         batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=min(config.max_workers, len(jobs))),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=num_actors, initial_size=num_actors),
         num_cpus=config.resources.cpu,
         num_gpus=config.resources.gpu or None,
     )

@@ -17,7 +17,7 @@ def data() -> None:
 @click.argument("out")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
-    "--shard-size", type=click.IntRange(min=1), default=1024, show_default=True, help="Samples in a file of OUT."
+    "--shard-size", type=click.IntRange(min=1), default=256, show_default=True, help="Samples in a file of OUT."
 )
 def prepare(config: str, out: str, overrides: tuple[str, ...], shard_size: int) -> None:
     """Encode the data of CONFIG with its frozen VAE and text encoders, into the folder or URL OUT.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,19 @@ def test_the_same_samples_come_from_a_url(tmp_path: Path, source: Any, write: An
     assert torch.equal(there.read(order).images, here.read(order).images)
     assert there.read(order).captions == here.read(order).captions
     assert there.identity == here.identity, "where data is does not make it other data"
+
+
+@pytest.mark.s3
+def test_shards_on_s3(tmp_path: Path, s3_url: str) -> None:
+    """Read by threads at once, as `data.num_workers` does."""
+    made_up.write_tars(tmp_path / "data" / "shards", 5)
+    upload(tmp_path / "data", s3_url)
+    common = {"source": "webdataset", "image_size": 8, "cache": str(tmp_path / "cache")}
+    there = open_source(DataConfig(**common, path=f"{s3_url}/shards"), data_files)
+    here = open_source(DataConfig(**common, path=str(tmp_path / "data" / "shards")), data_files)
+    with ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(lambda index: there.read(np.array([index])).images, range(5)))
+    assert torch.equal(torch.cat(read), here.read(np.arange(5)).images) and there.identity == here.identity
 
 
 def test_sub_folders_and_ranges(tmp_path: Path) -> None:
