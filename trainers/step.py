@@ -48,13 +48,17 @@ class Task:
     read_ahead: ReadAhead[Batch] | None = None
     """Reads microbatches before they are due; None: they are read when they are."""
 
+    @property
+    def latent_factor(self) -> tuple[int, int] | None:
+        """Channels of the latents, and how many times smaller they are than images; None without a VAE."""
+        if self.latent_shape is None:
+            return None
+        return self.latent_shape[0], self.config.data.image_size // self.latent_shape[1]
+
     def load(self, source: GuardedSource, step: int, microbatch: int) -> Batch:
         """A microbatch of `step`, counted from 1. Local; in any thread, if `source` is of that thread."""
         train, data = self.config.train, self.config.data
         first = (step - 1) * train.global_batch_size + microbatch * train.microbatch_size
-        factor = None
-        if self.latent_shape is not None:
-            factor = (self.latent_shape[0], data.image_size // self.latent_shape[1])
         return load_microbatch(
             source,
             np.arange(first, first + train.microbatch_size),
@@ -62,7 +66,7 @@ class Task:
             augment=data,
             null_label=self.null_label,
             label_drop=self.config.objective.label_drop,
-            latent_factor=factor,
+            latent_factor=self.latent_factor,
         )
 
 

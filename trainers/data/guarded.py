@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -64,7 +65,8 @@ class GuardedSource(Source):
 
     def untraced(self, left_out: frozenset[int]) -> GuardedSource:
         """The same source for another thread, which leaves out these samples and tells nobody what it reads."""
-        other = GuardedSource(self._source, None, self._members, skip_broken=self._skip_broken)
+        other = copy.copy(self)
+        other._trace = None
         other.leave_out(left_out)
         return other
 
