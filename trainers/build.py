@@ -50,7 +50,6 @@ def build(
     topology, mesh = make_topology(config.parallel, device)
     _check_microbatches(topology.world_size, config)
     source = open_source(config.data, files_at)
-    trained_on, held_out = split(config.validation, config.seed, len(source))
     model = empty_model(config.model, config.seed)
     latent_shape = check_fits(model, source, config)
     frozen = open_frozen(config.model, config.conditioning, device)
@@ -73,11 +72,11 @@ def build(
         progress=Progress(),
         frozen=_hash_of_untrained(whole, topology) | _unchanging(config, frozen, source),
     )
-    skip = config.data.on_broken == "skip"
+    trained_on, held_out = _parts(config, source, trace)
     task = Task(
         config=config,
-        source=GuardedSource(source, trace, trained_on, skip_broken=skip),
-        validation=None if held_out is None else GuardedSource(source, trace, held_out, skip_broken=skip),
+        source=trained_on,
+        validation=held_out,
         trace=trace,
         objective=Objective(config.objective),
         rounds=rounds,
@@ -88,6 +87,14 @@ def build(
         latent_shape=latent_shape,
     )
     return state, _with_threads(task, state)
+
+
+def _parts(config: TrainerConfig, source: Source, trace: StepTrace) -> tuple[GuardedSource, GuardedSource | None]:
+    """What is trained on, and what is held out, if anything is."""
+    trained_on, held_out = split(config.validation, config.seed, len(source))
+    skip = config.data.on_broken == "skip"
+    validation = None if held_out is None else GuardedSource(source, trace, held_out, skip_broken=skip)
+    return GuardedSource(source, trace, trained_on, skip_broken=skip), validation
 
 
 def _with_threads(task: Task, state: TrainState) -> Task:

@@ -48,6 +48,12 @@ class Task:
     read_ahead: ReadAhead[Batch] | None = None
     """Reads microbatches before they are due; None: they are read when they are."""
 
+    def leave_out(self, samples: frozenset[int]) -> None:
+        """From now on replace these dataset indices, and no others."""
+        self.source.leave_out(samples)
+        if self.validation is not None:
+            self.validation.leave_out(samples)
+
     @property
     def latent_factor(self) -> tuple[int, int] | None:
         """Channels of the latents, and how many times smaller they are than images; None without a VAE."""
@@ -90,10 +96,7 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
         task.trace.leave(())
         _advance(state, task)
         return {"skipped": 1.0}
-    left_out = state.exclusions.left_out(step)
-    task.source.leave_out(left_out)
-    if task.validation is not None:
-        task.validation.leave_out(left_out)
+    task.leave_out(state.exclusions.left_out(step))
     losses = torch.zeros(train.num_microbatches, device=task.device)
     broken: list[str] = []
     for _ in task.rounds:
