@@ -48,14 +48,12 @@ def build(
         ConfigError: the model, data or strategy cannot be built from this configuration.
     """
     topology, mesh = make_topology(config.parallel, device)
-    _check_microbatches(topology.world_size, config)
+    trace = trace or StepTrace(config.train.microbatch_size)
+    rounds = _rounds(config, topology.world_size, trace)
     source = open_source(config.data, files_at)
     model = empty_model(config.model, config.seed)
     latent_shape = check_fits(model, source, config)
     frozen = open_frozen(config.model, config.conditioning, device)
-    trace = trace or StepTrace(config.train.microbatch_size)
-    rounds = Rounds(config.train.num_microbatches, topology.world_size, local=config.parallel.accumulation == "local")
-    trace.ranks = tuple(map(rounds.rank_of, range(rounds.num_microbatches)))
     whole = shard_model(model, config.parallel, topology, mesh, rounds, config.train.precision == "bf16")
     load_initial_weights(config.model, config.seed, model, whole)
     parameters = [parameter for parameter in whole if parameter.parameter.requires_grad]
@@ -117,13 +115,17 @@ def _unchanging(config: TrainerConfig, frozen: FrozenParts | None, source: Sourc
     return hashes | ({"data": source.identity} if source.identity else {})
 
 
-def _check_microbatches(world_size: int, config: TrainerConfig) -> None:
+def _rounds(config: TrainerConfig, world_size: int, trace: StepTrace) -> Rounds:
+    """Who works on which microbatch; the trace has it too. Raises ConfigError if a rank would never have any."""
     if world_size > config.train.num_microbatches:
         raise ConfigError(
             f"{world_size} workers cannot share train.global_batch_size={config.train.global_batch_size} /"
             f" train.microbatch_size={config.train.microbatch_size} = {config.train.num_microbatches} microbatches;"
             f" use fewer workers or a smaller microbatch_size"
         )
+    rounds = Rounds(config.train.num_microbatches, world_size, local=config.parallel.accumulation == "local")
+    trace.ranks = tuple(map(rounds.rank_of, range(rounds.num_microbatches)))
+    return rounds
 
 
 def _hash_of_untrained(parameters: list[LocalParameter], topology: Topology) -> dict[str, str]:
