@@ -43,6 +43,7 @@ def losses(*configs: dict[str, Any]) -> list[Any]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_latents_are_made_gone_on_with_trained_on_and_refused(tmp_path: Path, ray_folder: Path) -> None:
     plain = family_config(write_pipeline(tmp_path / "sdxl", "sdxl"), "sdxl")
     file, out = tmp_path / "config.yaml", tmp_path / "out"
