@@ -11,6 +11,7 @@ import click
 from orchestrator.commands.chaos import chaos
 from orchestrator.commands.checkpoints import checkpoints
 from orchestrator.commands.config import config
+from orchestrator.commands.data import data
 from orchestrator.commands.deploy import deploy
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.ema import ema
@@ -120,6 +121,6 @@ def main(debug: bool) -> None:
 
 for command in (
     *(train, submit, resume, logs, stop, jobs, status, runs, report, prove, chaos),
-    *(sample, evaluate, export, ema, checkpoints, tracking, config, doctor, deploy),
+    *(sample, evaluate, export, ema, checkpoints, tracking, data, config, doctor, deploy),
 ):
     main.add_command(command)

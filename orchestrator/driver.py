@@ -19,6 +19,7 @@ from orchestrator.checkpoint.keys import CONFIG
 from orchestrator.checkpoint.run_record import RunRecord, open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig, run_url, to_dict, to_yaml, trainer_dict
+from orchestrator.data_files import with_absolute_path
 from orchestrator.errors import (
     AlreadyExistsError,
     GaveUpError,
@@ -96,7 +97,7 @@ def _spec(config: RunConfig, run_id: str, more_preload: Sequence[str]) -> RunSpe
         run_id=run_id,
         run_url=run_url(config),
         session=uuid.uuid4().hex,
-        config=trainer_dict(config),
+        config=trainer_dict(with_absolute_path(config)),
         config_hash=config_hash(config),
         strategy=config.parallel.strategy,
         checkpoint=config.checkpoint,
@@ -118,7 +119,7 @@ def _go_on(config: RunConfig, spec: RunSpec, fan_out: FanOut, note: _Tell) -> No
         return
     facts = {"num_steps": spec.num_steps, "workers": to_dict(config)["workers"], "versions": dict(spec.versions)}
     note(_event("started", host=platform.node(), pid=os.getpid(), system=platform.platform(), **facts))
-    _connect_ray(config)
+    connect_ray(config)
     # After Ray has set its own handler, which would abort with a stack dump.
     with Interrupts(config.run.grace_s) as interrupts:
         try:
@@ -172,7 +173,8 @@ def _event(kind: str, /, **fields: Any) -> Event:
     return Event(kind=kind, fields=fields, time_s=time.time())
 
 
-def _connect_ray(config: RunConfig) -> None:
+def connect_ray(config: RunConfig) -> None:
+    """Join the cluster of RAY_ADDRESS, or start one of this machine alone."""
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" in os.environ:

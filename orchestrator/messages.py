@@ -101,6 +101,8 @@ class Stepped:
     """Of every microbatch, by index."""
     ranks: tuple[int, ...] = ()
     """Which rank each microbatch ran on."""
+    broken: tuple[str, ...] = ()
+    """Samples of the step that could not be read, and why; others took their places."""
 
 
 @dataclass(frozen=True, kw_only=True)

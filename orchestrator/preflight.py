@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
+from orchestrator.data_files import data_files
 from trainers.conditioning import call_model
 from trainers.config import TrainerConfig
 from trainers.data.sources import open_source
 from trainers.errors import ConfigError
-from trainers.fitting import blank_condition, check_fits
+from trainers.fitting import blank_condition, check_fits, data_shape
 from trainers.models import empty_model
 
 
@@ -20,9 +22,15 @@ def check_trainable(config: TrainerConfig) -> None:
     """
     with torch.device("meta"):  # shapes only: no memory and no arithmetic, however large the model
         model = empty_model(config.model, config.seed)
-    source = open_source(config.data)
+    source = open_source(config.data, data_files)
+    channels, height, width = check_fits(model, source, config) or data_shape(source, config)
     size = config.data.image_size
-    shape = check_fits(model, source, config) or (source.channels, size, size)
+    shapes = source.buckets.shapes if source.buckets else ((size, size),)
+    for rows, columns in shapes:
+        _check_shape(model, (channels, height * rows // size, width * columns // size), config)
+
+
+def _check_shape(model: nn.Module, shape: tuple[int, int, int], config: TrainerConfig) -> None:
     noisy = torch.zeros((1, *shape), device="meta")
     index = torch.zeros(1, dtype=torch.long, device="meta")
     try:

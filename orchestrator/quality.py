@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
+from orchestrator.data_files import data_files
 from orchestrator.weights import SavedModel
 from trainers.conditioning import takes_text
 from trainers.config import TrainerConfig
 from trainers.data.sampler import sample_indices
-from trainers.data.sources import Samples, open_source
+from trainers.data.samples import Samples
+from trainers.data.sources import open_source
 from trainers.errors import ConfigError
 from trainers.evaluation.metrics import clip_score, frechet_distance, kernel_distance, open_network
 from trainers.evaluation.split import split
@@ -97,7 +99,9 @@ def measure(saved: SavedModel, weights: str, request: Request, progress: Callabl
 
 def _reference(config: TrainerConfig, request: Request, model: nn.Module) -> tuple[torch.Tensor, list[Any]]:
     """Images of the data, (N, C, H, W) uint8, in a fixed random order; and a label or caption for each one to draw."""
-    source = open_source(config.data)
+    source = open_source(replace(config.data, buckets=None), data_files)
+    if source.latents is not None:
+        raise ConfigError("data.source=latents holds no images to compare with; give those that they were made of")
     members = np.arange(len(source))
     if request.reference == "held-out":
         _, held_out = split(config.validation, config.seed, len(source))

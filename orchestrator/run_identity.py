@@ -25,6 +25,9 @@ _PLACEMENT = frozenset(
         "parallel.accumulation",
         "model.gradient_checkpointing",
         "data.quarantine",
+        "data.num_workers",
+        "data.prefetch",
+        "data.cache",
     }
 )
 _OBSERVATION = frozenset({"train.ema_health_every", "validation.every_steps"})

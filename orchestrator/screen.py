@@ -125,6 +125,9 @@ class Screen:
     def _bad_step(self, at: float, *, attempt: int, step: int, numbers: str) -> None:
         self._write(f"step {step} is bad and makes no update: {numbers}")
 
+    def _broken_samples(self, at: float, *, attempt: int, step: int, samples: list[str]) -> None:
+        self._write(f"step {step}: {len(samples)} more broken samples are replaced, such as: {samples[0]}")
+
     def _diverged(self, at: float, *, attempt: int, reason: str, skip: list[int], rollback: int) -> None:
         self._write(f"training diverged: {reason}; rollback {rollback}: steps {skip[0]} to {skip[1]} are left out")
 

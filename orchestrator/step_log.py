@@ -23,6 +23,7 @@ class StepLog:
         self._event = event
         self._replay = ReplayCheck()
         self._attempt = 0
+        self._broken: set[str] = set()  # each is named once
         self.reached = Progress()
         """After the last step that is complete."""
 
@@ -39,6 +40,9 @@ class StepLog:
         if "skipped" in metrics and "loss" in metrics:
             numbers = f"loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}"
             self._event("bad_step", attempt=self._attempt, step=step, numbers=numbers)
+        if new := sorted(set(stepped.broken) - self._broken):
+            self._broken.update(new)
+            self._event("broken_samples", attempt=self._attempt, step=step, samples=new)
         late = None
         if self._past is not None and (past := self._past.past) is not None:
             late, self._past = self._replay.learn(past.steps), None

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.checkpointer import LaggingError, SaveSchedule, SharedMemoryCheckpointer
+from orchestrator.data_files import data_files
 from orchestrator.evaluating import Drew, Evaluated, Validated
 from orchestrator.last_words import last_words
 from orchestrator.liveness import AtGate, Entered, Gate, StopAt
@@ -75,7 +76,8 @@ class PipeSink:
 
     def log(self, progress: Progress, metrics: Mapping[str, float]) -> None:
         losses, ranks = self._trace.losses, self._trace.ranks
-        self._agent.send(Stepped(progress=progress, metrics=dict(metrics), losses=losses, ranks=ranks))
+        broken = self._trace.broken
+        self._agent.send(Stepped(progress=progress, metrics=dict(metrics), losses=losses, ranks=ranks, broken=broken))
 
     def evaluating(self) -> None:
         self._agent.send(Entered(phase=Phase.EVALUATING))
@@ -132,7 +134,7 @@ def main(pipe: int, buffer: int, orders: int, stacks: int, trace_memory: int) ->
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         _join(agent, begin)
         agent.send(Reached(stage="process group"))
-        state, task = build(config, device, trace)
+        state, task = build(config, device, trace, data_files)
         state.exclusions = begin.exclusions
         agent.send(Reached(stage="built"))
         checkpointer = SharedMemoryCheckpointer(agent, buffer, begin, config.train.num_steps)

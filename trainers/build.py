@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from trainers.config import TrainerConfig
+from trainers.data.batch import Batch
+from trainers.data.files import FilesAt, local_files
 from trainers.data.guarded import GuardedSource
+from trainers.data.loader import ReadAhead
+from trainers.data.samples import Source
 from trainers.data.sources import open_source
 from trainers.divergence import DivergenceGuard
 from trainers.ema import EMA
@@ -13,8 +19,9 @@ from trainers.errors import ConfigError
 from trainers.evaluation.split import split
 from trainers.exclusions import Exclusions
 from trainers.fitting import check_fits
-from trainers.frozen import open_frozen
+from trainers.frozen import FrozenParts, open_frozen
 from trainers.generators import GeneratorStates
+from trainers.identity import check_encoders
 from trainers.initial_weights import load_initial_weights
 from trainers.models import empty_model, null_label
 from trainers.norm import StepSums
@@ -28,25 +35,25 @@ from trainers.step import Task
 from trainers.trace import StepTrace
 
 
-def build(config: TrainerConfig, device: torch.device, trace: StepTrace | None = None) -> tuple[TrainState, Task]:
+def build(
+    config: TrainerConfig, device: torch.device, trace: StepTrace | None = None, files_at: FilesAt = local_files
+) -> tuple[TrainState, Task]:
     """A fresh state at step 0, and the task it is trained on. Collective: all ranks of the default process group.
 
     Args:
         trace: where this rank writes down what it does; None: where nobody reads it.
+        files_at: opens `data.path`; the default reads local paths only.
 
     Raises:
         ConfigError: the model, data or strategy cannot be built from this configuration.
     """
     topology, mesh = make_topology(config.parallel, device)
-    _check_microbatches(topology.world_size, config)
-    source = open_source(config.data)
-    trained_on, held_out = split(config.validation, config.seed, len(source))
+    trace = trace or StepTrace(config.train.microbatch_size)
+    rounds = _rounds(config, topology.world_size, trace)
+    source = open_source(config.data, files_at)
     model = empty_model(config.model, config.seed)
     latent_shape = check_fits(model, source, config)
     frozen = open_frozen(config.model, config.conditioning, device)
-    trace = trace or StepTrace(config.train.microbatch_size)
-    rounds = Rounds(config.train.num_microbatches, topology.world_size, local=config.parallel.accumulation == "local")
-    trace.ranks = tuple(map(rounds.rank_of, range(rounds.num_microbatches)))
     whole = shard_model(model, config.parallel, topology, mesh, rounds, config.train.precision == "bf16")
     load_initial_weights(config.model, config.seed, model, whole)
     parameters = [parameter for parameter in whole if parameter.parameter.requires_grad]
@@ -61,12 +68,13 @@ def build(config: TrainerConfig, device: torch.device, trace: StepTrace | None =
         exclusions=Exclusions(),
         topology=topology,
         progress=Progress(),
-        frozen=_hash_of_untrained(whole, topology) | (frozen.hashes if frozen else {}),
+        frozen=_hash_of_untrained(whole, topology) | _unchanging(config, frozen, source),
     )
+    trained_on, held_out = _parts(config, source, trace)
     task = Task(
         config=config,
-        source=GuardedSource(source, trace, trained_on),
-        validation=None if held_out is None else GuardedSource(source, trace, held_out),
+        source=trained_on,
+        validation=held_out,
         trace=trace,
         objective=Objective(config.objective),
         rounds=rounds,
@@ -76,16 +84,48 @@ def build(config: TrainerConfig, device: torch.device, trace: StepTrace | None =
         frozen=frozen,
         latent_shape=latent_shape,
     )
-    return state, task
+    return state, _with_threads(task, state)
 
 
-def _check_microbatches(world_size: int, config: TrainerConfig) -> None:
+def _parts(config: TrainerConfig, source: Source, trace: StepTrace) -> tuple[GuardedSource, GuardedSource | None]:
+    """What is trained on, and what is held out, if anything is."""
+    trained_on, held_out = split(config.validation, config.seed, len(source))
+    skip = config.data.on_broken == "skip"
+    validation = None if held_out is None else GuardedSource(source, trace, held_out, skip_broken=skip)
+    return GuardedSource(source, trace, trained_on, skip_broken=skip), validation
+
+
+def _with_threads(task: Task, state: TrainState) -> Task:
+    """The task, with microbatches read ahead if the data asks for it."""
+    data = task.config.data
+    if not data.num_workers:
+        return task
+
+    def read(step: int, microbatch: int) -> Batch:
+        return task.load(task.source.untraced(state.exclusions.left_out(step)), step, microbatch)
+
+    return replace(task, read_ahead=ReadAhead(read, data.num_workers, data.prefetch))
+
+
+def _unchanging(config: TrainerConfig, frozen: FrozenParts | None, source: Source) -> dict[str, str]:
+    """The hash of frozen parts and data. Raises ConfigError if the data was made with other parts."""
+    hashes = frozen.hashes if frozen else {}
+    if source.latents is not None:
+        check_encoders(source.latents.encoders, hashes, str(config.data.path))
+    return hashes | ({"data": source.identity} if source.identity else {})
+
+
+def _rounds(config: TrainerConfig, world_size: int, trace: StepTrace) -> Rounds:
+    """Who works on which microbatch; the trace has it too. Raises ConfigError if a rank would never have any."""
     if world_size > config.train.num_microbatches:
         raise ConfigError(
             f"{world_size} workers cannot share train.global_batch_size={config.train.global_batch_size} /"
             f" train.microbatch_size={config.train.microbatch_size} = {config.train.num_microbatches} microbatches;"
             f" use fewer workers or a smaller microbatch_size"
         )
+    rounds = Rounds(config.train.num_microbatches, world_size, local=config.parallel.accumulation == "local")
+    trace.ranks = tuple(map(rounds.rank_of, range(rounds.num_microbatches)))
+    return rounds
 
 
 def _hash_of_untrained(parameters: list[LocalParameter], topology: Topology) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trainers.data.sources import DataConfig
+from trainers.data.config import DataConfig
 from trainers.divergence import DivergenceConfig
 from trainers.ema import EMAConfig
 from trainers.errors import ConfigError

@@ -2,6 +2,7 @@
 
 TrainersError
 ├── ConfigError         the user's configuration: nothing was started, fix the named key (exit code 2)
+│   └── BrokenSampleError   one sample of the data is at fault: repair it, or go on without it
 ├── StateMismatchError  what was loaded is not what was saved: do not train on it, take an older checkpoint
 └── DivergedError       too many bad steps in a row: go back to before the first, leave their data out
 """
@@ -15,6 +16,10 @@ class TrainersError(Exception):
 
 class ConfigError(TrainersError):
     """One clear line about one key: what it is, where it stands, what to write instead."""
+
+
+class BrokenSampleError(ConfigError):
+    """One sample of the data can not be read, and reading it again will not help."""
 
 
 class StateMismatchError(TrainersError):

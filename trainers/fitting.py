@@ -8,7 +8,8 @@ from torch import nn
 
 from trainers.conditioning import Condition, takes_text, type_name
 from trainers.config import TrainerConfig
-from trainers.data.sources import Source
+from trainers.data.latents import EMPTY
+from trainers.data.samples import LatentFacts, Source
 from trainers.errors import ConfigError
 from trainers.evaluation.config import check_samples
 from trainers.evaluation.split import split
@@ -27,17 +28,66 @@ def check_fits(model: nn.Module, source: Source, config: TrainerConfig) -> tuple
         ConfigError: it can't; the message names the argument to change.
     """
     folder, image_size = config.model.folder(), config.data.image_size
-    shape = latent_shape(folder, source.channels, image_size)
+    made, encoded = source.latents, folder is not None and folder.has("tokenizer")
+    shape = latent_shape(folder, source.channels if made is None else None, image_size)
+    if made is not None:
+        _check_made(made, shape, config)
+        encoded = encoded or made.has_text
+    elif source.buckets is not None and shape is not None:
+        _check_buckets(source.buckets.shapes, image_size // shape[1])
     if folder is not None and not config.model.from_scratch:
         check_schedule(folder, config.objective)
     if folder is not None and config.model.lora is not None:
         _check_adapters(folder)
-    _check_channels(model, shape or (source.channels, image_size, image_size), config)
-    _check_captions(model, source, encoded=folder is not None and folder.has("tokenizer"))
+    _check_channels(model, shape or data_shape(source, config), config)
+    _check_captions(model, source, encoded)
     _check_labels(model, source.num_classes, config.objective.label_drop)
     check_samples(config.samples, model, source, config.objective.label_drop)
     split(config.validation, config.seed, len(source))
-    return shape
+    if source.buckets is not None and config.validation.holds_out:
+        raise ConfigError(
+            "validation holds samples out, which can not be cut into microbatches of one shape; remove data.buckets or"
+            " the section validation"
+        )
+    return shape if made is None else None
+
+
+def data_shape(source: Source, config: TrainerConfig) -> tuple[int, int, int]:
+    """(C, H, W) of what `source` holds, square."""
+    size = config.data.image_size
+    return source.latents.shape if source.latents is not None else (source.channels, size, size)
+
+
+def _check_made(made: LatentFacts, expected: tuple[int, int, int] | None, config: TrainerConfig) -> None:
+    size = config.data.image_size
+    if made.image_size is not None and made.image_size != size:
+        raise ConfigError(
+            f"data.image_size={size}, but the latents were made of images of {made.image_size};"
+            f" set data.image_size={made.image_size}"
+        )
+    if expected is not None and made.shape != expected:
+        raise ConfigError(
+            f"data.path={config.data.path} holds latents of {made.shape}, but the VAE of model.pretrained makes"
+            f" {expected} of images of data.image_size={size}; set the size that they were made at"
+        )
+    if expected is None and made.shape[1:] != (size, size):
+        raise ConfigError(
+            f"data.image_size={size} differs from the latents, {made.shape}; set data.image_size={made.shape[1]}"
+        )
+    if config.objective.label_drop > 0 and made.has_text and made.empty is None:
+        raise ConfigError(
+            f"objective.label_drop={config.objective.label_drop} needs {config.data.path}/{EMPTY}, how the text"
+            " encoders see an empty caption; add it, or set objective.label_drop=0"
+        )
+
+
+def _check_buckets(shapes: tuple[tuple[int, int], ...], factor: int) -> None:
+    odd = [shape for shape in shapes if shape[0] % factor or shape[1] % factor]
+    if odd:
+        raise ConfigError(
+            f"data.buckets makes images of {odd[0][0]} x {odd[0][1]}, which the VAE can not make {factor} times"
+            f" smaller; set data.buckets.multiple_of to a multiple of {factor}"
+        )
 
 
 def _check_adapters(folder: PretrainedFolder) -> None:
@@ -74,6 +124,12 @@ def _check_captions(model: nn.Module, source: Source, encoded: bool) -> None:
             f"a {type_name(model)} needs text encoders, and there are none; set model.pretrained to a pipeline folder"
             " that has them (model.from_scratch=true to begin at random weights)"
         )
+    if source.latents is not None:
+        if text and not source.latents.has_text:
+            raise ConfigError(
+                "the latents have no tokens, but the model is conditioned on text; prepare them with data.captions=true"
+            )
+        return
     if text and not source.has_captions:
         raise ConfigError("data.captions=false, but the model is conditioned on text; set data.captions=true")
     if source.has_captions and not text:

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from trainers.conditioning import Condition
+from trainers.data.batch import draw_latents
 from trainers.errors import ConfigError
 from trainers.models import ModelConfig
 from trainers.objectives import Objective, ObjectiveConfig
@@ -129,14 +130,22 @@ class FrozenParts:
 
         Returns:
             (B, c, h, w) float32; `images` themselves without a VAE.
-
-        Source: Rombach et al., "High-resolution image synthesis with latent diffusion models", 2022, appendix G.
         """
         if self._vae is None or noise is None:
             return images
-        posterior = self._vae.encode(images.to(self._vae.dtype)).latent_dist
-        drawn = posterior.mean.float() + posterior.std.float() * noise
-        return (drawn - (self._vae.config.get("shift_factor") or 0.0)) * self._vae.config["scaling_factor"]
+        mean, deviation = self.posterior(images)
+        return draw_latents(mean, deviation, noise, *self.shift_and_scale)
+
+    @property
+    def shift_and_scale(self) -> tuple[float, float]:
+        """What is taken from a draw of the VAE, and by what the rest is multiplied."""
+        return self._vae.config.get("shift_factor") or 0.0, self._vae.config["scaling_factor"]
+
+    @torch.no_grad()
+    def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the latents that the VAE finds likely, (B, c, h, w) float32 each."""
+        found = self._vae.encode(images.to(self._vae.dtype)).latent_dist
+        return found.mean.float(), found.std.float()
 
     @torch.no_grad()
     def images(self, latents: torch.Tensor) -> torch.Tensor:
@@ -259,8 +268,11 @@ def _is_flow(settings: Mapping[str, Any]) -> bool:
     return "FlowMatch" in settings.get("_class_name", "")
 
 
-def latent_shape(folder: PretrainedFolder | None, channels: int, image_size: int) -> tuple[int, int, int] | None:
+def latent_shape(folder: PretrainedFolder | None, channels: int | None, image_size: int) -> tuple[int, int, int] | None:
     """(c, h, w) of the latents of images of this kind; None without a VAE: then the images are denoised themselves.
+
+    Args:
+        channels: of the images; None: not asked for.
 
     Raises:
         ConfigError: the VAE takes no such images, or is of a kind that is not known here.
@@ -273,7 +285,7 @@ def latent_shape(folder: PretrainedFolder | None, channels: int, image_size: int
     with torch.device("meta"):  # only for its settings, with the defaults of the class filled in
         settings: Any = diffusers.AutoencoderKL.load_config(folder.root / "vae")
         vae: Any = diffusers.AutoencoderKL.from_config(settings)
-    if vae.config["in_channels"] != channels:
+    if channels is not None and vae.config["in_channels"] != channels:
         raise ConfigError(
             f"the VAE takes images of {vae.config['in_channels']} channels, but the data has {channels};"
             " take another data.source or another model.pretrained"
@@ -282,18 +294,3 @@ def latent_shape(folder: PretrainedFolder | None, channels: int, image_size: int
     if image_size % factor:
         raise ConfigError(f"data.image_size={image_size} is not a multiple of the VAE's {factor}; set a multiple")
     return (vae.config["latent_channels"], image_size // factor, image_size // factor)
-
-
-def check_hashes(recorded: Mapping[str, str], actual: Mapping[str, str]) -> None:
-    """Check that a run goes on with the frozen parts that it began with.
-
-    Raises:
-        ConfigError: one of them is another; names it with both hashes.
-    """
-    for name in sorted(recorded.keys() | actual.keys()):
-        if recorded.get(name) != actual.get(name):
-            raise ConfigError(
-                f"model.pretrained: the frozen part {name} is not the one that the run was trained with"
-                f" (hash {json.dumps(actual.get(name))}, in the checkpoint {json.dumps(recorded.get(name))});"
-                " put the old folder back, or start a run of another name"
-            )

@@ -9,8 +9,8 @@ from torch import nn
 
 from trainers.conditioning import call_model, takes_text, type_name
 from trainers.config import TrainerConfig
-from trainers.data.sources import Source
-from trainers.fitting import blank_condition, check_fits
+from trainers.data.samples import Source
+from trainers.fitting import blank_condition, check_fits, data_shape
 from trainers.models import empty_model
 from trainers.pretrained import PretrainedFolder
 from trainers.units import sharding_units
@@ -54,8 +54,7 @@ def rank_memory(config: TrainerConfig, source: Source, world_size: int) -> RankM
     """
     with torch.device("meta"):
         model = empty_model(config.model, config.seed)
-    size = config.data.image_size
-    shape = check_fits(model, source, config) or (source.channels, size, size)
+    shape = check_fits(model, source, config) or data_shape(source, config)
     shards = config.parallel.shards(world_size)
     every, trained = (
         sum(_rows(p, shards) for p in model.parameters() if p.requires_grad or not only_trained)

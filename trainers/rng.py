@@ -30,6 +30,14 @@ class Stream(IntEnum):
     INPUT_PERTURBATION = 10
     POSTERIOR = 20  # the VAE's draw of a latent
     ADAPTER_INIT = 21
+    CROP_TOP = 30
+    CROP_LEFT = 31
+    ROTATION = 32
+    BRIGHTNESS = 33
+    CONTRAST = 34
+    SATURATION = 35
+    HUE = 36
+    BUCKET_ORDER = 37
     SPLIT = 40  # which samples are held out
     VALIDATION = 41  # a seed of its own for noise and timesteps of these
 

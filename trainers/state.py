@@ -15,8 +15,8 @@ from trainers.ema import EMA
 from trainers.errors import StateMismatchError
 from trainers.exclusions import Exclusions
 from trainers.fingerprint import format_fingerprint, partial_fingerprint
-from trainers.frozen import check_hashes
 from trainers.generators import GeneratorStates
+from trainers.identity import check_hashes
 from trainers.parallel import LocalParameter
 from trainers.progress import Progress
 from trainers.reduction import Topology

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from trainers.conditioning import Condition, call_model
 from trainers.config import TrainerConfig
 from trainers.data.batch import Batch, load_microbatch
 from trainers.data.guarded import GuardedSource
+from trainers.data.loader import ReadAhead
 from trainers.frozen import FrozenParts
 from trainers.generators import settle
 from trainers.norm import StepSums, clip_
@@ -41,7 +44,36 @@ class Task:
     frozen: FrozenParts | None = None
     """What makes latents of images and embeddings of captions; None: the model takes images and labels as they are."""
     latent_shape: tuple[int, int, int] | None = None
-    """(c, h, w) of the latents; None: the images themselves are denoised."""
+    """(c, h, w) of the latents of square images; None: what the data holds is denoised itself."""
+    read_ahead: ReadAhead[Batch] | None = None
+    """Reads microbatches before they are due; None: they are read when they are."""
+
+    def leave_out(self, samples: frozenset[int]) -> None:
+        """From now on replace these dataset indices, and no others."""
+        self.source.leave_out(samples)
+        if self.validation is not None:
+            self.validation.leave_out(samples)
+
+    @property
+    def latent_factor(self) -> tuple[int, int] | None:
+        """Channels of the latents, and how many times smaller they are than images; None without a VAE."""
+        if self.latent_shape is None:
+            return None
+        return self.latent_shape[0], self.config.data.image_size // self.latent_shape[1]
+
+    def load(self, source: GuardedSource, step: int, microbatch: int) -> Batch:
+        """A microbatch of `step`, counted from 1. Local; in any thread, if `source` is of that thread."""
+        train, data = self.config.train, self.config.data
+        first = (step - 1) * train.global_batch_size + microbatch * train.microbatch_size
+        return load_microbatch(
+            source,
+            np.arange(first, first + train.microbatch_size),
+            seed=self.config.seed,
+            augment=data,
+            null_label=self.null_label,
+            label_drop=self.config.objective.label_drop,
+            latent_factor=self.latent_factor,
+        )
 
 
 def train_step(state: TrainState, task: Task) -> dict[str, float]:
@@ -64,16 +96,15 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
         task.trace.leave(())
         _advance(state, task)
         return {"skipped": 1.0}
-    left_out = state.exclusions.left_out(step)
-    task.source.leave_out(left_out)
-    if task.validation is not None:
-        task.validation.leave_out(left_out)
+    task.leave_out(state.exclusions.left_out(step))
     losses = torch.zeros(train.num_microbatches, device=task.device)
+    broken: list[str] = []
     for _ in task.rounds:
         begin_round(state.model, task.config.parallel, task.rounds)
         index = task.rounds.microbatch(state.topology.rank)
         if index is not None:
-            losses[index] = _backward(state, task, index, scale=1.0 / train.num_microbatches)
+            losses[index], names = _backward(state, task, index, scale=1.0 / train.num_microbatches)
+            broken += names
         else:
             # The others need this rank's part of the collectives. The tree leaves the gradient out; `fast` adds zeros.
             _backward(state, task, train.num_microbatches - 1, scale=0.0)
@@ -81,6 +112,7 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
     task.trace.leave(losses.tolist())
     values = {"loss": loss.item(), "grad_norm": norm.item()}
     values["lr"] = learning_rate(task.config.schedule, optimizer.lr, train.num_steps, state.progress.step)
+    values |= _report_broken(task, broken)
     reason = state.divergence.judge(step, values)
     if reason is None:
         if optimizer.clip_norm is not None:
@@ -111,27 +143,57 @@ def _ema_health(state: TrainState, task: Task) -> dict[str, float]:
     return distances | {f"ema/{name}/missed_updates": n for name, n in state.ema.missed_updates(step).items()}
 
 
-def _backward(state: TrainState, task: Task, index: int, scale: float) -> torch.Tensor:
-    """Forward and backward of one microbatch. Returns its mean loss, a 0-dimensional float32 tensor."""
+def _report_broken(task: Task, broken: list[str]) -> dict[str, float]:
+    """How many samples of the step were broken, on all ranks; the trace has their names. Collective."""
+    if task.config.data.on_broken == "refuse":
+        return {}
+    count = torch.tensor(float(len(broken)), device=task.device)
+    dist.all_reduce(count)
+    task.trace.broken = ()
+    if count.item():
+        parts: list[list[str]] = [[] for _ in range(task.rounds.world_size)]
+        dist.all_gather_object(parts, broken)
+        task.trace.broken = tuple(sorted({name for part in parts for name in part}))
+    return {"data/broken": count.item()}
+
+
+def _following(state: TrainState, task: Task, index: int) -> Iterator[tuple[int, int]]:
+    """Step and microbatch of what this rank works on next, without an end but that of the run."""
+    rank, rounds = state.topology.rank, task.rounds
+    mine = [m for m in range(rounds.num_microbatches) if rounds.rank_of(m) == rank] or [rounds.num_microbatches - 1]
+    for step in range(state.progress.step + 1, task.config.train.num_steps + 1):
+        if not state.exclusions.skips(step):
+            yield from ((step, m) for m in mine if step > state.progress.step + 1 or m > index)
+
+
+def _load(state: TrainState, task: Task, index: int) -> Batch:
+    step = state.progress.step + 1
+    if task.read_ahead is None:
+        return task.load(task.source, step, index)
+    batch = task.read_ahead.take(
+        (step, index), lambda: task.load(task.source, step, index), _following(state, task, index)
+    )
+    task.trace.reading(batch.indices)
+    return batch
+
+
+def _backward(state: TrainState, task: Task, index: int, scale: float) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Forward and backward of one microbatch.
+
+    Returns:
+        Its mean loss, a 0-dimensional float32 tensor, and the names of samples that were broken.
+    """
     config = task.config
     size = config.train.microbatch_size
     first = state.progress.samples_seen + index * size
     positions = np.arange(first, first + size)
     task.trace.enter(state.progress.step + 1, index, first)
-    batch = load_microbatch(
-        task.source,
-        positions,
-        seed=config.seed,
-        flip=config.data.flip,
-        null_label=task.null_label,
-        label_drop=config.objective.label_drop,
-        latent_shape=task.latent_shape,
-    )
+    batch = _load(state, task, index)
     task.trace.computing()
     seed_global_generators(config.seed, state.progress.step, index)
     loss = sample_losses(state.model, task, batch, config.seed, positions).mean()
     (loss * scale).backward()
-    return loss.detach()
+    return loss.detach(), batch.broken
 
 
 def sample_losses(model: torch.nn.Module, task: Task, batch: Batch, seed: int, positions: np.ndarray) -> torch.Tensor:
@@ -158,9 +220,13 @@ def _inputs(task: Task, batch: Batch) -> tuple[torch.Tensor, Condition]:
         for value in (batch.images, batch.labels, batch.sizes, batch.posterior)
     )
     assert images is not None
+    if batch.text is not None:
+        text = {name: part.to(task.device) for name, part in batch.text.parts().items()}
+        return images, Condition(**text, labels=labels, sizes=sizes, guidance=task.config.conditioning.guidance)
     if task.frozen is None:
         return images, Condition(labels=labels)
-    return task.frozen.latents(images, posterior), task.frozen.condition(labels, batch.captions, sizes)
+    condition = task.frozen.condition(labels, batch.captions, sizes)
+    return task.frozen.latents(images, posterior), condition
 
 
 def _update(state: TrainState, lr: float) -> None:

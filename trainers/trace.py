@@ -60,6 +60,8 @@ class StepTrace:
         """The loss of every microbatch of the last step, whichever rank it ran on; empty after a step not trained."""
         self.ranks: tuple[int, ...] = ()
         """Which rank each microbatch runs on, the same in every step."""
+        self.broken: tuple[str, ...] = ()
+        """Samples of the last step, of any rank, that could not be read, and why; others took their places."""
 
     def enter(self, step: int, microbatch: int, position: int) -> None:
         """A microbatch begins: its data is about to be read."""

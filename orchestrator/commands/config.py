@@ -41,10 +41,11 @@ def show(config: str, overrides: tuple[str, ...], as_json: bool, trainers_only: 
 def _show_memory(loaded: RunConfig, as_json: bool) -> None:
     from dataclasses import asdict
 
+    from orchestrator.data_files import data_files
     from trainers.data.sources import open_source
     from trainers.memory import rank_memory
 
-    source = open_source(loaded.data)
+    source = open_source(loaded.data, data_files)
     found = {}
     for workers in sorted({loaded.min_workers, loaded.max_workers}):
         memory = rank_memory(loaded, source, workers)

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.config import RunConfig
 from orchestrator.doctor import StateSize
+from trainers.data.config import DataConfig
 from trainers.errors import ConfigError
 
 COMPONENTS = ("gcs-fault-tolerance", "kueue", "prometheus", "retention", "s3-role", "s3-secret", "spot", "token-auth")
@@ -91,7 +92,7 @@ def check(config: RunConfig, plan: Plan, target: str, components: Collection[str
             f"deploy.memory_gib={deploy.memory_gib} is less than the {needed_gib:.1f} GiB that a node needs when there"
             f" are {plan.min_nodes}; set deploy.memory_gib={math.ceil(needed_gib)} or raise the fewest workers"
         )
-    if target != "compose" and config.data.path is not None and not Path(config.data.path).is_absolute():
+    if target != "compose" and _is_relative(config.data):
         raise ConfigError(
             f"data.path={config.data.path} is relative, but workers start in folders of their own;"
             " give the absolute path at which every node has the images"
@@ -102,6 +103,12 @@ def check(config: RunConfig, plan: Plan, target: str, components: Collection[str
             " set deploy.accelerator=L4, or what you have"
         )
     _check_components(config, components)
+
+
+def _is_relative(data: DataConfig) -> bool:
+    if data.path is None or "://" in data.path or data.source == "datasets":  # the last may be a name on the hub
+        return False
+    return not Path(data.path).is_absolute()
 
 
 def _check_storage(config: RunConfig, target: str) -> None:

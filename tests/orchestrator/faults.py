@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 
 import trainers.build
-from trainers.data.sources import DataConfig, Samples, Source, open_source
+from trainers.data.config import DataConfig
+from trainers.data.files import FilesAt
+from trainers.data.samples import Samples, Source
+from trainers.data.sources import open_source
 
 FILE = "UNBROKEN_TEST_FAULTS"
 """Environment variable with the path of a JSON file: {"nan": [index, ...], "raise": [...], "signal": {index: number},
 "drift": {index: path}}; a sample drifts while the file at path exists."""
 
 
-class FaultySource:
+class FaultySource(Source):
     def __init__(self, source: Source, faults: dict[str, Any]) -> None:
         self._source = source
         self._faults = faults
@@ -27,8 +30,8 @@ class FaultySource:
     def __len__(self) -> int:
         return len(self._source)
 
-    def read(self, indices: np.ndarray) -> Samples:
-        samples = self._source.read(indices)
+    def read(self, indices: np.ndarray, crops: np.ndarray | None = None) -> Samples:
+        samples = self._source.read(indices, crops)
         for image, index in zip(samples.images, indices.tolist(), strict=True):
             if index in self._faults.get("raise", ()):
                 raise ValueError(f"sample {index} is broken")
@@ -42,9 +45,9 @@ class FaultySource:
         return samples
 
 
-def _open(config: DataConfig) -> Source:
+def _open(config: DataConfig, files_at: FilesAt) -> Source:
     faults = Path(os.environ[FILE])
-    source = open_source(config)
+    source = open_source(config, files_at)
     return FaultySource(source, json.loads(faults.read_text())) if faults.exists() else source
 
 

@@ -11,6 +11,7 @@ import torch
 from tests.trainers.distributed import run_ranks
 from tests.trainers.tiny import build_tiny, tiny_config
 from trainers.data.sampler import sample_indices
+from trainers.data.samples import Samples
 from trainers.divergence import DivergenceConfig, DivergenceGuard, spike_limit
 from trainers.errors import ConfigError, DivergedError
 from trainers.exclusions import Exclusions
@@ -114,8 +115,8 @@ def _poisoned(world_size: int, exclusions: Exclusions) -> tuple[list[dict[str, f
     poison = sample_indices(7, np.array([24 + 13]), 1797).item()
     read = task.source._source.read
 
-    def poisoned(indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
-        samples = read(indices)
+    def poisoned(indices: np.ndarray, crops: np.ndarray | None) -> Samples:
+        samples = read(indices, crops)
         samples.images[torch.from_numpy(indices == poison)] = math.nan
         return samples
 

@@ -45,7 +45,9 @@ def dit() -> dict[str, Any]:
 
 def check(model: dict[str, Any], given: dict[str, Any]) -> None:
     fits = {"channels": 1, "image_size": 8, "num_classes": 10, "label_drop": 0.0, "has_captions": False, **given}
-    source: Any = SimpleNamespace(**{key: fits[key] for key in ("channels", "num_classes", "has_captions")})
+    source: Any = type("Given", (SimpleNamespace,), {"__len__": lambda self: 10})(
+        **{key: fits[key] for key in ("channels", "num_classes", "has_captions")}, buckets=None, latents=None
+    )
     sections = {"data": {"image_size": fits["image_size"]}, "objective": {"label_drop": fits["label_drop"]}}
     config = decode(TrainerConfig, {"model": model, "train": TRAIN, **sections})
     assert check_fits(build_model(config.model, seed=0), source, config) is None

@@ -14,7 +14,7 @@ from trainers.config import TrainerConfig
 from trainers.decode import decode
 from trainers.errors import ConfigError
 from trainers.fitting import check_fits
-from trainers.frozen import check_hashes
+from trainers.identity import check_hashes
 from trainers.models import ModelConfig, build_model, empty_model, pretrained_weights
 from trainers.parallel import gather_rows
 
@@ -100,12 +100,14 @@ def test_other_weights_than_the_config_s_are_refused(folder, tmp_path):
 
 def test_another_noise_schedule_than_the_weights_know_is_refused(folder):
     config = decode(TrainerConfig, {**family_config(folder, "dit"), "objective": {"beta_schedule": "linear"}})
-    source: Any = type("Latents", (), {"channels": 1, "num_classes": 10, "has_captions": False})
+    source: Any = type(
+        "Latents", (), {"channels": 1, "num_classes": 10, "has_captions": False, "latents": None, "buckets": None}
+    )
     with pytest.raises(ConfigError, match=r"objective\.beta_schedule=.scaled_linear"):
         check_fits(empty_model(config.model, 0), source, config)
 
 
 def test_another_frozen_part_is_refused_by_name():
     check_hashes({"vae": "a"}, {"vae": "a"})
-    with pytest.raises(ConfigError, match=r"frozen part vae .* put the old folder back"):
+    with pytest.raises(ConfigError, match=r"frozen part vae .* put the old one back"):
         check_hashes({"vae": "a"}, {"vae": "b"})

@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import torch
 
+from trainers.data.samples import Buckets
 from trainers.rng import Stream, derive_seed
 
 
@@ -35,3 +36,33 @@ def sample_indices(seed: int, positions: np.ndarray, dataset_size: int) -> np.nd
 def _permutation(seed: int, epoch: int, dataset_size: int) -> np.ndarray:
     generator = torch.Generator().manual_seed(derive_seed(seed, Stream.DATA_ORDER, epoch))
     return torch.randperm(dataset_size, generator=generator).numpy()
+
+
+def bucketed_indices(seed: int, positions: np.ndarray, buckets: Buckets) -> np.ndarray:
+    """As `sample_indices` for one microbatch of data in buckets: all samples of it are of one bucket.
+
+    Every epoch puts the samples of each bucket into a random order of its own, cuts it into microbatches, and puts the
+    microbatches of all buckets into one random order. The last microbatch of a bucket is filled up from the beginning
+    of its order, so each sample is seen at least once an epoch.
+
+    Args:
+        positions: (B,) int64, the global positions of a whole microbatch; B is the same in all of the run.
+    """
+    size = len(positions)
+    assert positions[0] % size == 0, "buckets are of whole microbatches"
+    per_epoch = sum(-(-count // size) for count in np.bincount(buckets.of).tolist())
+    epoch, offset = divmod(int(positions[0]) // size, per_epoch)
+    return _microbatches(seed, epoch, size, buckets)[offset].copy()
+
+
+@functools.lru_cache(maxsize=2)
+def _microbatches(seed: int, epoch: int, size: int, buckets: Buckets) -> np.ndarray:
+    """(M, size) int64 dataset indices: the microbatches of one epoch."""
+    order = _permutation(seed, epoch, len(buckets.of))
+    parts = []
+    for bucket in range(len(buckets.shapes)):
+        members = order[buckets.of[order] == bucket]
+        parts.append(np.resize(members, (-(-len(members) // size), size)))  # repeats from the beginning
+    rows = np.concatenate(parts)
+    generator = torch.Generator().manual_seed(derive_seed(seed, Stream.BUCKET_ORDER, epoch))
+    return rows[torch.randperm(len(rows), generator=generator).numpy()]

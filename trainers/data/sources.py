@@ -1,98 +1,77 @@
-"""Where pixels come from: map-style sources, read by index."""
+"""From a config to the source of its samples."""
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol
-
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
+from trainers.data.config import DataConfig
+from trainers.data.files import Files, FilesAt, local_files, split_file
+from trainers.data.folder import FolderRecords
+from trainers.data.images import ImageSource, Records, image_suffixes
+from trainers.data.latents import LatentSource
+from trainers.data.samples import Samples, Source
+from trainers.data.tar_shards import TarRecords
 from trainers.errors import ConfigError
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_SUFFIXES = {
+    "table": (".parquet", ".arrow", ".feather"),
+    "webdataset": (".tar",),
+    "latents": (".safetensors", ".npz"),
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which images are trained on."""
-
-    source: Literal["digits", "folder"] = "digits"
-    """digits: scikit-learn's handwritten digits, 1,797 images; folder: image files, one sub-folder a class."""
-    path: str | None = None
-    """The folder of `source: folder`."""
-    image_size: int = 8
-    """Images are resized to this many pixels a side, >= 1."""
-    flip: bool = False
-    """Mirror half of the samples left to right."""
-    quarantine: bool = False
-    """Go on without a sample that ends training twice: an error or the process's death in reading it, or in the
-    forward and backward pass of its microbatch."""
-    captions: bool = False
-    """Read a text with every image: digits: "a handwritten seven"; folder: from metadata.jsonl."""
-
-    def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ConfigError(f"image_size={self.image_size} must be at least 1")
-        if self.source == "folder" and self.path is None:
-            raise ConfigError("path=null, but source=folder needs one; set it to the folder of the images")
-        if self.source == "digits" and self.path is not None:
-            raise ConfigError(f"path={self.path} has no effect on source=digits; remove it, or set source=folder")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Samples:
-    """N images and what is known of them; the reader may write to all of it."""
-
-    images: torch.Tensor
-    """(N, C, H, W) float32 in [-1, 1]."""
-    labels: torch.Tensor | None = None
-    """(N,) int64."""
-    captions: tuple[str, ...] | None = None
-    """N texts."""
-    sizes: torch.Tensor
-    """(N, 6) float32: original height and width, crop top and left, target height and width, in pixels.
-
-    The crop is in pixels of the image after it was resized (Podell et al., "SDXL", 2023, section 2.2)."""
-
-
-class Source(Protocol):
-    """Images that are read by index."""
-
-    channels: int
-    num_classes: int | None
-    """None: the images have no labels."""
-    has_captions: bool
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: np.ndarray) -> Samples:
-        """The images at `indices`, in that order."""
-        ...
-
-
-def open_source(config: DataConfig) -> Source:
+def open_source(config: DataConfig, files_at: FilesAt = local_files) -> Source:
     """The source that `config` names.
 
+    Args:
+        files_at: opens `data.path`; the default reads local paths only.
+
     Raises:
-        ConfigError: it is not there, or holds no images.
+        ConfigError: it is not there, has no samples, or not the parts that the config asks for.
     """
     if config.source == "digits":
         return DigitsSource(config.image_size, config.captions)
     assert config.path is not None
-    return FolderSource(Path(config.path), config.image_size, config.captions)
+    if config.source == "datasets":
+        from trainers.data.hugging_face import HuggingFaceRecords  # a second of imports
+
+        return ImageSource(HuggingFaceRecords(config.path, config.split, config.columns, config.captions), config)
+    suffixes = _SUFFIXES.get(config.source, ())
+    folder, only = split_file(config.path, suffixes)
+    files = files_at(folder)
+    if not files.exists(only):
+        raise ConfigError(f"data.path={config.path} is not there; give the folder, file or URL of the data")
+    names = [only] if only else files.names(suffixes or image_suffixes())
+    if not names:
+        what = "images" if config.source == "folder" else config.source
+        raise ConfigError(f"data.path={config.path} holds no {what} ({', '.join(suffixes or image_suffixes())})")
+    if config.source == "latents":
+        if config.captions:
+            raise ConfigError(
+                "data.captions=true has no effect on latents, whose captions are encoded; set it to false"
+            )
+        return LatentSource(files, names, whole_folder=only is None)
+    return ImageSource(_open_records(config, files, names), config)
 
 
-class DigitsSource:
+def _open_records(config: DataConfig, files: Files, names: list[str]) -> Records:
+    if config.source == "folder":
+        return FolderRecords(files, names, config.captions)
+    if config.source == "table":
+        from trainers.data.tables import TableRecords  # half a second of imports
+
+        return TableRecords(files, names, config.columns, config.captions)
+    return TarRecords(files, names, config.columns, config.captions, config.cache)
+
+
+class DigitsSource(Source):
     """1,797 handwritten digits, 8 x 8 grey, in memory; they come with scikit-learn, nothing is downloaded."""
 
     channels = 1
     num_classes: int | None = 10
+    identity = "digits"
 
     def __init__(self, image_size: int, captions: bool = False) -> None:
         try:
@@ -112,7 +91,7 @@ class DigitsSource:
     def __len__(self) -> int:
         return len(self._images)
 
-    def read(self, indices: np.ndarray) -> Samples:
+    def read(self, indices: np.ndarray, crops: np.ndarray | None = None) -> Samples:
         at = torch.from_numpy(indices)
         labels = self._labels[at]
         captions = tuple(f"a handwritten {_DIGITS[label]}" for label in labels.tolist())
@@ -122,94 +101,3 @@ class DigitsSource:
             captions=captions if self.has_captions else None,
             sizes=torch.tensor([self._size] * len(indices), dtype=torch.float32),
         )
-
-
-class FolderSource:
-    """Image files of a folder, as RGB, centre-cropped to a square and resized; decoded at every read.
-
-    Sub-folders are classes, numbered in sorted order; without any, the images have no labels. Captions are lines
-    {"file_name": ..., "text": ...} of metadata.jsonl, file names relative to the folder.
-    """
-
-    channels = 3
-
-    def __init__(self, path: Path, image_size: int, captions: bool = False) -> None:
-        if not path.is_dir():
-            raise ConfigError(f"data.path={path} is not a folder; give the folder of the images")
-        classes = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        # Sorted, because the order of a directory listing differs between machines.
-        self._files = [file for folder in classes or [path] for file in sorted(folder.rglob("*")) if _is_image(file)]
-        if not self._files:
-            raise ConfigError(f"data.path={path} holds no images ({', '.join(sorted(_suffixes()))})")
-        self.num_classes = len(classes) or None
-        number = {folder.name: label for label, folder in enumerate(classes)}
-        self._labels = [number[file.relative_to(path).parts[0]] for file in self._files] if classes else None
-        self._captions = _read_captions(path, self._files) if captions else None
-        self.has_captions = captions
-        self._image_size = image_size
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def read(self, indices: np.ndarray) -> Samples:
-        wanted = indices.tolist()
-        images, sizes = zip(*(_decode(self._files[index], self._image_size) for index in wanted), strict=True)
-        return Samples(
-            images=torch.stack(images),
-            labels=None if self._labels is None else torch.tensor([self._labels[index] for index in wanted]),
-            captions=None if self._captions is None else tuple(self._captions[index] for index in wanted),
-            sizes=torch.tensor(sizes, dtype=torch.float32),
-        )
-
-
-def _read_captions(path: Path, files: Sequence[Path]) -> list[str]:
-    """The caption of every file, in the order of `files`."""
-    listing = path / "metadata.jsonl"
-    if not listing.is_file():
-        raise ConfigError(
-            f"data.captions=true needs {listing}; write a line for every image:"
-            ' {"file_name": "a.png", "text": "a red square"}'
-        )
-    captions = {}
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            name, text = entry["file_name"], entry["text"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{listing}, line {number}: {error!r}; give file_name and text as JSON") from None
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise ConfigError(f"{listing}, line {number}: file_name and text must be texts; correct the line")
-        captions[path / name] = text
-    missing = [file for file in files if file not in captions]
-    if missing:
-        raise ConfigError(f"{listing} has no line for {len(missing)} images, such as {missing[0]}; add them")
-    return [captions[file] for file in files]
-
-
-@functools.cache
-def _suffixes() -> set[str]:
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in _suffixes() and file.is_file()
-
-
-def _decode(file: Path, image_size: int) -> tuple[torch.Tensor, tuple[float, ...]]:
-    """(3, H, W) float32 in [-1, 1], and the six sizes of `Samples`."""
-    try:
-        with Image.open(file) as image:
-            # Cameras store the turn of a photo in EXIF; without this it would be trained on lying on its side.
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the file system's error, not the file's: it names the file, and may pass
-        raise ConfigError(f"data.path: {file} can not be read as an image ({error}); repair or remove it") from error
-    square = ImageOps.fit(upright, (image_size, image_size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(square, dtype=np.float32))  # (H, W, 3)
-    scale = image_size / min(upright.height, upright.width)
-    top, left = ((side * scale - image_size) // 2 for side in (upright.height, upright.width))
-    sizes = (upright.height, upright.width, top, left, image_size, image_size)
-    return (pixels / 127.5 - 1).permute(2, 0, 1), sizes

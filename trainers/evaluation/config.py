@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from trainers.conditioning import takes_text
-from trainers.data.sources import Source
+from trainers.data.samples import Source
 from trainers.errors import ConfigError
 from trainers.models import learns_null_label, null_label
 

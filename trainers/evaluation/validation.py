@@ -39,10 +39,10 @@ def validation_loss(state: TrainState, task: Task, alive: Callable[[], None]) ->
             source,
             positions,
             seed=seed,
-            flip=False,
+            augment=None,
             null_label=task.null_label,
             label_drop=0.0,
-            latent_shape=task.latent_shape,
+            latent_factor=task.latent_factor,
         )
         task.trace.computing()
         seed_global_generators(seed, 0, part)

@@ -95,6 +95,11 @@ def test_too_little_memory_is_refused_with_what_would_do():
     check(enough, make_plan(enough, LARGE), "slurm")
 
 
+def test_data_at_a_url_is_no_relative_path():
+    remote = config("data={source: folder, path: 's3://bucket/photos'}")
+    check(remote, make_plan(remote, SMALL), "kuberay")
+
+
 def test_a_shared_path_is_taken_if_every_node_finds_it():
     shared = config("storage=/nfs/runs", "deploy.shared_storage=true")
     check(shared, make_plan(shared, SMALL), "slurm")

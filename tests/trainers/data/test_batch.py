@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from trainers.data.batch import load_microbatch
-from trainers.data.sources import DataConfig, open_source
+from trainers.data.config import DataConfig
+from trainers.data.sources import open_source
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +15,7 @@ def source():
 
 
 def load(source, positions, **changes):
-    settings = {"seed": 5, "flip": True, "null_label": 10, "label_drop": 0.3}
+    settings = {"seed": 5, "augment": DataConfig(flip=True), "null_label": 10, "label_drop": 0.3}
     return load_microbatch(source, np.asarray(positions), **{**settings, **changes})
 
 
@@ -36,7 +37,7 @@ def test_shapes_and_types(source):
 
 def test_shares_of_dropped_labels_and_flips(source):
     positions = np.arange(1797)
-    batch, plain = load(source, positions), load(source, positions, flip=False, label_drop=0.0)
+    batch, plain = load(source, positions), load(source, positions, augment=None, label_drop=0.0)
     assert batch.labels is not None and plain.labels is not None
     dropped = batch.labels == 10
     assert 0.25 < dropped.float().mean() < 0.35
@@ -72,6 +73,6 @@ def test_dropped_captions_are_empty():
 
 
 def test_a_latent_has_noise_of_its_own_shape():
-    batch = load(open_source(DataConfig()), [3, 4], latent_shape=(4, 2, 2))
+    batch = load(open_source(DataConfig()), [3, 4], latent_factor=(4, 4))
     assert batch.posterior is not None and batch.noise.shape == batch.posterior.shape == (2, 4, 2, 2)
     assert not torch.equal(batch.noise, batch.posterior)

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from trainers.data.guarded import GuardedSource
-from trainers.data.sources import Samples
-from trainers.errors import ConfigError
+from trainers.data.samples import Buckets, Samples, Source
+from trainers.errors import BrokenSampleError, ConfigError
 from trainers.trace import Blame, StepTrace
 
 
-class Numbers:
+class Numbers(Source):
     """Ten images of their own index, some of which can not be read."""
 
     channels, num_classes, has_captions = 1, None, False
@@ -21,7 +21,7 @@ class Numbers:
     def __len__(self) -> int:
         return 10
 
-    def read(self, indices: np.ndarray) -> Samples:
+    def read(self, indices: np.ndarray, crops: np.ndarray | None = None) -> Samples:
         if broken := self.unreadable & set(indices.tolist()):
             raise ValueError(f"{broken} can not be read")
         images = torch.from_numpy(indices).float().view(-1, 1, 1, 1)
@@ -79,3 +79,39 @@ def test_an_error_says_which_samples_can_not_be_read(
         GuardedSource(Numbers(*unreadable), trace).read(np.array(indices))
     place = trace.place()
     assert place is not None and (place.samples, place.blame) == (samples, blame)
+
+
+class Broken(Numbers):
+    """Some of its images are broken for good."""
+
+    def read(self, indices: np.ndarray, crops: np.ndarray | None = None) -> Samples:
+        try:
+            return super().read(indices)
+        except ValueError as error:
+            raise BrokenSampleError(f"sample {min(self.unreadable & set(indices.tolist()))}") from error
+
+
+def test_a_broken_sample_is_replaced_by_the_next_that_is_not() -> None:
+    source = GuardedSource(Broken(3, 4, 9), StepTrace(4), skip_broken=True)
+    source.leave_out(frozenset({5}))
+    together = source.read(np.array([3, 2, 9, 5]))
+    assert together.images.flatten().tolist() == [6, 2, 0, 6]
+    assert together.broken == ("sample 3", "sample 4", "sample 9")
+    alone = [source.read(np.array([index])).images.item() for index in (3, 2, 9, 5)]
+    assert alone == [6, 2, 0, 6], "what takes a place is a function of the sample alone"
+    assert source.untraced(frozenset()).read(np.array([3])).images.item() == 5
+    with pytest.raises(ConfigError, match="every image of this shape is broken or left out"):
+        GuardedSource(Broken(*range(10)), StepTrace(4), skip_broken=True).read(np.array([2]))
+    with pytest.raises(BrokenSampleError, match="sample 3"):
+        GuardedSource(Broken(3), StepTrace(4)).read(np.array([3]))
+
+
+def test_a_replacement_is_of_the_same_bucket() -> None:
+    numbers = Numbers()
+    numbers.buckets = Buckets(shapes=((1, 1), (1, 2)), of=np.arange(10) % 2)
+    source = GuardedSource(numbers, StepTrace(4))
+    source.leave_out(frozenset({3, 5}))
+    assert source.read(np.array([3, 4])).images.flatten().tolist() == [7, 4]
+    source.leave_out(frozenset({1, 3, 5, 7, 9}))
+    with pytest.raises(ConfigError, match="of this shape"):
+        source.read(np.array([3]))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from trainers.data.sources import DataConfig, open_source
+from trainers.data.config import DataConfig
+from trainers.data.sources import open_source
 from trainers.errors import ConfigError
 
 
@@ -105,7 +106,7 @@ def test_refusals(tmp_path):
         DataConfig(path="x")
     with pytest.raises(ConfigError, match="image_size=0"):
         DataConfig(image_size=0)
-    with pytest.raises(ConfigError, match="is not a folder"):
+    with pytest.raises(ConfigError, match="is not there"):
         open_source(DataConfig(source="folder", path=str(tmp_path / "none")))
     with pytest.raises(ConfigError, match="holds no images"):
         open_source(DataConfig(source="folder", path=str(tmp_path)))

@@ -162,9 +162,9 @@ def _read_indices(config: dict[str, Any]) -> tuple[set[int], set[int]]:
     source = task.source._source
     ours = source.read
 
-    def reading(indices: np.ndarray) -> Any:
+    def reading(indices: np.ndarray, crops: np.ndarray | None) -> Any:
         read[torch.is_grad_enabled()].update(indices.tolist())
-        return ours(indices)
+        return ours(indices, crops)
 
     source.read = reading
     witness = Witness()

@@ -91,7 +91,7 @@ TEXTLESS = tiny_config(UNET, samples={"every_steps": 2, "prompts": ["a"]})
 
 
 class FourChannels:
-    channels, num_classes, has_captions = 4, 10, False
+    channels, num_classes, has_captions, buckets, latents = 4, 10, False, None, None
 
     def __len__(self) -> int:
         return 10

@@ -1,0 +1,42 @@
+"""`unbroken data prepare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def data() -> None:
+    """Make latents of images before a run."""
+
+
+@data.command()
+@click.argument("config")
+@click.argument("out")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--shard-size", type=click.IntRange(min=1), default=256, show_default=True, help="Samples in a file of OUT."
+)
+def prepare(config: str, out: str, overrides: tuple[str, ...], shard_size: int) -> None:
+    """Encode the data of CONFIG with its frozen VAE and text encoders, into the folder or URL OUT.
+
+    Train on it with data.source=latents and data.path=OUT, and with the same model: latents of another one are refused.
+    `workers` and `resources` say how many encoders Ray starts (RAY_ADDRESS=auto for a cluster that runs). What is
+    interrupted goes on with the same command; a shard that is there is not made again.
+    """
+    from orchestrator.commands.progress import bar
+    from orchestrator.config import load_config
+    from orchestrator.data_preparation import Preparation
+
+    loaded = load_config(config, overrides)
+    place = out if "://" in out else str(Path(out).expanduser().absolute())
+    preparation = Preparation(loaded, place, shard_size)
+    with bar("encoding", preparation.num_samples, "samples") as advance:
+        advance(preparation.num_found_samples)
+        prepared = preparation.run(advance)
+    found = f", {prepared.num_found} of them found" if prepared.num_found else ""
+    click.echo(f"{place}: {prepared.num_samples} samples in {prepared.num_shards} shards{found}")
+    for name in prepared.broken:
+        click.echo(f"warning: replaced by the next sample: {name}", err=True)

@@ -1,0 +1,64 @@
+"""Training data at any URL that storage can be at: what `trainers` reads it through."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from orchestrator.checkpoint.store import Store
+from orchestrator.errors import MissingObjectError
+from trainers.config import TrainerConfig
+from trainers.data.files import Files, LocalFiles, local_files
+from trainers.errors import ConfigError
+
+
+class StoreFiles:
+    """Files below a URL. Connections do not survive a fork: open it in the process that reads."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ConfigError: no such protocol, or credentials in the URL."""
+        self.root = url
+        try:
+            self._store = Store.open(url)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("storage=", "data.path=", 1)) from error
+
+    def exists(self, name: str | None) -> bool:
+        return bool(self._store.list("")) if name is None else self._store.exists(name)
+
+    def names(self, suffixes: tuple[str, ...]) -> list[str]:
+        return sorted(self._below("", suffixes))
+
+    def _below(self, folder: str, suffixes: tuple[str, ...]) -> list[str]:
+        found = []
+        for name in self._store.list(folder):
+            path = f"{folder}/{name}" if folder else name
+            # A store does not say which of the names are folders: those are asked for that are not files of a kind.
+            found += [path] if name.lower().endswith(suffixes) else self._below(path, suffixes)
+        return found
+
+    def size(self, name: str) -> int:
+        return self._store.size(name)
+
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
+        if end is not None and end <= begin:
+            return b""  # no range of bytes says that
+        try:
+            return self._store.read(name, begin or None, end)
+        except MissingObjectError as error:
+            raise FileNotFoundError(f"{self.root}/{name} is not there any more") from error
+
+
+def with_absolute_path(config: TrainerConfig) -> TrainerConfig:
+    """`config` with a local `data.path` made absolute, for processes that start in other folders."""
+    path = config.data.path
+    if path is None or "://" in path or not os.path.exists(path):
+        return config
+    return replace(config, data=replace(config.data, path=os.path.abspath(path)))
+
+
+def data_files(path: str) -> Files:
+    """`FilesAt` for local paths and URLs."""
+    if path.startswith("file://"):
+        return LocalFiles(path.removeprefix("file://"))
+    return StoreFiles(path) if "://" in path else local_files(path)

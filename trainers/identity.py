@@ -1,0 +1,41 @@
+"""Whether what a run does not change is still what it was: frozen parts of the model, and the data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from trainers.errors import ConfigError
+
+
+def check_hashes(recorded: Mapping[str, str], actual: Mapping[str, str]) -> None:
+    """Check that a run goes on with the frozen parts and the data that it began with.
+
+    Raises:
+        ConfigError: one of them is another; names it with both hashes.
+    """
+    for name in sorted(recorded.keys() | actual.keys()):
+        if recorded.get(name) != actual.get(name):
+            what = f"model.pretrained: the frozen part {name}"
+            if name == "data":
+                what = "data.path: the data"
+            raise ConfigError(
+                f"{what} is not the one that the run was trained with"
+                f" (hash {json.dumps(actual.get(name))}, in the checkpoint {json.dumps(recorded.get(name))});"
+                " put the old one back, or start a run of another name"
+            )
+
+
+def check_encoders(made_with: Mapping[str, str], hashes: Mapping[str, str], where: str) -> None:
+    """Check that latents in the data are those that the run's own frozen parts would make.
+
+    Raises:
+        ConfigError: other parts have made them; names one with both hashes.
+    """
+    for name, recorded in sorted(made_with.items()):
+        if hashes.get(name) != recorded:
+            raise ConfigError(
+                f"data.path={where} was made with another {name} (hash {recorded}) than model.pretrained has"
+                f" ({hashes.get(name)}), or in another conditioning.precision; take the model that made it, or run"
+                " `unbroken data prepare` into another folder"
+            )
