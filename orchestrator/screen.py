@@ -86,8 +86,9 @@ class Screen:
         place = "" if tier == "storage" else " in the memory of the nodes"
         self._write(f"checkpoint of step {step}{place} failed, training goes on without it: {error}")
 
-    def _validation(self, at: float, *, attempt: int, step: int, metrics: dict[str, float]) -> None:
-        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    def _validation(self, at: float, *, attempt: int, step: int, metrics: dict[str, Any]) -> None:
+        # The record has None where a number was not finite.
+        values = "  ".join(f"{name} {float('nan') if value is None else value:.4f}" for name, value in metrics.items())
         self._write(f"step {step}: validation  {values}")
 
     def _samples(self, at: float, *, attempt: int, step: int, title: str, path: str) -> None:

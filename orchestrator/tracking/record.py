@@ -34,14 +34,20 @@ _PARALLEL_READS = 8
 def step_row(event: Event) -> Row:
     """The row of `metrics` for a `step` event."""
     fields = event.fields
-    metrics = {name: value if math.isfinite(value) else None for name, value in fields["metrics"].items()}
-    return {"step": fields["step"], "attempt": fields["attempt"], "time_s": round(event.time_s, 3)} | metrics
+    who = {"step": fields["step"], "attempt": fields["attempt"], "time_s": round(event.time_s, 3)}
+    return who | _finite(fields["metrics"])
 
 
 def event_row(event: Event, session: str, writer: str, seq: int) -> Row:
     """The row of `events` for any event."""
     who = {"time_s": round(event.time_s, 3), "event": event.kind, "session": session, "writer": writer, "seq": seq}
-    return who | {key: value for key, value in event.fields.items() if key not in who}
+    fields = {key: _finite(value) if key == "metrics" else value for key, value in event.fields.items()}
+    return who | {key: value for key, value in fields.items() if key not in who}
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON knows no NaN and no infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def encode(rows: Iterable[Mapping[str, Any]]) -> bytes:

@@ -109,7 +109,7 @@ def _validation(seen: Overview) -> str:
     count = min(_MOST_VALIDATIONS, len(steps))
     chosen = [steps[round(index * (len(steps) - 1) / max(1, count - 1))] for index in range(count)]
     rows = [
-        (f"{step:,}", *(f"{by_step[step][name]:.4g}" if name in by_step[step] else "-" for name in names))
+        (f"{step:,}", *("-" if (value := by_step[step].get(name)) is None else f"{value:.4g}" for name in names))
         for step in chosen
     ]
     more = paragraph(f"{count} of {len(steps)}, evenly spaced", "note") if len(steps) > count else ""

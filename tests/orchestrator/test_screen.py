@@ -69,6 +69,7 @@ def test_what_a_run_leaves_out_is_told(kind: str, fields: dict[str, Any], line: 
             {"metrics": {"loss": 0.5, "loss/ema/slow": 0.25}},
             "validation  loss 0.5000  loss/ema/slow 0.2500",
         ),
+        ("validation", {"metrics": {"loss": None}}, "validation  loss nan"),
         ("samples", {"title": "slow", "path": "s3://b/x.png"}, "samples of the weights slow: s3://b/x.png"),
         ("samples_lost", {"title": "raw", "error": "why"}, "samples of the weights raw could not be stored: why"),
         ("evaluated", {"seconds": 2.5}, None),

@@ -52,6 +52,8 @@ def test_pandas_reads_every_object(tmp_path):
 def test_a_number_that_is_none_is_null_and_not_a_token_that_json_lacks():
     odd = Event(kind="step", fields={"attempt": 1, "step": 1, "metrics": {"a": math.nan, "b": -math.inf}}, time_s=T0)
     assert b"NaN" not in encode([step_row(odd)]) and json.loads(encode([step_row(odd)]))["a"] is None
+    row = event_row(Event(kind="validation", fields=odd.fields, time_s=T0), "s", "w", 1)
+    assert b"NaN" not in encode([row]) and row["metrics"] == {"a": None, "b": None}
 
 
 def test_what_json_does_not_know_is_text():

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.trainers.distributed import run_ranks
 from tests.trainers.tiny import UNET, NeverSave, build_tiny, tiny_config
+from trainers.data.guarded import GuardedSource
 from trainers.evaluation.validation import validation_loss
 from trainers.evaluation.weights import evaluated_with
 from trainers.loop import train
@@ -79,23 +79,47 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
         "pictures": witness.pictures,
         "evaluated": witness.evaluated_at,
         "parts": witness.parts,
+        "members": (_members(task.source), _members(task.validation)),
     }
 
 
+def _members(source: GuardedSource | None) -> set[int]:
+    """The dataset indices that can be read through `source`."""
+    assert source is not None
+    read: set[int] = set()
+    ours = source._source.read
+    source._source.read = lambda indices, crops: (read.update(indices.tolist()), ours(indices, crops))[1]
+    for begin in range(0, len(source), 4):  # a microbatch: more has no room in the trace
+        source.read(np.arange(begin, min(begin + 4, len(source))))
+    source._source.read = ours
+    return read
+
+
+def run_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [run(config) for config in configs]
+
+
 @pytest.fixture(scope="module")
-def reference() -> dict[str, Any]:
-    return run_ranks(1, run, {**CONFIG, **EVALUATION})[0]
+def on_one_rank() -> list[dict[str, Any]]:
+    """In float32 and in bfloat16, each with and without evaluation."""
+    precisions = [{**config, **how} for config in (CONFIG, BF16) for how in (EVALUATION, OFF)]
+    return run_ranks(1, run_all, precisions)[0]
 
 
-def test_training_does_not_notice_it(reference: dict[str, Any]) -> None:
-    (without,) = run_ranks(1, run, {**CONFIG, **OFF})
+@pytest.fixture
+def reference(on_one_rank: list[dict[str, Any]]) -> dict[str, Any]:
+    return on_one_rank[0]
+
+
+def test_training_does_not_notice_it(reference: dict[str, Any], on_one_rank: list[dict[str, Any]]) -> None:
+    without = on_one_rank[1]
     assert without["evaluated"] == [] and reference["evaluated"] == [2, 3, 4]
     assert without["steps"] == reference["steps"] and without["state"] == reference["state"]
 
 
 @pytest.mark.parametrize(
     ("world_size", "parallel"),
-    [(2, {"strategy": "fsdp"}), (3, {"strategy": "ddp"}), (4, {"strategy": "hsdp", "shard_size": 2})],
+    [(3, {"strategy": "fsdp"}), (2, {"strategy": "ddp"})],
 )
 def test_one_result_for_every_layout(reference: dict[str, Any], world_size: int, parallel: dict[str, Any]) -> None:
     found = run_ranks(world_size, run, {**CONFIG, **EVALUATION, "parallel": parallel})
@@ -107,8 +131,8 @@ def test_one_result_for_every_layout(reference: dict[str, Any], world_size: int,
     assert found[0]["parts"] == 6 * -(-8 // world_size) + 4 * -(-6 // world_size)
 
 
-def test_in_bfloat16(reference: dict[str, Any]) -> None:
-    with_it, without = run_ranks(1, run, {**BF16, **EVALUATION})[0], run_ranks(1, run, {**BF16, **OFF})[0]
+def test_in_bfloat16(reference: dict[str, Any], on_one_rank: list[dict[str, Any]]) -> None:
+    _, _, with_it, without = on_one_rank
     assert with_it["state"] == without["state"]
     for step, losses in with_it["validations"].items():
         # A tolerance, for bfloat16 has 8 bits.
@@ -155,27 +179,7 @@ def test_weights_are_put_back_bitwise() -> None:
     run_ranks(2, _twice, {**CONFIG, **EVALUATION, "ema": {"slow": {"decay": 0.9, "start_step": 0}}})
 
 
-def _read_indices(config: dict[str, Any]) -> tuple[set[int], set[int]]:
-    """Dataset indices that training and validation read."""
-    read: dict[bool, set[int]] = {True: set(), False: set()}
-    state, task = build_tiny(config)
-    source = task.source._source
-    ours = source.read
-
-    def reading(indices: np.ndarray, crops: np.ndarray | None) -> Any:
-        read[torch.is_grad_enabled()].update(indices.tolist())
-        return ours(indices, crops)
-
-    source.read = reading
-    witness = Witness()
-    train(state, task, witness, witness, witness)
-    return read[True], read[False]
-
-
-def test_what_is_held_out_is_never_trained_on() -> None:
-    """75 steps of 24 samples: once through the data, and beyond."""
-    few = {"num_steps": 75, "global_batch_size": 24, "microbatch_size": 24}
-    config = {**CONFIG, **EVALUATION, "samples": {}, "ema": {}, "train": few}
-    config["validation"] = {"num_samples": 30, "every_steps": 75}
-    trained_on, validated_on = run_ranks(1, _read_indices, config)[0]
+def test_what_is_held_out_is_never_trained_on(reference: dict[str, Any], on_one_rank: list[dict[str, Any]]) -> None:
+    trained_on, validated_on = reference["members"]
     assert len(trained_on) == 1797 - 30 and len(validated_on) == 30 and not trained_on & validated_on
+    assert on_one_rank[1]["members"] == reference["members"]
