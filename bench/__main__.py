@@ -20,7 +20,7 @@ ROWS = {
     "overhead": "Ray Train with EMA, beside torchrun without",
     "reduction": "the invariant reduction, beside torch's own",
     "ema": "an EMA update, beside others and the memory's bandwidth",
-    "recovery": "from SIGKILL to the next step, beside torchrun",
+    "recovery": "from SIGKILL to the next step, beside torchrun and plain Ray Train",
     "goodput": "useful time under one schedule of kills, beside the best interval in hindsight and torch's DCP",
     "save": "what a save costs the training, beside a copy, torch's DCP, torch.save and accelerate",
     "s3": "saves to S3, beside boto3",

@@ -81,6 +81,7 @@ def measure(quick: bool) -> list[Figure]:
     mean_s, wall_s = (15.0, 25.0) if quick else (60.0, 200.0)
     kills = draw(mean_s, wall_s)
     overrides = ["train.num_steps=1000000", f"checkpoint.every_steps={_EVERY}", "run.name=goodput"]
+    overrides += ["validation.num_samples=null", "validation.every_steps=null", "samples.every_steps=null"]
     config = to_dict(load_config("configs/digits.yaml", overrides))
     with workplace() as folder:
         file = write_config(folder, config)

@@ -44,6 +44,19 @@ def under_torchrun(name: str, module: str, arguments: Sequence[str], num_workers
 
 
 @contextlib.contextmanager
+def plain_ray(config: dict[str, Any], every: int) -> Iterator[Arm]:
+    """Ray Train with torch's checkpoints every so many steps, in a place of its own.
+
+    Args:
+        config: as for `write_config`.
+    """
+    with workplace() as folder:
+        arguments = ["-m", "bench.peers.ray_train_loop", str(write_config(folder, config)), str(folder), str(every)]
+        with Arm("plain ray", arguments, {"RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled"}) as arm:
+            yield arm
+
+
+@contextlib.contextmanager
 def both(config: dict[str, Any], bare_keeps_state: bool) -> Iterator[tuple[Arm, Arm]]:
     """(ours under Ray Train, the bare loop), both started; ended, with all they wrote, when the block is left.
 

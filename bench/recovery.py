@@ -1,8 +1,9 @@
-"""From the SIGKILL of a trainer to its next completed step: ours under Ray Train, beside torchrun's restart.
+"""From the SIGKILL of a trainer to its next completed step: ours under Ray Train, beside the restarts of others.
 
-Both train the digits config and keep model, moments and EMA; both go on from a checkpoint, ours with hashes and
-fingerprints checked. The kills alternate between the two programs, and between the ranks; they fall at a random moment
-of a step. The program that is not measured is stopped meanwhile, with every helper that it has.
+These are torchrun's, with a file of safetensors a rank, and plain Ray Train's, with torch's distributed checkpoint. All
+train the digits config and keep model, moments and EMA; all go on from a checkpoint, ours with hashes and fingerprints
+checked. The kills alternate between the programs, and between the ranks; they fall at a random moment of a step. The
+programs that are not measured are stopped meanwhile, with every helper that they have.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from bench.arm import Arm
 from bench.comparison import Comparison
-from bench.programs import both
+from bench.programs import both, plain_ray
 from orchestrator.config import load_config, to_dict
 
 _MAX_S = 1.0
@@ -29,12 +30,14 @@ _STEPS_BETWEEN = 12
 
 
 def measure(quick: bool) -> list[Comparison]:
-    """One comparison; a pair is one kill on each side."""
+    """Ours beside each of the others; a pair is one kill on each side."""
     num_kills = 2 if quick else 10
     overrides = ["train.num_steps=1000000", f"checkpoint.every_steps={_EVERY_STEPS}", "run.name=recovery"]
     overrides += ["validation.num_samples=null", "validation.every_steps=null", "samples.every_steps=null"]
     moments = random.Random(0)
-    with both(to_dict(load_config("configs/digits.yaml", overrides)), bare_keeps_state=True) as arms:
+    config = to_dict(load_config("configs/digits.yaml", overrides))
+    with both(config, bare_keeps_state=True) as two, plain_ray(config, _EVERY_STEPS) as third:
+        arms = (*two, third)
         sides = [_Side(arm) for arm in arms]
         for side in sides:
             side.hear("saved")
@@ -51,23 +54,32 @@ def measure(quick: bool) -> list[Comparison]:
                 kills[arm.name].append(side.kill(rank=index % 2))
                 arm.freeze()
     totals = {name: [sum(parts.values()) for parts in every] for name, every in kills.items()}
+    notes = {
+        **{f"longest (ms), {name}": 1000 * max(times) for name, times in totals.items()},
+        "an ordinary step (ms)": {name: 1000 * float(np.median(times)) for name, times in steps.items()},
+        **{f"medians of the parts (ms), {name}": _medians(every) for name, every in kills.items()},
+    }
     return [
         Comparison(
             name="SIGKILL to next step: Ray Train",
-            reference_name="torchrun",
+            reference_name=name,
             ours_s=totals["ray"],
-            reference_s=totals["torchrun"],
+            reference_s=totals[arm.name],
             goal=_GOAL,
             max_s=_MAX_S,
-            notes={
-                **{f"longest (ms), {name}": 1000 * max(times) for name, times in totals.items()},
-                "an ordinary step (ms)": {name: 1000 * float(np.median(times)) for name, times in steps.items()},
-                **{f"medians of the parts (ms), {name}": _medians(every) for name, every in kills.items()},
-            },
+            notes=notes if arm is arms[1] else {},
         )
+        for arm, name in ((arms[1], "torchrun"), (arms[2], "plain Ray Train, torch DCP"))
     ]
 
 
+_OTHERS = {
+    "detect, all down, start, import": "imported",
+    "process group": "process group",
+    "build": "built",
+    "restore": "restored",
+    "first step": "step",
+}
 _PARTS = {
     "ray": {
         "detect": "down",
@@ -79,13 +91,8 @@ _PARTS = {
         "restore": "training",
         "first step": "step",
     },
-    "torchrun": {
-        "detect, all down, start, import": "imported",
-        "process group": "process group",
-        "build": "built",
-        "restore": "restored",
-        "first step": "step",
-    },
+    "torchrun": _OTHERS,
+    "plain ray": _OTHERS,
 }
 """The parts of a recovery, in order, and what ends each on the last rank."""
 
@@ -101,7 +108,7 @@ class _Side:
     def hear(self, kind: str, after_s: float = 0.0) -> list[dict[str, Any]]:
         """The lines up to the first of this kind that was written after the given time."""
         lines = self._arm.wait_for(
-            lambda line: line["kind"] == kind and line.get("rank", 0) == 0 and line["time_s"] > after_s
+            lambda line: line["kind"] == kind and line.get("rank", 0) == 0 and line["time_s"] > after_s, timeout_s=300
         )
         self._pids |= {line["rank"]: line["pid"] for line in lines if {"rank", "pid"} <= line.keys()}
         return lines

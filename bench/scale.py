@@ -52,7 +52,7 @@ Points = list[tuple[float, float]]
 
 def measure(quick: bool) -> list[Figure]:
     """The exponent of every path, the size of a manifest, and the goodput of 10,000 nodes."""
-    ranks, checkpoints = (_RANKS[:3], (20, 40, 80)) if quick else (_RANKS, _CHECKPOINTS)
+    ranks, checkpoints = ((8, 16, 32), (5, 10, 20)) if quick else (_RANKS, _CHECKPOINTS)
     paths: dict[str, Points] = {}
     sizes: Points = []
     for world_size in ranks:
@@ -65,7 +65,7 @@ def measure(quick: bool) -> list[Figure]:
     exponent = Figure(name="size of a manifest: exponent in ranks", value=_slope(sizes), goal=_GOAL)
     figures.append(replace(exponent, notes={f"MB, {len(_SPECS)} tensors, {last:,} ranks": size / 1e6}))
     figures += [_exponent(name, "checkpoints", points) for name, points in _listing(checkpoints).items()]
-    return figures + simulated_goodput([paths[name] for name in _AT_A_RESTART], days=1 if quick else 10)
+    return figures + simulated_goodput([paths[name] for name in _AT_A_RESTART], days=0.2 if quick else 10)
 
 
 def _exponent(name: str, of: str, points: Points) -> Figure:

@@ -26,11 +26,18 @@ from bench.workload import pin
 
 def main() -> None:
     config, folder, every = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    pin(int(os.environ["RANK"]))
     say("imported", pid=os.getpid())
     join()
+    train(config, folder, every)
+
+
+def train(config: dict[str, Any], folder: Path, every: int) -> None:
+    """Train for ever, from the newest checkpoint in `folder`. Collective: all ranks, in a process group."""
+    torch.set_num_threads(1)
+    pin(int(os.environ["RANK"]))
+    say("process group")
     loop = BareLoop(config, ema=True)
+    say("built")
     step = _load(loop, folder)
     say("restored", step=step)
     while True:
@@ -52,7 +59,9 @@ def _state(loop: BareLoop) -> dict[str, Any]:
 
 def _save(loop: BareLoop, folder: Path, step: int) -> None:
     """Collective: all ranks. What is being written has another name until it is whole."""
-    unfinished = folder / f"unfinished-{step}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    names = [f"unfinished-{time.time_ns()}"]  # not one that a killed life has left
+    dist.broadcast_object_list(names)
+    unfinished = folder / names[0]
     dcp.save(_state(loop), checkpoint_id=unfinished)
     if dist.get_rank() == 0:
         unfinished.rename(folder / f"{step:09d}")

@@ -47,13 +47,6 @@ def test_the_readme_is_what_follows_from_the_stored_results():
         assert (report.RESULTS / f"{row}.svg").read_text() == report.draw(report.load(row)[1]), row
 
 
-@pytest.mark.slow
-def test_reduction_and_ema_can_be_measured(capsys: pytest.CaptureFixture[str]):
-    main(["reduction", "ema", "--quick"])
-    printed = capsys.readouterr().out
-    assert "invariant | " in printed and "collectives in an update: 0" in printed
-
-
 def test_an_unknown_row_is_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         main(["speed"])
