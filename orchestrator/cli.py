@@ -21,7 +21,7 @@ from orchestrator.commands.status import report, status
 from orchestrator.commands.submit import resume, submit
 from orchestrator.commands.tracking import tracking
 from orchestrator.commands.train import train
-from orchestrator.commands.weights import export, sample
+from orchestrator.commands.weights import export, sample, unpack
 from orchestrator.errors import GaveUpError, UnbrokenError
 from trainers.errors import ConfigError, TrainersError
 
@@ -119,6 +119,6 @@ def main(debug: bool) -> None:
 
 for command in (
     *(train, submit, resume, logs, stop, jobs, status, runs, report, prove),
-    *(sample, evaluate, export, ema, checkpoints, tracking, config, doctor, deploy),
+    *(sample, evaluate, export, unpack, ema, checkpoints, tracking, config, doctor, deploy),
 ):
     main.add_command(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
+from safetensors import safe_open
 
 from orchestrator.checkpoint.catalog import newest_stable
 from orchestrator.checkpoint.run_record import open_or_create
@@ -26,7 +28,7 @@ from tests.trainers.families import LABELS, PROMPTS, STEPS, all_families, draw_e
 from tests.trainers.pipelines import FAMILIES
 from trainers.decode import decode
 from trainers.fingerprint import format_fingerprint
-from trainers.models import ModelConfig
+from trainers.models import ModelConfig, build_model
 from trainers.objectives import Objective
 from trainers.sampling import sample_images, sample_pipeline
 
@@ -94,7 +96,7 @@ def drawn(
     out, ours, folders = tmp_path_factory.mktemp("exports"), {}, {}
     for name, run in runs.items():
         cut = ("--fp16", "--max-shard-size", "20KB")
-        result = CliRunner().invoke(main, ["export", str(run), str(out / name), *cut])
+        result = unbroken("export", str(run), str(out / name), *cut)
         assert result.exit_code == 0, result.stderr
         base = configs[name]["model"].get("pretrained")
         folders[name] = f"{base}+{out / name}" if name == "lora" else str(out / name)
@@ -131,3 +133,25 @@ def test_diffusers_draws_the_same_from_the_export(
     assert ours.shape == (2, 1, 8, 8) and ours.std() > 0.01
     assert not torch.equal(ours[0], ours[1])
     assert torch.equal(ours, theirs)
+
+
+def test_a_single_file_is_trained_on_but_not_resumed(
+    configs: dict[str, dict[str, Any]], runs: dict[str, Path], tmp_path: Path
+) -> None:
+    file, base = tmp_path / "sd15.safetensors", configs["sd15"]["model"]["pretrained"]
+    assert unbroken("export", str(runs["sd15"]), str(file)).exit_code == 0
+    with safe_open(file, "pt") as opened:
+        said = json.loads(opened.metadata()["unbroken"])
+    assert said["origin"].startswith("run sd15 (") and said["weights"]["description"] == "EMA weights (slow) of step 3"
+    assert unbroken("unpack", str(file), str(tmp_path / "folder"), "--like", base).exit_code == 0
+    tensors = dict(build_model(ModelConfig(pretrained=str(tmp_path / "folder")), seed=0).named_parameters())
+    expected = open_model(str(runs["sd15"])).tensors("ema")
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected) and tensors.keys() == expected.keys()
+    assert unbroken("export", str(runs["sd15"]), str(tmp_path / "export")).exit_code == 0
+    for export in (file, tmp_path / "export"):
+        result = unbroken("resume", str(export), "--here")
+        assert result.exit_code == 2 and "is an export: weights alone" in result.stderr
+
+
+def unbroken(*args: str) -> Result:
+    return CliRunner().invoke(main, args)
