@@ -19,6 +19,7 @@ from orchestrator.commands.prove import prove
 from orchestrator.commands.runs import runs
 from orchestrator.commands.status import report, status
 from orchestrator.commands.submit import resume, submit
+from orchestrator.commands.sweep import sweep
 from orchestrator.commands.tracking import tracking
 from orchestrator.commands.train import train
 from orchestrator.commands.weights import export, sample, unpack
@@ -118,7 +119,7 @@ def main(debug: bool) -> None:
 
 
 for command in (
-    *(train, submit, resume, logs, stop, jobs, status, runs, report, prove),
+    *(train, sweep, submit, resume, logs, stop, jobs, status, runs, report, prove),
     *(sample, evaluate, export, unpack, ema, checkpoints, tracking, config, doctor, deploy),
 ):
     main.add_command(command)

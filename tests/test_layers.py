@@ -25,6 +25,7 @@ DOORS = {
         "orchestrator/control.py",
         "orchestrator/jobs.py",
         "orchestrator/peer_memory.py",
+        "orchestrator/sweep.py",
         "orchestrator/tracking/ray_metrics.py",
     },
 }
