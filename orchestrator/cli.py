@@ -21,9 +21,10 @@ from orchestrator.commands.prove import prove
 from orchestrator.commands.runs import runs
 from orchestrator.commands.status import report, status
 from orchestrator.commands.submit import resume, submit
+from orchestrator.commands.sweep import sweep
 from orchestrator.commands.tracking import tracking
 from orchestrator.commands.train import train
-from orchestrator.commands.weights import export, sample
+from orchestrator.commands.weights import export, sample, unpack
 from orchestrator.errors import GaveUpError, UnbrokenError
 from trainers.errors import ConfigError, TrainersError
 
@@ -120,7 +121,7 @@ def main(debug: bool) -> None:
 
 
 for command in (
-    *(train, submit, resume, logs, stop, jobs, status, runs, report, prove, chaos),
-    *(sample, evaluate, export, ema, checkpoints, tracking, data, config, doctor, deploy),
+    *(train, sweep, submit, resume, logs, stop, jobs, status, runs, report, prove, chaos),
+    *(sample, evaluate, export, unpack, ema, checkpoints, tracking, data, config, doctor, deploy),
 ):
     main.add_command(command)

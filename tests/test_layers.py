@@ -29,6 +29,7 @@ DOORS = {
         "orchestrator/data_preparation.py",
         "orchestrator/jobs.py",
         "orchestrator/peer_memory.py",
+        "orchestrator/sweep.py",
         "orchestrator/tracking/ray_metrics.py",
     },
 }

@@ -77,11 +77,11 @@ def export_pipeline(
     else:
         card = _write_network(out_dir, config, weights, max_shard_size)
     (out_dir / "README.md").write_text(_model_card(weights, card, f"From {origin}. {_objective(config)}"))
-    variants = {entry.variant or "default": _facts(entry) for entry in weights}
+    variants = {entry.variant or "default": facts(entry) for entry in weights}
     (out_dir / "unbroken.json").write_text(json.dumps({"origin": origin, "weights": variants}, indent=2) + "\n")
 
 
-def _facts(entry: ExportWeights) -> dict[str, str]:
+def facts(entry: ExportWeights) -> dict[str, str]:
     """What is said of one set of weights; the fingerprint is that of the float32 tensors in the run."""
     tensors = {name: tensor.contiguous() for name, tensor in entry.tensors.items()}
     found = {
@@ -112,6 +112,7 @@ def _write_network(
     if null is not None:
         arguments = f"labels=[0, {null - guided}], guidance={1.5 if guided else 1}"
         kind = f"Class-conditional: labels 0 to {null - guided}{f'; {null} stands for no label' if guided else ''}."
+    edm = _edm_note(config.objective.sigma_data) if config.objective.prediction_type == "edm" else []
     return [
         kind,
         "",
@@ -125,6 +126,17 @@ def _write_network(
         "",
         "`trust_remote_code` lets diffusers run the `pipeline.py` of this folder. Without it and without",
         "`custom_pipeline` the folder loads as a plain DDPMPipeline, which can not pass on class labels.",
+        *edm,
+    ]
+
+
+def _edm_note(sigma_data: float) -> list[str]:
+    return [
+        "",
+        f"EDM preconditioning (Karras et al., 2022), sigma_data = {sigma_data:g}: `unet` is the raw network F of",
+        "D(x; sigma) = c_skip x + c_out F(c_in x; ln(sigma) / 4). The EDMEulerScheduler in `scheduler` has them.",
+        "Start from noise times its `init_noise_sigma`, call `scale_model_input` before the network and `step` after",
+        "it, as `pipeline.py` does. The call of a plain DDPMPipeline does not, so its images are wrong.",
     ]
 
 

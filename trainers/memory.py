@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from trainers.data.samples import Source
 from trainers.fitting import blank_condition, check_fits, data_shape
 from trainers.models import empty_model
 from trainers.pretrained import PretrainedFolder
+from trainers.reduction import Rounds, aligned_heights
 from trainers.units import sharding_units
 
 _TEXT_TOKENS = {"SD3Transformer2DModel": 77 + 256, "FluxTransformer2DModel": 512, "PixArtTransformer2DModel": 120}
@@ -28,6 +29,8 @@ class RankMemory:
     gathered: int
     """The largest two units, whole: the one that is computed and the one that is fetched ahead."""
     gradients: int
+    accumulation: int
+    """Sums of gradients that are kept from one microbatch to the next, whole under `accumulation: local`."""
     optimizer: int
     """Its moments."""
     ema: int
@@ -35,12 +38,12 @@ class RankMemory:
     frozen: int
     """VAE and text encoders, whole on every rank, by the tensors in their files."""
     activations: int | None
-    """What autograd keeps of one microbatch; None: the model has an operation without a shape-only form."""
+    """What autograd keeps of one microbatch; under gradient_checkpointing those of one block come on top while it is
+    computed again. None: the model has an operation without a shape-only form."""
 
     @property
     def total(self) -> int:
-        rest = (self.gathered, self.gradients, self.optimizer, self.ema, self.frozen, self.activations or 0)
-        return self.parameters + sum(rest)
+        return sum(value or 0 for value in asdict(self).values())
 
 
 def rank_memory(config: TrainerConfig, source: Source, world_size: int) -> RankMemory:
@@ -70,11 +73,28 @@ def rank_memory(config: TrainerConfig, source: Source, world_size: int) -> RankM
         parameters=4 * every,
         gathered=width * (sum(largest[:2]) if shards > 1 else sum(p.numel() for p in model.parameters())),
         gradients=4 * trained,
+        accumulation=4 * _kept_sums(config, model, world_size),
         optimizer=4 * trained * len(config.optimizer.moments),
         ema=4 * trained * len(config.ema),
         frozen=_frozen_bytes(folder, 4 if config.conditioning.precision == "fp32" else 2),
         activations=_activation_bytes(model, config, shape),
     )
+
+
+def _kept_sums(config: TrainerConfig, model: nn.Module, world_size: int) -> int:
+    """The most elements that a rank holds between two microbatches, beside its shard of the gradient."""
+    parallel, trained = config.parallel, [p for p in model.parameters() if p.requires_grad]
+    whole = sum(p.numel() for p in trained)
+    rounds = Rounds(config.train.num_microbatches, world_size, local=parallel.accumulation == "local")
+    if parallel.reduction == "fast":
+        return whole if rounds.local and rounds.count > 1 else 0
+    if rounds.local:
+        firsts = (rank * rounds.count for rank in range(world_size))
+        return whole * max(len(aligned_heights(first, first + k)) for first in firsts for k in range(rounds.count))
+    shards = parallel.shards(world_size)
+    slice_size = -(-sum(_rows(p, shards) for p in trained) * shards // world_size)
+    done = (min(k * world_size, rounds.num_microbatches) for k in range(rounds.count))
+    return slice_size * max(len(aligned_heights(0, stop)) for stop in done)
 
 
 def _rows(parameter: nn.Parameter, shards: int) -> int:

@@ -31,6 +31,8 @@ MANIFEST_NAME = "manifest.json"
 QUARANTINE_NAME = "quarantine.json"
 PIN_NAME = "pin.json"
 EXPIRED_NAME = "expired.json"
+EXPORT_RECORD = "unbroken.json"
+"""Of an export, never of a run."""
 
 _ATTEMPT = re.compile(r"(\d{4,})\.json")
 _CHECKPOINT = re.compile(r"(\d{13,})-(\d{4,})")

@@ -9,7 +9,14 @@ from typing import Any
 
 from orchestrator.checkpoint import keys, records
 from orchestrator.checkpoint.store import Store
-from orchestrator.errors import AlreadyExistsError, MissingObjectError, RunNotFoundError, StorageError, UnbrokenError
+from orchestrator.errors import (
+    AlreadyExistsError,
+    MissingObjectError,
+    RunMismatchError,
+    RunNotFoundError,
+    StorageError,
+    UnbrokenError,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,7 @@ def load(store: Store) -> RunRecord:
 
     Raises:
         RunNotFoundError: there is none.
+        RunMismatchError: it is no run but an export.
         UnbrokenError: it is damaged.
     """
     try:
@@ -49,6 +57,12 @@ def load(store: Store) -> RunRecord:
     except StorageError as error:
         if not isinstance(error, MissingObjectError) and not isinstance(error.__cause__, NotADirectoryError):
             raise
+        if store.url.endswith(".safetensors") or store.exists(keys.EXPORT_RECORD):
+            raise RunMismatchError(
+                f"{store.url} is an export: weights alone, without the optimizer's state, the position in the data and"
+                " the other averages, so no run can go on from it. To train on from these weights, start a new run with"
+                " model.pretrained set to it (a single file: `unbroken unpack` first)"
+            ) from error
         raise RunNotFoundError(
             f"no run at {store.url}: it has no {keys.RUN_RECORD}; a RUN is `<storage>/<run.name>`"
         ) from error

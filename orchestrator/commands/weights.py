@@ -1,4 +1,4 @@
-"""`unbroken sample` and `unbroken export`."""
+"""`unbroken sample`, `unbroken export` and `unbroken unpack`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from orchestrator.weights import SavedModel
+    from trainers.export import ExportWeights
 
 WEIGHTS = "ema|raw|PROFILE|sigma_rel=X"
 STEP = click.option(
@@ -79,31 +80,85 @@ def _make_folder(folder: Path) -> None:
 
 @click.command()
 @click.argument("run")
-@click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--weights", default="both", metavar=f"both|{WEIGHTS}", show_default=True)
-@click.option("--fp16", is_flag=True, help='Also the default weights in float16, as variant="fp16".')
-@click.option("--max-shard-size", default="10GB", show_default=True, help="Cut larger weights into files of this size.")
+@click.argument("out", metavar="OUT_DIR|OUT.safetensors", type=click.Path(path_type=Path))
+@click.option("--weights", metavar=f"both|{WEIGHTS}", help="Default: both for a folder, ema for a single file.")
+@click.option(
+    "--fp16", is_flag=True, help='Folder: also the default weights in float16, as variant="fp16". File: float16.'
+)
+@click.option("--max-shard-size", metavar="SIZE", help="Cut larger weights of a folder into files of this size. [10GB]")
 @STEP
-def export(run: str, out_dir: Path, weights: str, fp16: bool, max_shard_size: str, step: int | None) -> None:
-    """Write the model in diffusers form, with the pipeline that it was trained in, if there was one.
+def export(run: str, out: Path, weights: str | None, fp16: bool, max_shard_size: str | None, step: int | None) -> None:
+    """Write the model in a form that other tools load, with the pipeline that it was trained in, if there was one.
+
+    \b
+      unbroken export RUN OUT_DIR             diffusers' form
+      unbroken export RUN OUT.safetensors     the original layout, for ComfyUI and others: SD 1.5, 2, XL, 3 and Flux
 
     `DiffusionPipeline.from_pretrained(OUT_DIR)` loads the EMA weights (the first profile): take these to draw images.
     With `both`, the raw weights lie beside them as variant="non_ema": take these to train on. The README.md in OUT_DIR
     shows how to load either, and how to draw images of a class.
+
+    A single file has the EMA weights alone, or those of --weights; with `both` the raw ones, and the EMA beside them as
+    `model_ema`. Its metadata says which weights these are, of which run and step, and their hash.
     """
     from orchestrator.weights import open_model
-    from trainers.export import ExportWeights, export_pipeline
 
     saved = open_model(run, step)
+    if out.suffix == ".safetensors":
+        if max_shard_size is not None:
+            raise click.UsageError(f"--max-shard-size has no effect on a single file, {out}; leave it out")
+        return _export_file(saved, out, weights or "ema", fp16)
+    _export_folder(saved, out, weights or "both", fp16, max_shard_size or "10GB")
+
+
+def _export_folder(saved: SavedModel, out_dir: Path, weights: str, fp16: bool, max_shard_size: str) -> None:
+    from trainers.export import export_pipeline
+
     _make_folder(out_dir)
     chosen = {"both": [("ema", None), ("raw", "non_ema")]}.get(weights, [(weights, None)])
-    progress = saved.manifest.progress
-    found = [
-        ExportWeights(tensors=saved.tensors(which), description=saved.describe(which), variant=variant)
-        for which, variant in chosen
-    ]
+    found = [replace(_of_run(saved, which), variant=variant) for which, variant in chosen]
     if fp16:
         found.append(replace(found[0], description=f"{found[0].description}, float16", variant="fp16", half=True))
-    origin = f"run {saved.config.run.name} ({saved.manifest.run_id}), {progress.samples_seen} samples"
-    export_pipeline(out_dir, saved.config, found, origin=origin, max_shard_size=max_shard_size)
+    export_pipeline(out_dir, saved.config, found, origin=_origin(saved), max_shard_size=max_shard_size)
     click.echo(f"{out_dir}: {' and '.join(saved.describe(which) for which, _ in chosen)}")
+
+
+def _export_file(saved: SavedModel, file: Path, weights: str, fp16: bool) -> None:
+    from trainers.single_file import export_single_file
+
+    both = weights == "both"
+    main = replace(_of_run(saved, "raw" if both else weights), half=fp16)
+    average = _of_run(saved, "ema") if both else None
+    _make_folder(file.parent)
+    export_single_file(file, saved.config, main, origin=_origin(saved), average=average)
+    click.echo(f"{file}: {main.description}{f', {average.description} as model_ema' if average else ''}")
+
+
+def _of_run(saved: SavedModel, which: str) -> ExportWeights:
+    from trainers.export import ExportWeights
+
+    return ExportWeights(tensors=saved.tensors(which), description=saved.describe(which))
+
+
+def _origin(saved: SavedModel) -> str:
+    return f"run {saved.config.run.name} ({saved.manifest.run_id}), {saved.manifest.progress.samples_seen} samples"
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--like", required=True, metavar="FOLDER|NAME", help="A pipeline of the same kind, for its settings.")
+def unpack(file: Path, out_dir: Path, like: str) -> None:
+    """Make a folder for model.pretrained out of a single FILE of the original layout.
+
+    \b
+      unbroken unpack v1-5-pruned.safetensors sd15 --like stable-diffusion-v1-5/stable-diffusion-v1-5
+      unbroken train configs/sd15-finetune.yaml model.pretrained=sd15
+
+    Of a full file these are the weights under `model.diffusion_model`, the raw ones: right for training on.
+    """
+    from trainers.single_file import unpack_single_file
+
+    _make_folder(out_dir)
+    unpack_single_file(file, like, out_dir)
+    click.echo(f"{out_dir}: the pipeline of {file}")

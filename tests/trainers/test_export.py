@@ -126,6 +126,14 @@ def test_the_model_card_says_which_weights_are_which(tmp_path):
     assert len(scope["images"]) == 2
 
 
+def test_the_card_of_an_edm_model_says_how_it_is_called(tmp_path):
+    words = "scale_model_input", "init_noise_sigma", "sigma_data = 0.5"
+    for kind in ("edm", "epsilon"):
+        export(tmp_path / kind, "unet", kind)
+        card = (tmp_path / kind / "README.md").read_text()
+        assert all((word in card) == (kind == "edm") for word in words)
+
+
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "kept.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is not an empty folder"):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.trainers.distributed import run_ranks
+from tests.trainers.families import family_config
 from tests.trainers.pipelines import write_pipeline
-from tests.trainers.test_families import family_config
 from tests.trainers.tiny import UNET, build_tiny, tiny_config
 from trainers.config import TrainerConfig
 from trainers.decode import decode

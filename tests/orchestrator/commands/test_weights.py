@@ -81,6 +81,16 @@ def test_export_replaces_nothing(run: str, tmp_path: Path):
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["file"]
 
 
+def test_a_single_file_is_for_pipelines(run: str, tmp_path: Path):
+    for options, words in (
+        ((), "has no form for a model without a pipeline"),
+        (("--max-shard-size=1GB",), "no effect"),
+    ):
+        result = unbroken("export", run, str(tmp_path / "a.safetensors"), *options)
+        assert result.exit_code == 2 and words in result.stderr
+    assert not (tmp_path / "a.safetensors").exists()
+
+
 @pytest.mark.parametrize("args", [["sample", "/proc/none/grid.png", "--num", "1"], ["export", "/proc/none"]])
 def test_a_place_that_cannot_be_written_is_no_bug_of_ours(run: str, args: list[str]):
     result = unbroken(args[0], run, *args[1:])
