@@ -188,7 +188,7 @@ def _of_a_run(channels: tuple[int, ...], num_saves: int) -> Iterator[Comparison]
             **_trainer(channels, microbatch_size=8),
             "run": {"name": "save"},
             "workers": _RANKS,
-            "checkpoint": {"every_steps": _EVERY, "keep": {"last": 1, "grace_s": 0.0}},
+            "checkpoint": {"every_steps": _EVERY, "keep": {"last": 5, "grace_s": 0.0}},
             "storage": str(Path(name) / "runs"),
         }
         file = Path(name) / "config.json"
