@@ -19,7 +19,7 @@ import numpy as np
 import torch.distributed as dist
 import xxhash
 
-from bench.save_peers import Peers
+from bench.peers.saves import Peers
 from bench.workload import pin
 from orchestrator import trainer_process
 from orchestrator.checkpoint.keys import shard_name
