@@ -171,7 +171,8 @@ def test_damage_in_memory_is_noticed_and_storage_is_taken(straight, tmp_path, mo
 @pytest.mark.s3
 def test_a_store_that_is_unreachable_for_a_while_costs_no_step(straight, tmp_path, s3_proxy, monkeypatch) -> None:
     url, real = f"s3://tests/{tmp_path.name}-{os.getpid()}", Store.open
-    monkeypatch.setattr(Store, "open", staticmethod(lambda url, deadline_s=1.0: real(url, deadline_s)))
+    spec = make_spec(url, config(), EVERY, when_busy="skip")
+    monkeypatch.setattr(Store, "open", staticmethod(lambda url, deadline_s=3.0: real(url, deadline_s)))
 
     class Unreachable(Script):
         def __call__(self, event: Event) -> None:
@@ -182,10 +183,9 @@ def test_a_store_that_is_unreachable_for_a_while_costs_no_step(straight, tmp_pat
                 s3_proxy.faults = []
 
     script = Unreachable()
-    spec = make_spec(url, config(), EVERY, when_busy="skip")
     assert run_agents(spec, 2, script).ending is Ending.FINISHED
     assert s3_proxy.fired(Kind.BLACK_HOLE) > 0
     assert script.of("failure") == script.of("save_failed") == [] and len(script.of("attempt")) == 1
     assert [event["step"] for event in script.of("step")] == list(range(1, STEPS + 1))
-    newest = newest_stable(Store.open(url))
+    newest = newest_stable(real(url))
     assert newest is not None and newest.step == STEPS
