@@ -19,7 +19,7 @@ import numpy as np
 import torch.distributed as dist
 import xxhash
 
-from bench.save_peers import Peers
+from bench.peers.saves import Peers
 from bench.workload import pin
 from orchestrator import trainer_process
 from orchestrator.checkpoint.keys import shard_name
@@ -53,7 +53,9 @@ def take_turns(
     _announce(folder / f"{rank}.watch", [ours.size_bytes, _agent(), os.getpid()])
     if set(plan) - turns.keys():
         turns |= Peers(state, folder).turns()
-    with (folder / f"{rank}.jsonl").open("a") as lines:
+    if (folder / f"{rank}.jsonl").exists():
+        raise RuntimeError("the trainers were started anew in the middle: this machine is too busy to measure on")
+    with (folder / f"{rank}.jsonl").open("x") as lines:
         for index, name in enumerate(plan):
             scratch = folder / "scratch" / (name if name.startswith("load ") else str(index))
             scratch.mkdir(parents=True, exist_ok=True)

@@ -90,6 +90,8 @@ class Opener:
         self._world_size = world_size
         self._event = event
         self._probed = False
+        self._alone = True
+        """Nobody else has claimed an attempt since this group's last one began."""
         self.claimed = 0
         """The newest attempt of this group."""
 
@@ -131,9 +133,17 @@ class Opener:
         previous = self.claimed
         info |= claim_fields(self._spec.checkpoint.retention)
         self.claimed = attempt = claim_attempt(self._store, info)
+        # Kept if what follows fails: the next call claims a number that follows this one.
+        self._alone = self._alone and attempt == previous + 1
         self._tell_peers(attempt, info)
-        if remembered and attempt == previous + 1 and not self._lists_newer(remembered.progress):
+        if remembered and self._alone and not self._lists_newer(remembered.progress):
             return Opening(attempt=attempt, memory=remembered.progress, committed=remembered.committed)
+        opening = self._from_checkpoint(attempt, exclusions)
+        self._alone = True
+        return opening
+
+    def _from_checkpoint(self, attempt: int, exclusions: Exclusions) -> Opening:
+        """Begin from the newest sound checkpoint, near or far."""
         near = self._newest_in_memory(attempt, exclusions)
         if near is not None and not self._lists_newer(near.progress):
             return Opening(attempt=attempt, checkpoint=near, tier="peer", committed=near.progress)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import mmap
 import queue
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Pipe
 
 from orchestrator.checkpoint.keys import CheckpointRef, shard_name
@@ -122,20 +124,16 @@ class ShardWriter:
         return shard
 
     def _store_shard(self, job: _Job, shard: Shard, tier: TierName) -> None:
-        progress, delayed = job.held.snapshot.progress, False
+        progress = job.held.snapshot.progress
+
+        def delayed(error: StorageError) -> None:
+            self._results.send(SaveDelayed(attempt=job.attempt, progress=progress, error=str(error)))
+
         ref, store = CheckpointRef(progress.samples_seen, job.attempt), self._stores.of(tier)
-        while True:
-            try:
-                store_shard(store, ref, shard, self._config.verify)
-                return
-            except StorageError as error:
-                if tier == "peer":
-                    raise  # there is a next time soon, and storage must not wait for it
-                if not delayed:
-                    self._results.send(SaveDelayed(attempt=job.attempt, progress=progress, error=str(error)))
-                delayed = True
-                if not job.retries.pause():
-                    raise
+        if tier == "peer":
+            store_shard(store, ref, shard, self._config.verify)  # there is a next time soon, and storage must not wait
+        else:
+            store_patiently(partial(store_shard, store, ref, shard, self._config.verify), job.retries.pause, delayed)
 
     def _metadata(self, job: _Job) -> dict[str, str]:
         """For people who find the file alone."""
@@ -147,3 +145,26 @@ class ShardWriter:
             "samples_seen": str(progress.samples_seen),
             "rank": f"{self._rank} of {self._world_size}",
         }
+
+
+def store_patiently(
+    store_it: Callable[[], None], pause: Callable[[], bool], delayed: Callable[[StorageError], None]
+) -> None:
+    """Store something, again and again as long as `pause` says so.
+
+    Args:
+        delayed: told why, if the first try fails and there is another one, or was to be.
+
+    Raises:
+        StorageError: of the last try.
+    """
+    first = True
+    while True:
+        try:
+            return store_it()
+        except StorageError as error:
+            if first:
+                delayed(error)
+            first = False
+            if not pause():
+                raise

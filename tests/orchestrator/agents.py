@@ -18,6 +18,7 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.committing import BackgroundChores
 from orchestrator.coordinator import Coordinator
 from orchestrator.forkserver import ForkServer
+from orchestrator.halting import HaltOrder
 from orchestrator.hub import Hub, connect
 from orchestrator.messages import Event, Outcome
 from orchestrator.run_spec import RunSpec
@@ -92,12 +93,24 @@ def run_agents(
     on_event: Callable[[Event], None],
     timeout_s: float = 240,
     ring: PeerRing | None = None,
+    order: tuple[str, HaltOrder] | None = None,
 ) -> Outcome | None:
-    """Run to the end. `on_event` is called in the coordinator's thread; what it does happens before what follows."""
+    """Run to the end. `on_event` is called in the coordinator's thread; what it does happens before what follows.
+
+    Args:
+        order: given when the first event of this kind happens.
+    """
     hub = Hub("127.0.0.1", key := b"test", world_size)
+    orders = [order] if order else []
+
+    def notify(event: Event) -> None:
+        on_event(event)
+        if orders and event.kind == orders[0][0]:
+            hub.order(orders.pop()[1])
+
     stores = Stores.open(spec.run_url, ring)
-    chores = BackgroundChores(spec, stores, on_event)
-    hub.start(lambda send: Coordinator(spec, stores, world_size, "127.0.0.1", send, on_event, chores), chores.results)
+    chores = BackgroundChores(spec, stores, notify)
+    hub.start(lambda send: Coordinator(spec, stores, world_size, "127.0.0.1", send, notify, chores), chores.results)
     outcomes: dict[int, Outcome] = {}
 
     def serve(rank: int) -> None:

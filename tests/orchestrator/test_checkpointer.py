@@ -57,18 +57,25 @@ class Trainer:
     def poll(self, step: int) -> Directive:
         return self.control.poll(Progress(step, step))
 
-    def state(self, step: int) -> TrainState:
-        spec = TensorSpec(name="model/w", dtype="F32", shape=(4,))
-        local = LocalTensor(spec=spec, row_offset=0, tensor=torch.zeros(4), replica=0, num_replicas=1)
-        generators = SimpleNamespace(capture=lambda: None)
-        state: Any = SimpleNamespace(
-            progress=Progress(step, step), generators=generators, tensors=lambda: [local], scalars=dict, parameters=[]
-        )
-        state.ema = SimpleNamespace(beginning=lambda step: [])
-        return cast(TrainState, state)
-
     def save(self, step: int) -> None:
         self.checkpointer.save(self.state(step))
+
+    def state(self, step: int) -> TrainState:
+        """Four parameters, with an EMA that begins in step 1."""
+        names = ("model/w", "ema/main/w") if step else ("model/w",)
+        specs = [TensorSpec(name=name, dtype="F32", shape=(4,)) for name in names]
+        state: Any = SimpleNamespace(
+            progress=Progress(step, step),
+            generators=SimpleNamespace(capture=lambda: None, apply=lambda: None),
+            tensors=lambda: [
+                LocalTensor(spec=spec, row_offset=0, tensor=torch.full((4,), float(step)), replica=0, num_replicas=1)
+                for spec in specs
+            ],
+            parameters=[SimpleNamespace(name="w")],
+            ema=SimpleNamespace(beginning=lambda step: ["main"] if step == 1 else []),
+            scalars=dict,
+        )
+        return cast(TrainState, state)
 
     def told(self) -> list[Any]:
         """What the agent has heard since."""
@@ -106,6 +113,26 @@ def test_the_save_before_a_stop_is_made_and_outlives_the_nodes(closing: list[Tra
     trainer.save(step)
     (snapshot,) = [message for message in trainer.told() if isinstance(message, Snapshot)]
     assert snapshot.tiers == (("peer", "storage") if step == 6 else ("storage",))
+
+
+def test_the_memory_for_the_first_snapshot_is_there_before_training(closing: list[Trainer]) -> None:
+    trainer = start(closing)
+    trainer.checkpointer.restore(trainer.state(0))
+    before = os.fstat(trainer.buffer)
+    assert before.st_size == 2 * 4 * 4 and before.st_blocks > 0, "with an EMA that begins in the first step"
+    trainer.save(5)
+    (snapshot,) = [message for message in trainer.told() if isinstance(message, Snapshot)]
+    assert os.fstat(trainer.buffer).st_size == snapshot.size_bytes == before.st_size
+    assert [chunk.spec.name for chunk in snapshot.chunks] == ["model/w", "ema/main/w"]
+
+
+def test_a_snapshot_is_laid_out_anew_when_there_is_more_in_it(closing: list[Trainer]) -> None:
+    trainer = start(closing)
+    for step in (0, 5, 10):
+        trainer.save(step)
+        trainer.agent.send(SaveEnded(progress=Progress(step, step)))
+    sizes = [message.size_bytes for message in trainer.told() if isinstance(message, Snapshot)]
+    assert sizes == [16, 32, 32] and os.pread(trainer.buffer, 32, 0) == torch.full((8,), 10.0).numpy().tobytes()
 
 
 def phases(messages: list[Any]) -> list[Any]:

@@ -68,6 +68,21 @@ def test_memory_is_not_used_if_somebody_else_claimed_an_attempt_in_between(store
     assert group.last(Launch) == Launch(attempt=3, restore="0000000000050-0001", committed=FIVE)
 
 
+def test_somebody_elses_claim_is_remembered_if_opening_fails_after_it(store: Store, monkeypatch) -> None:
+    group = Group(store).join()
+    group.save(5)
+    claim_attempt(store, {})
+    for rank in (0, 1):
+        group.down(rank, ExitKind.KILLED, held=TEN)
+    with monkeypatch.context() as patch:
+        patch.setattr("orchestrator.opening.newest_sound", unreachable)
+        group.coordinator.tick()
+    assert newest_attempt(store) == 3 and group.attempt == 1
+    monkeypatch.setattr("orchestrator.coordinator.time.monotonic", lambda: float("inf"))
+    group.coordinator.tick()
+    assert group.last(Launch) == Launch(attempt=4, restore="0000000000050-0001", committed=FIVE)
+
+
 def test_memory_is_not_used_if_storage_lists_anything_newer(store: Store) -> None:
     group = Group(store).join()
     save(store, make_state(0), step=20, attempt=1, world_size=2)

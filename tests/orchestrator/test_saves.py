@@ -59,7 +59,7 @@ class Opens(Script):
 
 def test_a_save_that_is_due_while_another_runs_is_left_out_on_all_ranks(straight, tmp_path, on_store) -> None:
     script = Opens("save_skipped", {"step": 9})
-    on_store(lambda ref, name: name == ON_RANK_1 and script.gate.wait(60))
+    on_store(lambda ref, name: name == ON_RANK_1 and script.gate.wait(200))
     spec = make_spec(tmp_path / "run", config(), EVERY, when_busy="skip")
     assert run_agents(spec, 2, script).ending is Ending.FINISHED
     assert [skipped["step"] for skipped in script.of("save_skipped")] == [6, 9]
@@ -130,16 +130,17 @@ def test_trainers_of_a_hybrid_strategy_begin_again_from_memory(straight, tmp_pat
     """Replicas of shards: each rank has written a part of what it holds, and gets the rest from its replica only."""
     short = config(parallel={"strategy": "hsdp", "shard_size": 2})
     short["train"]["num_steps"] = 2 * EVERY
-    script = Script(("step", {"step": 5}, [1]))
+    script = Script(("step", {"step": 4}, [1]))
     assert run_agents(make_spec(tmp_path / "run", short, EVERY), 4, script).ending is Ending.FINISHED
-    assert [attempt["memory"] for attempt in script.of("attempt")] == [None, 3]
+    first, second = (attempt["memory"] for attempt in script.of("attempt"))
+    assert first is None and second in (3, 6)  # a kill may land a few steps after it is asked for
     proof = prove(Store.open(str(tmp_path / "run")), Store.open(str(straight)))
     assert proof.equal and proof.num_checkpoints == 2
 
 
 def test_a_snapshot_that_was_never_stored_is_gone_on_from_and_stored_then(straight, tmp_path, on_store) -> None:
     script = Opens("attempt", {"attempt": 2}, ("step", {"step": 7}, [0, 1]))
-    on_store(lambda ref, name: ref == CheckpointRef(6 * 24, 1) and script.gate.wait(60))
+    on_store(lambda ref, name: ref == CheckpointRef(6 * 24, 1) and script.gate.wait(200))
     assert run_agents(make_spec(tmp_path / "run", config(), EVERY), 2, script).ending is Ending.FINISHED
     assert [attempt["memory"] for attempt in script.of("attempt")] == [None, 6]
     assert (6, 2) in [(saved["step"], saved["attempt"]) for saved in script.of("saved")]
@@ -152,24 +153,26 @@ def test_damage_in_memory_is_noticed_and_storage_is_taken(straight, tmp_path, mo
 
     class Damages(Script):
         def __call__(self, event: Event) -> None:
-            if event.kind == "step" and event.fields["step"] == 5:
+            if event.kind == "step" and event.fields["step"] == 7:
                 (byte,) = os.pread(buffers[0], 1, 1000)
                 os.pwrite(buffers[0], bytes([byte ^ 1]), 1000)
             super().__call__(event)
 
-    script = Damages(("step", {"step": 5}, [1]))
-    assert run_agents(make_spec(tmp_path / "run", config(), EVERY), 2, script).ending is Ending.FINISHED
+    # The next snapshot is taken five steps later: it would write over the damage.
+    script = Damages(("step", {"step": 7}, [1]))
+    assert run_agents(make_spec(tmp_path / "run", config(), 2 * EVERY), 2, script).ending is Ending.FINISHED
     assert [failure["kind"] for failure in script.of("failure")] == ["killed", "damaged checkpoint"]
     starts = [(attempt["memory"], attempt["restore"]) for attempt in script.of("attempt")]
-    assert starts == [(None, None), (3, None), (None, "0000000000072-0001")]
+    assert starts == [(None, None), (6, None), (None, "0000000000144-0001")]
     assert script.of("quarantined") == []
-    assert_same(tmp_path / "run", straight)
+    assert_same_state(tmp_path / "run", straight)
 
 
 @pytest.mark.s3
 def test_a_store_that_is_unreachable_for_a_while_costs_no_step(straight, tmp_path, s3_proxy, monkeypatch) -> None:
     url, real = f"s3://tests/{tmp_path.name}-{os.getpid()}", Store.open
-    monkeypatch.setattr(Store, "open", staticmethod(lambda url, deadline_s=1.0: real(url, deadline_s)))
+    spec = make_spec(url, config(), EVERY, when_busy="skip")
+    monkeypatch.setattr(Store, "open", staticmethod(lambda url, deadline_s=3.0: real(url, deadline_s)))
 
     class Unreachable(Script):
         def __call__(self, event: Event) -> None:
@@ -180,10 +183,9 @@ def test_a_store_that_is_unreachable_for_a_while_costs_no_step(straight, tmp_pat
                 s3_proxy.faults = []
 
     script = Unreachable()
-    spec = make_spec(url, config(), EVERY, when_busy="skip")
     assert run_agents(spec, 2, script).ending is Ending.FINISHED
     assert s3_proxy.fired(Kind.BLACK_HOLE) > 0
     assert script.of("failure") == script.of("save_failed") == [] and len(script.of("attempt")) == 1
     assert [event["step"] for event in script.of("step")] == list(range(1, STEPS + 1))
-    newest = newest_stable(Store.open(url))
+    newest = newest_stable(real(url))
     assert newest is not None and newest.step == STEPS

@@ -28,6 +28,14 @@ def run(profiles, steps, start=0, ema=None, parameters=None, samples_per_step=8)
     return ema
 
 
+def test_which_profiles_are_about_to_get_their_memory():
+    profiles = {name: EMAConfig(decay=0.9, start_step=start) for name, start in (("a", 0), ("b", 1), ("c", 3))}
+    ema = EMA(profiles, weights(), 8)
+    assert (ema.beginning(1), ema.beginning(3)) == (["b"], ["b", "c"])
+    ema.update(1)
+    assert (ema.beginning(2), ema.beginning(3)) == ([], ["c"]) and ema.tensors().keys() == {"a", "b"}
+
+
 @pytest.mark.parametrize("kind", ["warmup", "constant"])
 def test_equals_diffusers(kind):
     ours = run({"main": EMAConfig(kind=kind, decay=0.97)}, 200)

@@ -1,13 +1,15 @@
 """The life of a run as a function of a seed: attempts that save, die, sleep and wake up beside their successors.
 
-The code under test is the real one (claims, shards, commit, take-over, restore, retention); only the clock, the storage
-below `Store` and the order of events are virtual. `simulate` raises `Violation` if an invariant does not hold:
+The code under test is the real one (claims, shards, commit, retries, take-over, restore from storage and from the
+agents' memory, retention); only the clock, the storage below `Store` and the order of events are virtual. Saves that
+come due while another one runs wait or are left out. `simulate` raises `Violation` if an invariant does not hold:
 
 1. What loads was committed, and is what was saved.
 2. A committed checkpoint is whole for as long as it is there, and a superseded attempt adds none behind its successor.
 3. The newest stable checkpoint never goes back, and retention leaves as many newer ones as it promises.
 4. Who reads a checkpoint that was not marked as expired can finish; what somebody pinned stays.
-5. After all of it, an undisturbed attempt goes on, and leaves nothing but what the policy keeps.
+5. Who goes on from the agents' memory has nobody's later work behind it: the run has one past.
+6. After all of it, an undisturbed attempt goes on, and leaves nothing but what the policy keeps.
 """
 
 from __future__ import annotations
@@ -21,14 +23,13 @@ import numpy as np
 
 from orchestrator.checkpoint import keys, reader, retention, writer
 from orchestrator.checkpoint import store as store_module
-from orchestrator.checkpoint.attempts import claim_attempt
 from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, list_checkpoints
 from orchestrator.checkpoint.keys import CheckpointRef
-from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.checkpoint.policy import RetentionConfig, judge
 from orchestrator.checkpoint.retention import Pruner
 from orchestrator.checkpoint.selection import select_checkpoint
 from orchestrator.checkpoint.store import Store
+from orchestrator.committing import CommitJob, carry_out
 from orchestrator.errors import (
     DamagedCheckpointError,
     StorageError,
@@ -36,9 +37,10 @@ from orchestrator.errors import (
     UnbrokenError,
     UnknownOutcomeError,
 )
-from orchestrator.restore_point import newest_sound, set_aside
+from orchestrator.shard_writer import store_patiently
+from tests.orchestrator.checkpoint.agent_group import WORLD_SIZE, AgentGroup
+from tests.orchestrator.checkpoint.invariants import Invariants, Violation
 from tests.orchestrator.checkpoint.serial_reads import serial_reads
-from tests.orchestrator.checkpoint.shards import write_shard
 from tests.orchestrator.checkpoint.states import make_info
 from tests.orchestrator.checkpoint.virtual_store import NO_FAULTS, Faults, Process, VirtualTime, World, virtual_store
 from trainers.errors import ConfigError
@@ -46,35 +48,21 @@ from trainers.exclusions import Exclusions
 from trainers.shards import Chunk, TensorSpec
 
 GRACE_S = 300.0
-WORLD_SIZE = 2
 SPEC = TensorSpec(name="model/w", dtype="U8", shape=(4, 2))
 QUIET_AT_S = 6000.0
 """Few still sleep by then."""
 
 
-class Violation(BaseException):
-    """An invariant does not hold. No `except Exception` of the code under test may catch it."""
-
-
-class Simulation:
+class Simulation(Invariants):
     """One seed's world, its actors and what they may not do."""
 
     def __init__(self, seed: int) -> None:
-        self.world = World(seed)
-        self.rng = random.Random(~seed)
-        self.saved: dict[CheckpointRef, bytes] = {}
-        self.committed: dict[CheckpointRef, Manifest] = {}
-        self.removed: set[CheckpointRef] = set()
-        self.quarantined: set[CheckpointRef] = set()
-        self.pinned: set[CheckpointRef] = set()
-        self.rotten: CheckpointRef | None = None
-        self.claims = 0
-        self.bases: dict[int, CheckpointRef | None] = {}
-        self.config = RetentionConfig(
-            last=self.rng.choice([1, 2, 2, 3]), every_steps=self.rng.choice([None, None, 3]), grace_s=GRACE_S
-        )
-        self.world.on_effect = self.check_effect
-        self.loads = 0
+        self.rng = rng = random.Random(~seed)
+        last, every_steps = rng.choice([1, 2, 2, 3]), rng.choice([None, None, 3])
+        super().__init__(World(seed), RetentionConfig(last=last, every_steps=every_steps, grace_s=GRACE_S))
+        self.skips = rng.random() < 0.5
+        self.trainer_deaths = rng.choice([0.0, 0.2])
+        self.loads = self.recalls = self.skipped = self.retried = 0
 
     def run(self) -> None:
         rare = self.rng.choice([0.0, 0.003, 0.01, 0.03])
@@ -108,7 +96,7 @@ class Simulation:
         store = virtual_store(self.world, process)
         for _ in range(10):
             try:
-                step = self.launch(store, process)
+                group = self.launch(store, process)
                 break
             except UnbrokenError as error:
                 if process.faults is NO_FAULTS and not isinstance(error, DamagedCheckpointError):
@@ -116,47 +104,99 @@ class Simulation:
                 self.world.pause(1.0)
         else:
             return
+        step = group.committed.step
         pruner = Pruner(virtual_store(self.world, process), self.config, lambda: self.world.now)
         for _ in range(num_saves):
-            self.world.pause(self.rng.choice([1.0, 10.0, GRACE_S]))
-            step += 1
+            interval_s = self.rng.choice([1.0, 10.0, GRACE_S])
+            self.world.pause(interval_s)
+            step, began = step + 1, self.world.now
+            group.held = make_info(step, process.attempt).progress, self.rng.randbytes(8)
             try:
-                self.save(store, process, step)
+                self.save(store, process, group)
             except SupersededError:
                 return
             except (StorageError, UnknownOutcomeError, DamagedCheckpointError):
                 if process.faults is NO_FAULTS:
                     raise
-                continue  # as the coordinator does: the next save is tried
+                # As the coordinator does: the next save is tried.
             if not process.pruning:
                 self.world.spawn(process, lambda: self.prune(pruner, process))
+            if self.skips:  # training went on meanwhile, and these saves were left out
+                missed = int((self.world.now - began) // interval_s)
+                step, self.skipped = step + missed, self.skipped + missed
+            if self.rng.random() < self.trainer_deaths and not self.relaunch(store, process, group):
+                return
+            step = group.held[0].step if group.held else step
 
-    def launch(self, store: Store, process: Process) -> int:
-        process.attempt = claim_attempt(store, {})
-        base = newest_sound(store, process.attempt, lambda *_: None, Exclusions())
+    def relaunch(self, store: Store, process: Process, group: AgentGroup) -> bool:
+        """The trainers have died, their agents have not; False if the group can not go on."""
+        held, previous = group.held, process.attempt
+        assert held is not None
+        for _ in range(5):
+            try:
+                opening = group.opener.open("killed", Exclusions(), group.remembered())
+                break
+            except UnbrokenError:
+                self.world.pause(1.0)
+        else:
+            return False
+        process.attempt = opening.attempt
+        if opening.memory is None:  # the agents forget theirs: a group of its own goes on from storage
+            return False
+        self.recalls += 1
+        self.bases[opening.attempt] = CheckpointRef(held[0].samples_seen, opening.attempt)
+        self.check_one_past(process, previous, held[0])
+        if opening.memory != opening.committed:
+            with contextlib.suppress(StorageError, UnknownOutcomeError, DamagedCheckpointError, SupersededError):
+                self.save(store, process, group)
+        return True
+
+    def launch(self, store: Store, process: Process) -> AgentGroup:
+        """A group of agents begins, with nothing in its memory."""
+        group = AgentGroup(store, process.name)
+        opening = group.opener.open("start", Exclusions())
+        process.attempt = opening.attempt
+        base = opening.checkpoint
         found = self.bases[process.attempt] = base and base.ref
         newest = max(self.committed.keys() - self.quarantined, default=None)
         if self.claims == process.attempt and newest != found and self.rotten not in (newest, found):
             raise Violation(f"attempt {process.attempt} goes on from {found}, not from {newest}")
-        if base is None:
-            return 0
-        try:
-            self.load(store, base)
-        except DamagedCheckpointError as error:
-            set_aside(store, base, str(error), process.attempt, lambda *_: None)
-            raise
-        return base.step
+        if base is not None:
+            try:
+                self.load(store, base)
+            except DamagedCheckpointError as error:
+                group.opener.set_aside(opening, str(error))
+                raise
+        group.begin(opening)
+        return group
 
-    def save(self, store: Store, process: Process, step: int) -> None:
-        info = make_info(step, process.attempt)
-        ref = CheckpointRef(info.progress.samples_seen, process.attempt)
-        data = self.saved[ref] = self.rng.randbytes(8)
+    def save(self, store: Store, process: Process, group: AgentGroup) -> None:
+        """What the group holds; whatever fails is tried again."""
+        assert group.held is not None
+        progress, data = group.held
+        info = make_info(progress.step, process.attempt)
+        ref = CheckpointRef(progress.samples_seen, process.attempt)
+        self.saved[ref] = data
+        tries = self.rng.choice([0, 0, 2])
+
+        def pause() -> bool:
+            nonlocal tries
+            tries -= 1
+            self.retried += tries >= 0
+            self.world.pause(5.0)
+            return tries >= 0
+
         receipts = []
         for rank in range(WORLD_SIZE):
             chunk = Chunk(spec=SPEC, row_offset=rank * 2, num_rows=2, begin=0, end=4)
             part = memoryview(data)[rank * 4 :][:4]
-            receipts.append(write_shard(store, ref.shard(rank, WORLD_SIZE), [chunk], part, {}))
-        writer.commit(store, receipts, info)
+            shard = writer.prepare_shard(keys.shard_name(rank, WORLD_SIZE), [chunk], part, {})
+            store_patiently(lambda shard=shard: writer.store_shard(store, ref, shard), pause, lambda _: None)
+            receipts.append(shard.receipt)
+        ended = carry_out(store, CommitJob(shards=receipts, info=info, tier="storage"), pause)
+        if ended.error is not None:
+            raise SupersededError(ended.error) if ended.superseded else StorageError(ended.error)
+        group.committed, group.checkpoint = progress, str(ref)
 
     def prune(self, pruner: Pruner, process: Process) -> None:
         """The thread beside the coordinator: one at a time, waiting for what it may remove later."""
@@ -200,6 +240,12 @@ class Simulation:
         with contextlib.suppress(ConfigError):
             return select_checkpoint(store, self.rng.choice(steps)) if steps else None
 
+    def expired(self, ref: CheckpointRef) -> None:
+        if self.rng.random() < 0.2:  # somebody looked at it just before
+            info = CheckpointInfo(ref=ref, state=CheckpointState.STABLE, manifest=self.committed[ref])
+            act, person = self.rng.choice([self.read, self.pin]), Process("late")
+            self.world.spawn(person, lambda: act(person, info))
+
     def rot(self) -> None:
         """A bit of a committed checkpoint flips."""
         if self.committed:
@@ -222,60 +268,6 @@ class Simulation:
         left = judge(list_checkpoints(store), self.config, process.attempt)
         if surplus := [str(verdict.info.ref) for verdict in left if not verdict.keep or verdict.info.expired]:
             raise Violation(f"{surplus} are still there")
-
-    # What must hold
-
-    def check_effect(self, process: Process, verb: str, key: str, before: bytes | None) -> None:
-        folder, _, name = key.removeprefix(f"{keys.CHECKPOINTS}/").partition("/")
-        ref = CheckpointRef.parse(folder)
-        if ref is None:
-            self.claims = max(self.claims, keys.parse_attempt(name or key.rpartition("/")[2]) or 0)
-            return
-        data = self.world.objects.get(key)
-        if verb == "delete" or name == keys.EXPIRED_NAME:
-            self.check_fence(process, folder)
-        if name == keys.EXPIRED_NAME and verb == "create" and ref in self.committed and self.rng.random() < 0.2:
-            # Somebody looked at it just before.
-            info = CheckpointInfo(ref=ref, state=CheckpointState.STABLE, manifest=self.committed[ref])
-            act, person = self.rng.choice([self.read, self.pin]), Process("late")
-            self.world.spawn(person, lambda: act(person, info))
-        if name == keys.QUARANTINE_NAME and data is not None:
-            self.quarantined.add(ref)
-        elif name == keys.MANIFEST_NAME and data is not None and b"abandoned_by" not in data:
-            self.check_commit(ref, Manifest.from_bytes(data, key))
-        elif name == keys.MANIFEST_NAME and data is None and ref in self.committed:
-            self.check_removal(ref)
-        elif name.startswith("shard") and ref in self.committed and data != before and ref != self.rotten:
-            raise Violation(f"{verb} {key}: it is committed")
-
-    def check_fence(self, process: Process, folder: str) -> None:
-        """A superseded attempt may carry out what it had decided on one checkpoint, and no more."""
-        if 0 < process.attempt < self.claims:
-            process.touched_when_superseded.add(folder)
-            if len(process.touched_when_superseded) > 1:
-                raise Violation(f"attempt {process.attempt} prunes beside attempt {self.claims}")
-
-    def check_commit(self, ref: CheckpointRef, manifest: Manifest) -> None:
-        if ref in self.removed:
-            return  # a repeated request of a sleeper: no reader may take it for more than damage, see `choose`
-        for file in manifest.files:
-            data = self.world.objects.get(ref.file(file.name))
-            if data is None or reader.xxhash.xxh3_128_hexdigest(data) != file.hash:
-                raise Violation(f"{ref} is committed without its {file.name}")
-        for attempt, base in self.bases.items():
-            if attempt > ref.attempt and (base is None or ref > base):
-                raise Violation(f"{ref} is committed behind attempt {attempt}, which began at {base}")
-        self.committed[ref] = manifest
-
-    def check_removal(self, ref: CheckpointRef) -> None:
-        del self.committed[ref]
-        self.removed.add(ref)
-        newer = {other for other in self.committed.keys() - self.quarantined if other > ref}
-        promised = (self.config.last or 0) - (self.rotten is not None)
-        if len(newer) < promised or not newer - {self.rotten}:
-            raise Violation(f"{ref} is removed; newer are only {sorted(map(str, newer))}")
-        if ref in self.pinned:
-            raise Violation(f"{ref} is pinned, and removed")
 
 
 def simulate(seed: int) -> Simulation:

@@ -53,7 +53,7 @@ class MortalStore:
     """A store whose process dies at `countdown`."""
 
     def __init__(self, inner: Store, countdown: Countdown) -> None:
-        self.url, self.backend = inner.url, inner.backend
+        self.url, self.backend, self.conditional_create = inner.url, inner.backend, True
         names = ("read", "read_into", "write", "create", "exists", "size", "list", "delete", "unfinished_uploads")
         for name in names:
             setattr(self, name, countdown.around(getattr(inner, name)))

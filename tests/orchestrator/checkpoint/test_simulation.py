@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator.checkpoint import catalog, keys, policy, retention
 from orchestrator.checkpoint.catalog import CheckpointState
+from orchestrator.opening import Opener
 from tests.orchestrator.checkpoint.serial_reads import serial_reads
 from tests.orchestrator.checkpoint.simulation import Simulation, first_violation, simulate
 
@@ -29,12 +30,15 @@ def test_no_seed_violates_an_invariant():
 
 def test_the_seeds_meet_what_they_are_meant_to():
     met = dict.fromkeys(("claims", "loads", "quarantined", "pinned", "removed", "abandoned", "marked"), 0)
+    met |= dict.fromkeys(counted := ("recalls", "skipped", "retried"), 0)
     with serial_reads():
         for seed in range(100):
             done = simulate(seed)
             trace = "\n".join(done.world.trace)
             met["claims"] += done.claims
             met["loads"] += done.loads
+            for name in counted:
+                met[name] += getattr(done, name)
             met["quarantined"] += len(done.quarantined)
             met["pinned"] += len(done.pinned)
             met["removed"] += trace.count("delete checkpoints") - trace.count("expired.json")
@@ -50,12 +54,12 @@ def test_one_seed_is_one_trace():
         assert simulate(1).world.trace != simulate(2).world.trace
 
 
-def commits_first(self, store, process, step):
+def commits_first(self, store, process, group):
     """Manifest first, shards after it: what the order of the two is there for."""
     later = []
     store.write = lambda key, parts: later.append((key, b"".join(map(bytes, parts))))
     try:
-        SAVE(self, store, process, step)
+        SAVE(self, store, process, group)
     finally:
         del store.write
     for key, data in later:
@@ -122,6 +126,12 @@ class Impatient(retention.Pruner):
         super().__init__(store, replace(config, grace_s=0.0), clock)
 
 
+class Trusting(Opener):
+    """Goes on from memory whoever else has claimed an attempt in between."""
+
+    _alone = property(lambda self: True, lambda self, value: None)
+
+
 SIMULATION = "tests.orchestrator.checkpoint.simulation"
 CATALOG, RETENTION, SELECTION, WRITER = (
     f"orchestrator.checkpoint.{name}" for name in ("catalog", "retention", "selection", "writer")
@@ -153,6 +163,10 @@ GUARDS = {
     "nobody begins what is expired": (
         {f"{SELECTION}.list_checkpoints": begins_what_is_expired},
         "went away under|is pinned, and",
+    ),
+    "memory is of no use beside somebody else's attempt": (
+        {"tests.orchestrator.checkpoint.agent_group.Opener": Trusting},
+        "goes on from memory at step .* beside|is committed behind attempt",
     ),
     "only the newest attempt prunes": ({f"{RETENTION}.check_not_superseded": nothing}, "prunes beside attempt"),
 }

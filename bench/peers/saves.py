@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -12,7 +13,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate import Accelerator
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -30,7 +30,7 @@ class Peers:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         self._sharded = {local.spec.name: _as_dtensor(local, mesh) for local in state.tensors()}
         self._local = {local.spec.name: local.tensor.detach() for local in state.tensors()}
-        self._accelerator: Accelerator | None = None
+        self._accelerator: Any = None
 
     def turns(self) -> dict[str, Turn]:
         saves: dict[str, Turn] = {
@@ -94,7 +94,7 @@ def _as_dtensor(local: LocalTensor, mesh: DeviceMesh) -> torch.Tensor:
     return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=tuple(stride))
 
 
-def _accelerator(tensors: dict[str, torch.Tensor]) -> Accelerator:
+def _accelerator(tensors: dict[str, torch.Tensor]) -> Any:
     """With as many bytes as the state has: parameters, two moments of each, and an EMA."""
     with socket.socket() as free:  # it asks for an address, and then uses the process group that is there
         free.bind(("127.0.0.1", 0))
@@ -103,7 +103,7 @@ def _accelerator(tensors: dict[str, torch.Tensor]) -> Accelerator:
     os.environ.update(
         {name: str(value) for name, value in world.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    accelerator = Accelerator(cpu=True)
+    accelerator = importlib.import_module("accelerate").Accelerator(cpu=True)
     shapes = [value.shape for name, value in tensors.items() if name.startswith("model/") and value.is_floating_point()]
     model = torch.nn.ParameterList(torch.zeros(shape) for shape in shapes)
     optimizer = torch.optim.AdamW(model.parameters())
