@@ -17,8 +17,8 @@ from orchestrator.data_preparation import Preparation
 from orchestrator.encoding import Encoder
 from tests.orchestrator.test_train import ray_folder
 from tests.trainers.distributed import run_ranks
+from tests.trainers.families import family_config
 from tests.trainers.pipelines import write_pipeline
-from tests.trainers.test_families import family_config
 from tests.trainers.tiny import build_tiny
 from trainers.data.config import DataConfig
 from trainers.data.sources import open_source

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from tests.trainers.distributed import run_ranks
+from tests.trainers.families import family_config
 from tests.trainers.pipelines import write_pipeline
-from tests.trainers.test_families import family_config
 from tests.trainers.tiny import DIT, UNET, build_tiny, tiny_config
 from trainers.config import TrainerConfig
 from trainers.data.sources import open_source
