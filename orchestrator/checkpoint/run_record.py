@@ -57,7 +57,8 @@ def load(store: Store) -> RunRecord:
     except StorageError as error:
         if not isinstance(error, MissingObjectError) and not isinstance(error.__cause__, NotADirectoryError):
             raise
-        if store.url.endswith(".safetensors") or store.exists(keys.EXPORT_RECORD):
+        is_folder = isinstance(error, MissingObjectError)  # and no file
+        if store.url.endswith(".safetensors") or (is_folder and store.exists(keys.EXPORT_RECORD)):
             raise RunMismatchError(
                 f"{store.url} is an export: weights alone, without the optimizer's state, the position in the data and"
                 " the other averages, so no run can go on from it. To train on from these weights, start a new run with"

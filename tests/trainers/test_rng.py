@@ -44,6 +44,16 @@ def test_streams_keep_their_numbers():
         "INPUT_PERTURBATION": 10,
         "POSTERIOR": 20,
         "ADAPTER_INIT": 21,
+        "CROP_TOP": 30,
+        "CROP_LEFT": 31,
+        "ROTATION": 32,
+        "BRIGHTNESS": 33,
+        "CONTRAST": 34,
+        "SATURATION": 35,
+        "HUE": 36,
+        "BUCKET_ORDER": 37,
+        "SPLIT": 40,
+        "VALIDATION": 41,
     }
 
 
