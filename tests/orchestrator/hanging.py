@@ -1,6 +1,7 @@
 """Preloaded by a test's fork server: makes trainers hang at placed steps, each plan once.
 
-A plan is a file `<how>-<rank>-<step>` in the folder that the environment names.
+A plan is a file `<how>-<rank>-<step>` in the folder that the environment names: one folder for the whole session of
+tests, because fork servers outlive a test and keep the environment that they were started in.
 """
 
 from __future__ import annotations

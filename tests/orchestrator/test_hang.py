@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from tests.trainers.tiny import tiny_config
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
-TIMEOUT_S = 4.0
+TIMEOUT_S = 6.0
+_FOLDER = tempfile.TemporaryDirectory(prefix="unbroken-hangs-")
+os.environ[PLANS] = _FOLDER.name
 STEPS, EVERY = 12, 3
 
 
@@ -53,12 +56,11 @@ class Watch:
         ]
 
 
-def test_hanging_gil_holding_and_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_gil_holding_and_stopped(tmp_path: Path) -> None:
     config = tiny_config(train={"num_steps": STEPS})
     assert run_agents(make_spec(tmp_path / "straight", config, EVERY), 1, Watch()).ending is Ending.FINISHED
-    monkeypatch.setenv(PLANS, str(tmp_path))
-    (tmp_path / "sleep-1-3").touch()
-    (tmp_path / "gil-0-6").touch()
+    for plan in ("sleep-1-3", "gil-0-6"):
+        Path(_FOLDER.name, plan).touch()
     watch = Watch(stop=(1, 10))
     spec = replace(
         make_spec(tmp_path / "run", config, EVERY),
