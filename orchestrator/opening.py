@@ -117,9 +117,6 @@ class Opener:
             exclusions: what the run leaves out since a divergence; checkpoints that do not know of it are quarantined.
             remembered: what lies in the agents' memory, if it may be used.
 
-        Args:
-            exclusions: what the run leaves out since a divergence; checkpoints that do not know of it are quarantined.
-
         Raises:
             GaveUpError: groups of agents have died one after the other without a newer checkpoint.
             UnbrokenError: storage does not do it.
