@@ -202,6 +202,7 @@ def test_a_broken_dockerfile_is_noticed(tmp_path: Path):
         ("USER 1000", "USER root", "DL3002"),
         ("COPY configs", "COPY config", "no such file"),
         ("COPY configs", "COPY bench", "left out"),
+        ("lora,", "rola,", "no such extra: rola"),
         ('CMD ["unbroken", "--help"]', "CMD unbroken --help", "DL3025"),
     ):
         (tmp_path / "Dockerfile").write_text(text.replace(old, new))

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def _output(*command: str | Path) -> list[str]:
 
 
 def dockerfile(path: Path, root: Path) -> list[str]:
-    """hadolint's rules; and what is copied exists in `root` and is not ignored."""
+    """hadolint's rules; what is copied exists in `root` and is not ignored; extras are those of the project."""
     # DL3059 wants one RUN for all; two here are two layers on purpose. DL3013: constraints.txt pins.
     found = _output(_tool("hadolint"), "--no-color", "--ignore", "DL3013", "--ignore", "DL3059", path)
     kept = {line[1:] for line in path.with_name("Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
@@ -52,7 +53,9 @@ def dockerfile(path: Path, root: Path) -> list[str]:
                     found.append(f"COPY {source}: no such file")
                 elif source.split("/")[0] not in kept:
                     found.append(f"COPY {source}: left out by .dockerignore")
-    return found
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = {extra for extras in re.findall(r'"\.\[(.+)\]"', path.read_text()) for extra in extras.split(",")}
+    return found + [f"no such extra: {extra}" for extra in sorted(wanted - project["optional-dependencies"].keys())]
 
 
 def shell(path: Path) -> list[str]:
