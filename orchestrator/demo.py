@@ -27,8 +27,8 @@ def main() -> int:
     killed, straight = storage / "killed", storage / "straight"
     commands = [
         ["train", _CONFIG, f"storage={storage}", "run.name=killed"],
-        ["sample", str(killed), str(storage / "samples-ema.png"), "--weights", "ema"],
-        ["sample", str(killed), str(storage / "samples-raw.png"), "--weights", "raw"],
+        ["sample", str(killed), str(storage / "samples-ema.png"), "--weights", "ema", "--num", "60"],
+        ["sample", str(killed), str(storage / "samples-raw.png"), "--weights", "raw", "--num", "60"],
         ["export", str(killed), str(storage / "export")],
         ["train", _CONFIG, f"storage={storage}", "run.name=straight"],
         ["prove", str(killed), str(straight)],
