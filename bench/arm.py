@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.processes import descendants
+
 _ROOT = Path(__file__).parent.parent
 
 
@@ -85,7 +87,7 @@ class Arm:
             seen.append(line)
 
     def _signal(self, number: int) -> list[int]:
-        tree = _descendants(self._process.pid)
+        tree = [self._process.pid, *descendants(self._process.pid)]
         for pid in tree:
             os.kill(pid, number)
         return tree
@@ -100,20 +102,3 @@ class Arm:
                     log.write(text)
                     log.flush()
         self._lines.put(None)
-
-
-def _descendants(root: int) -> list[int]:
-    """The process and all that come from it, parents first."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                # The name in parentheses may hold spaces; the parent is the second field after it.
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue  # it has just ended
-            children.setdefault(parent, []).append(int(entry.name))
-    tree = [root]
-    for pid in tree:
-        tree.extend(children.get(pid, ()))
-    return tree

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from orchestrator.chaos.namespaces import Namespaces
 from orchestrator.errors import ClusterError
+from orchestrator.processes import descendants
 
 _STORE_BYTES = 80_000_000  # little more than Ray's least: runs keep nothing in it
 _TRIES = 10  # Ray gives a node 30 s to start; a busy machine may need longer
@@ -248,12 +249,12 @@ def kill_node_of(pid: int) -> None:
 
 
 def _kill_node(raylet: int) -> None:
-    for pid in [raylet, *_descendants(raylet)]:
+    for pid in [raylet, *descendants(raylet)]:
         _kill(pid)
 
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:
-    for pid in _descendants(process.pid):
+    for pid in descendants(process.pid):
         _kill(pid)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # also what has lost its parent
@@ -263,22 +264,6 @@ def _end_session(process: subprocess.Popen[bytes]) -> None:
 def _kill(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def _descendants(pid: int) -> list[int]:
-    """Processes below `pid`."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(ProcessLookupError):
-                parent = int(_read(int(entry.name), "stat").rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
-    found, queue = [], [pid]
-    while queue:
-        below = children.get(queue.pop(), [])
-        found += below
-        queue += below
-    return found
 
 
 def _read(pid: int, name: str) -> str:

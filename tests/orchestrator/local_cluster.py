@@ -12,23 +12,7 @@ from ray._private import ray_constants
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-
-def descendants(pid: int) -> list[int]:
-    """Processes below `pid`, from /proc."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            children.setdefault(parent, []).append(int(entry.name))
-    found, queue = [], [pid]
-    while queue:
-        below = children.get(queue.pop(), [])
-        found += below
-        queue += below
-    return found
+from orchestrator.processes import descendants
 
 
 class LocalCluster:

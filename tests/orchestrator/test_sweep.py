@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.orchestrator.local_cluster import LocalCluster, descendants
+from orchestrator.processes import descendants
+from tests.orchestrator.local_cluster import LocalCluster
 from tests.orchestrator.test_train import STEPS, write_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(600)]
