@@ -22,25 +22,12 @@ from trainers.build import build
 from trainers.config import TrainerConfig
 from trainers.decode import decode
 from trainers.loop import train
-from trainers.ports import Directive
+from trainers.ports import Unsaved
 from trainers.progress import Progress
-from trainers.state import TrainState
 
 
-class _Ports:
+class _Ports(Unsaved):
     """Control, checkpointer and metrics of a run that nobody keeps."""
-
-    def poll(self, progress: Progress) -> Directive:
-        return Directive()
-
-    def restore(self, state: TrainState) -> None:
-        pass
-
-    def save(self, state: TrainState) -> None:
-        raise AssertionError("never asked to save")
-
-    def wait(self) -> None:
-        pass
 
     def log(self, progress: Progress, metrics: Mapping[str, float]) -> None:
         say("step", step=progress.step)

@@ -23,25 +23,9 @@ from trainers.errors import ConfigError, DivergedError
 from trainers.export import ExportWeights, export_pipeline
 from trainers.loop import train
 from trainers.parallel import gather_rows
-from trainers.ports import Directive
+from trainers.ports import Unsaved
 from trainers.progress import Progress
 from trainers.state import TrainState, combined_fingerprint, fingerprints
-
-
-class _Unsaved:
-    """Control and checkpointer of a run that is not kept."""
-
-    def poll(self, progress: Progress) -> Directive:
-        return Directive()
-
-    def restore(self, state: TrainState) -> None:
-        pass
-
-    def save(self, state: TrainState) -> None:
-        raise AssertionError("never asked to save")
-
-    def wait(self) -> None:
-        pass
 
 
 class _Print:
@@ -122,7 +106,7 @@ def main() -> None:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         state, task = build(config, device)
-        unsaved = _Unsaved()
+        unsaved = Unsaved()
         train(state, task, unsaved, unsaved, _Print(config, arguments.out))
         state.generators.capture()
         combined = combined_fingerprint(fingerprints(state))

@@ -75,3 +75,19 @@ class MetricSink(Protocol):
     def evaluated(self, progress: Progress, seconds: float) -> None:
         """The evaluation after this step is over, and training goes on. Called on all ranks."""
         ...
+
+
+class Unsaved:
+    """The `Control` and `Checkpointer` of a training that nobody keeps: it goes on to its last step."""
+
+    def poll(self, progress: Progress) -> Directive:
+        return Directive()
+
+    def restore(self, state: TrainState) -> None:
+        pass
+
+    def save(self, state: TrainState) -> None:
+        raise AssertionError("never asked to save")
+
+    def wait(self) -> None:
+        pass

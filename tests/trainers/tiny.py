@@ -10,8 +10,6 @@ import torch
 from trainers.build import build
 from trainers.config import TrainerConfig
 from trainers.decode import decode
-from trainers.ports import Directive
-from trainers.progress import Progress
 from trainers.state import TrainState, fingerprints
 from trainers.step import Task, train_step
 
@@ -76,10 +74,3 @@ def train_tiny(config: Mapping[str, Any], num_steps: int) -> tuple[list[dict[str
     metrics = [train_step(state, task) for _ in range(num_steps)]
     state.generators.capture()
     return metrics, fingerprints(state)
-
-
-class NeverSave:
-    """A `Control` for tests of the loop."""
-
-    def poll(self, progress: Progress) -> Directive:
-        return Directive()

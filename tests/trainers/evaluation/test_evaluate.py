@@ -12,13 +12,14 @@ import pytest
 from PIL import Image
 
 from tests.trainers.distributed import run_ranks
-from tests.trainers.tiny import UNET, NeverSave, build_tiny, tiny_config
+from tests.trainers.tiny import UNET, build_tiny, tiny_config
 from trainers.data.guarded import GuardedSource
 from trainers.evaluation.validation import validation_loss
 from trainers.evaluation.weights import evaluated_with
 from trainers.loop import train
+from trainers.ports import Unsaved
 from trainers.progress import Progress
-from trainers.state import TrainState, fingerprints
+from trainers.state import fingerprints
 
 STEPS = 4
 EVALUATION = {
@@ -30,7 +31,7 @@ CONFIG = tiny_config(UNET, objective={"label_drop": 0.1})
 BF16 = {**CONFIG, "train": {**CONFIG["train"], "precision": "bf16"}}
 
 
-class Witness(NeverSave):
+class Witness(Unsaved):
     """All ports at once: remembers the numbers of steps, of validations, and the pictures."""
 
     def __init__(self) -> None:
@@ -39,15 +40,6 @@ class Witness(NeverSave):
         self.pictures: dict[tuple[int, str], bytes] = {}
         self.evaluated_at: list[int] = []
         self.parts = 0
-
-    def restore(self, state: TrainState) -> None:
-        pass
-
-    def wait(self) -> None:
-        pass
-
-    def save(self, state: TrainState) -> None:
-        raise AssertionError
 
     def log(self, progress: Progress, metrics: Mapping[str, float]) -> None:
         self.steps.append(dict(metrics))
