@@ -173,12 +173,16 @@ def _event(kind: str, /, **fields: Any) -> Event:
     return Event(kind=kind, fields=fields, time_s=time.time())
 
 
-def connect_ray(config: RunConfig) -> None:
-    """Join the cluster of RAY_ADDRESS, or start one of this machine alone."""
+def connect_ray(config: RunConfig, num_cpus: float | None = None, logging_level: int = logging.WARNING) -> None:
+    """Join the cluster of RAY_ADDRESS, or start one of this machine alone.
+
+    Args:
+        num_cpus: of our own cluster, if `config` does not need more; None: those of this machine.
+    """
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(log_to_driver=False, logging_level=logging_level)
         return
     # A cluster of our own on this machine: loopback only, nothing written to the home folder.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -186,10 +190,10 @@ def connect_ray(config: RunConfig) -> None:
     needed = config.max_workers * config.resources.cpu
     ray.init(
         address="local",  # not whatever cluster happens to run here: for that one, RAY_ADDRESS=auto
-        num_cpus=int(max(needed + 0.999, os.cpu_count() or 1)),
+        num_cpus=int(max(needed + 0.999, (os.cpu_count() or 1) if num_cpus is None else num_cpus)),
         include_dashboard=False,
         log_to_driver=False,
-        logging_level=logging.WARNING,
+        logging_level=logging_level,
         _node_ip_address="127.0.0.1",
     )
 

@@ -91,6 +91,10 @@ class GaveUpError(UnbrokenError):
     exit_code = 4
 
 
+HOPELESS_CODES = (RunMismatchError.exit_code, GaveUpError.exit_code, SupersededError.exit_code)
+"""Of an `unbroken train` that must not be started again: it would end in the same way."""
+
+
 class StartError(UnbrokenError):
     """No trainer process can be started here; another node may do."""
 

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable
 
-from orchestrator.errors import ClusterError, GaveUpError, RunNotFoundError, UnbrokenError
+from orchestrator.errors import HOPELESS_CODES, ClusterError, GaveUpError, RunNotFoundError, UnbrokenError
 from orchestrator.jobs import Cluster, Job, JobRequest
 from trainers.errors import ConfigError
 
@@ -14,8 +14,8 @@ STOPPED_CODE = 143
 LOST_CODE = 3
 NOT_THERE_CODES = (126, 127)
 """What a shell ends with if it finds no command, or one that it cannot start."""
-_FINAL_CODES = (2, 4, 6, *NOT_THERE_CODES)
-"""Of drivers that must not be started again: configuration, gave up, superseded, never started."""
+_FINAL_CODES = (*HOPELESS_CODES, *NOT_THERE_CODES)
+"""Of drivers that must not be started again."""
 _SHORT_S = 60.0
 _MOST_SHORT_LIVES = 5
 """Jobs in a row that may end within a minute of their start; what lives longer is the business of the driver."""

@@ -19,9 +19,9 @@ import ray
 import ray.tune
 
 from orchestrator.config import RunConfig, to_yaml
+from orchestrator.driver import connect_ray
+from orchestrator.errors import HOPELESS_CODES
 
-_FINAL_CODES = (0, 2, 4, 6)
-"""Of `unbroken train` when starting it again is of no use: done, configuration, gave up, superseded."""
 _RESTARTS = 5
 # The lines are ours to write, results are read from the runs, and Ctrl-C is the caller's.
 _QUIET_TUNE = {
@@ -43,7 +43,8 @@ def run_trials(configs: Sequence[RunConfig], concurrent: int | None, show: Calla
         By name of the run, the last line that its training said.
     """
     first = configs[0]
-    _connect_ray(first, concurrent or len(configs))
+    cpus = (concurrent or len(configs)) * first.max_workers * first.resources.cpu
+    connect_ray(first, min(cpus, os.cpu_count() or 1), logging.ERROR)
     try:
         room = _room(first)
         show(f"{len(configs)} trials, {concurrent or room} at a time")
@@ -102,7 +103,7 @@ def _trial(settings: dict[str, Any], texts: dict[str, str], folder: str) -> None
         finally:
             process.terminate()  # if this actor is told to end: the run saves, and can go on
             code = process.wait()
-    if code not in _FINAL_CODES:
+    if code not in (0, *HOPELESS_CODES):
         raise RuntimeError(f"exit code {code}: {said}")  # Tune starts it again
     ray.tune.report({"said": said})
 
@@ -124,24 +125,6 @@ class _Lines(ray.tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._show(f"{trial.config['name']}: lost too often")
-
-
-def _connect_ray(config: RunConfig, concurrent: int) -> None:
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        return
-    # As the driver's own cluster is: loopback only, nothing written to the home folder.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    needed = config.max_workers * config.resources.cpu
-    ray.init(
-        address="local",
-        num_cpus=int(max(needed + 0.999, min(concurrent * needed, os.cpu_count() or 1))),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
-    )
 
 
 def _room(config: RunConfig) -> int:
