@@ -152,8 +152,8 @@ class FrozenParts:
         """The images of `latents`, (B, C, H, W) float32 in about [-1, 1]; `latents` themselves without a VAE."""
         if self._vae is None:
             return latents
-        unscaled = latents / self._vae.config["scaling_factor"] + (self._vae.config.get("shift_factor") or 0.0)
-        return self._vae.decode(unscaled.to(self._vae.dtype)).sample.float()
+        shift, scale = self.shift_and_scale
+        return self._vae.decode((latents / scale + shift).to(self._vae.dtype)).sample.float()
 
     @torch.no_grad()
     def condition(

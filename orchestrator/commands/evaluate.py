@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from orchestrator.commands.progress import bar
-from orchestrator.commands.weights import STEP, WEIGHTS
+from orchestrator.commands.weights import GUIDANCE, STEP, WEIGHTS
 
 
 def _metrics(ctx: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:
@@ -36,9 +36,7 @@ def _metrics(ctx: click.Context, option: click.Parameter, value: str) -> tuple[s
 @click.option("--clip", metavar="FOLDER", help="Model of the CLIP score, in transformers' form.")
 @click.option("--num", default=1000, type=click.IntRange(2), show_default=True, help="Number of images.")
 @click.option("--reference", default="all", show_default=True, type=click.Choice(["all", "held-out"]))
-@click.option(
-    "--guidance", type=click.FloatRange(min=0), help="Default: 1.5 where labels were dropped in training; 1 is none."
-)
+@GUIDANCE
 @click.option("--num-steps", default=50, type=click.IntRange(1), show_default=True, help="Denoising steps.")
 @click.option("--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Same seed, same images.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")

@@ -18,6 +18,9 @@ WEIGHTS = "ema|raw|PROFILE|sigma_rel=X"
 STEP = click.option(
     "--step", type=click.IntRange(min=0), help="Weights of the checkpoint of this step. Default: the newest stable one."
 )
+GUIDANCE = click.option(
+    "--guidance", type=click.FloatRange(min=0), help="Default: 1.5 where labels were dropped in training; 1 is none."
+)
 
 
 @click.command()
@@ -26,9 +29,7 @@ STEP = click.option(
 @click.option("--weights", default="ema", metavar=WEIGHTS, help="ema, the default: the first EMA profile.")
 @STEP
 @click.option("--num", default=100, type=click.IntRange(1, 10_000), show_default=True, help="Number of images.")
-@click.option(
-    "--guidance", type=click.FloatRange(min=0), help="Default: 1.5 where labels were dropped in training; 1 is none."
-)
+@GUIDANCE
 @click.option("--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Same seed, same images.")
 @click.option("--prompt", "prompts", multiple=True, help="For models of text; give it again for a further column.")
 def sample(run: str, out: Path, weights: str, step: int | None, **options: Any) -> None:

@@ -8,11 +8,11 @@ from itertools import chain
 from operator import attrgetter, itemgetter
 from pathlib import Path
 
-from orchestrator.checkpoint.keys import EVENTS, METRICS
+from orchestrator.checkpoint.keys import METRICS
 from orchestrator.checkpoint.store import Store
 from orchestrator.messages import Event
 from orchestrator.tracking.journal import NAME, Journal, encode
-from orchestrator.tracking.record import Row, RowsReader, in_order, of_the_owner
+from orchestrator.tracking.record import Row, RowsReader, of_the_owner, read_events
 
 _OF_A_ROW = ("step", "attempt", "time_s")
 
@@ -49,7 +49,7 @@ def fill_journal(folder: Path, introduction: Event, store: Store, session: str) 
 def _past(store: Store) -> Iterator[Event]:
     """All that happened, in order of time; steps may be in it twice."""
     marks = ("step", "alive")  # of the steps without their numbers, which the other folder has
-    events = (event for event in of_the_owner(in_order(RowsReader(store, EVENTS).rows())) if event.kind not in marks)
+    events = (event for event in of_the_owner(read_events(store)) if event.kind not in marks)
     rows = sorted(RowsReader(store, METRICS).rows(), key=itemgetter("attempt", "step"))  # two may have the same time
     steps = map(_step, rows)
     yield from sorted(chain(events, steps), key=attrgetter("time_s"))

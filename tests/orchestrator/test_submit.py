@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from orchestrator.errors import ClusterError
 from orchestrator.jobs import Cluster
 from orchestrator.tracking.glance import glance
 from orchestrator.tracking.record import read_events
+from tests.s3.server import free_ports
 from tests.trainers.distributed import run_ranks
 from tests.trainers.tiny import tiny_config, train_tiny
 from trainers.fingerprint import format_fingerprint
@@ -35,14 +35,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos, pytest.mark.
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 150, 10
 COMMAND = f"{sys.executable} -m orchestrator"
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture(scope="module")

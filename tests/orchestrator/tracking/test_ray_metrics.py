@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import pytest
 
 from orchestrator.tracking import ray_metrics
 from tests.orchestrator.tracking.made_up import attempt, event
+from tests.s3.server import free_ports
 
 ROOT = Path(__file__).parents[3]
 DASHBOARD = ROOT / "deploy" / "grafana" / "unbroken.json"
@@ -112,8 +112,7 @@ print(*sorted(names))
 @pytest.mark.ray
 def test_ray_exports_what_the_dashboard_asks_for() -> None:
     folder = tempfile.mkdtemp(prefix="ub-", dir="/tmp")  # short, because it holds sockets
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    (port,) = free_ports(1)
     settings = {"RAY_metrics_report_interval_ms": "200", "PYTHONPATH": str(ROOT)}
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | settings
     command = [sys.executable, "-c", _ON_RAY, folder, str(port)]
