@@ -10,7 +10,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestrator.past import Past
 from orchestrator.run_spec import RunSpec
@@ -32,7 +32,7 @@ class Measured:
     step_s: float
     """One step."""
     save_s: float
-    """C: how long training stands still for a save."""
+    """C: how much later training gets on for a save: it stands still, and its steps are slower while that is stored."""
     persist_s: float
     """L: from there until it is committed."""
     restart_s: float
@@ -84,6 +84,18 @@ def _s(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:.0f} s"
 
 
+@dataclass
+class _Save:
+    """The one that is not charged yet."""
+
+    stall_s: float
+    since: float
+    """When training went on."""
+    beside_s: list[float] = field(default_factory=list)
+    """The steps done since."""
+    stored: bool = False
+
+
 class Cadence:
     """Measures, in the coordinator; told the time by its caller."""
 
@@ -99,9 +111,10 @@ class Cadence:
         # A rollback must find a checkpoint from before it.
         self._least = -(-spec.rollback_steps // (checkpoint.keep.last or spec.rollback_steps or 1))
         self._most = checkpoint.max_lag_steps // 2 if checkpoint.max_lag_steps else 10**9
-        self._steps_s, self._saves_s, self._persists_s, self._restarts_s = (
-            deque[float](maxlen=num) for num in (_STEPS, _WINDOW, _WINDOW, _WINDOW)
-        )
+        self._steps_s, self._quiet_s = (deque[float](maxlen=_STEPS) for _ in range(2))
+        """All steps, and those beside which nothing was stored."""
+        self._saves_s, self._persists_s, self._restarts_s = (deque[float](maxlen=_WINDOW) for _ in range(3))
+        self._last: _Save | None = None
         self._trained_s = 0.0
         self._attempts = 0
         self._since = 0.0
@@ -112,37 +125,55 @@ class Cadence:
 
     def begin_attempt(self, now: float) -> None:
         self._attempts += 1
-        self._since, self._stepping, self._paused_at = now, False, None
+        self._since, self._stepping, self._last = now, False, None
 
     def stepped(self, now: float) -> None:
         took_s, self._since = now - self._since, now
-        if self._stepping:
-            self._steps_s.append(took_s)
-            self._trained_s += took_s
-        else:
+        if not self._stepping:
             self._restarts_s.append(took_s)
-        self._stepping = True
+            self._stepping = True
+            return
+        self._trained_s += took_s
+        self._steps_s.append(took_s)
+        if self._last is None:
+            self._quiet_s.append(took_s)
+        else:
+            self._last.beside_s.append(took_s)
+            if self._last.stored:
+                self._charge(self._last)
 
     def paused(self, stall_s: float, now: float) -> None:
         """Training goes on after a snapshot, for which it stood still so long."""
-        self._saves_s.append(stall_s)
+        if self._last is not None and self._last.stored:
+            self._charge(self._last)
         self._trained_s += now - self._since
-        self._since = self._paused_at = now
+        self._since = now
+        self._last = _Save(stall_s, now)
 
     def stored(self, now: float) -> None:
-        """That snapshot is committed."""
-        self._persists_s.append(0.0 if self._paused_at is None else now - self._paused_at)
-        if self.every_steps is None or not (self._steps_s and self._saves_s):
+        """That snapshot is committed. What it has cost is known when the step under way is done."""
+        if self._last is not None:
+            self._last.stored = True
+            self._persists_s.append(now - self._last.since)
+
+    def _charge(self, save: _Save) -> None:
+        """Its pause, and what the steps beside it took longer than others; and what follows for the interval."""
+        self._last = None
+        if not self._steps_s:
             return
-        found = best_interval(self._measured(), self._least, self._most)
+        usual_s = statistics.median(self._quiet_s or self._steps_s)
+        self._saves_s.append(save.stall_s + max(0.0, sum(took_s - usual_s for took_s in save.beside_s)))
+        if self.every_steps is None:
+            return
+        found = best_interval(self._measured(usual_s), self._least, self._most)
         if max(found.steps, self.every_steps) >= _WORTH_IT * min(found.steps, self.every_steps):
             self.every_steps = found.steps
             self._event("cadence", every_steps=found.steps, arithmetic=found.arithmetic)
 
-    def _measured(self) -> Measured:
+    def _measured(self, step_s: float) -> Measured:
         past = self._past() or Past()
         return Measured(
-            step_s=max(1e-6, statistics.median(self._steps_s)),
+            step_s=max(1e-6, step_s),
             save_s=statistics.median(self._saves_s),
             persist_s=statistics.median(self._persists_s),
             restart_s=statistics.median(self._restarts_s),

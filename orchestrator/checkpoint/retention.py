@@ -22,7 +22,7 @@ from typing import Any
 
 from orchestrator.checkpoint import keys, records
 from orchestrator.checkpoint.attempts import check_not_superseded, newest_attempt
-from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, abandon, list_checkpoints
+from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, Memory, abandon
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.policy import RetentionConfig, Verdict, judge
 from orchestrator.checkpoint.store import Store
@@ -49,6 +49,7 @@ class Pruner:
         self._store = store
         self._config = config
         self._clock = clock
+        self._memory = Memory()
         self._expired_at: dict[CheckpointRef, float] = {}
 
     def prune(self, attempt: int, report: Callable[[Removal], None]) -> float | None:
@@ -67,7 +68,7 @@ class Pruner:
             UnbrokenError: the store failed. The next pass goes on where this one ended.
         """
         began = self._clock()
-        verdicts = judge(list_checkpoints(self._store), self._config, attempt)
+        verdicts = judge(self._memory.list_checkpoints(self._store), self._config, attempt)
         gone = [verdict for verdict in verdicts if not verdict.keep]
         for verdict in verdicts:
             if verdict.keep and verdict.info.expired:  # pinned meanwhile, or a newer one turned out damaged

@@ -83,10 +83,37 @@ def test_it_measures_steps_without_the_saves_between_them() -> None:
     found.paused(0.25, now + 0.25)  # C
     now = train(found, now + 0.25, 3, 0.5)
     found.stored(now)  # L: 1.5 s
+    assert told == [], "the step under way may be slower for it"
+    train(found, now, 1, 0.5)
     assert len(told) == 1 and told[0]["every_steps"] == found.every_steps
-    for text in ("C=0.25 s a save", "R=2.5 s a restart", "at 0.5 s a step", "0 in 6.25 s"):
+    for text in ("C=0.25 s a save", "R=2.5 s a restart", "at 0.5 s a step", "0 in 6.75 s"):
         assert text in told[0]["arithmetic"]
-    assert found.every_steps == round((0.25 + math.sqrt(2 * (10806.25 + 2.5) * 0.25 + 0.0625)) / 0.5)
+    assert found.every_steps == round((0.25 + math.sqrt(2 * (10806.75 + 2.5) * 0.25 + 0.0625)) / 0.5)
+
+
+def test_slower_steps_beside_a_save_are_its_cost() -> None:
+    found, told = cadence()
+    found.begin_attempt(0.0)
+    now = train(found, 0.0, 11, 0.5)
+    found.paused(0.25, now + 0.25)
+    now = train(found, now + 0.25, 2, 0.75)
+    found.stored(now + 0.5)
+    now = train(found, now, 1, 1.0)
+    assert "C=1.25 s a save" in told[0]["arithmetic"] and "at 0.5 s a step" in told[0]["arithmetic"]
+    train(found, now, 5, 0.5)
+    assert len(found._saves_s) == 1, "what comes after it is not"
+
+
+def test_a_save_that_fails_is_not_charged() -> None:
+    found, told = cadence()
+    found.begin_attempt(0.0)
+    now = train(found, 0.0, 11, 0.5)
+    found.paused(9.0, now)
+    now = train(found, now, 5, 0.5)
+    found.paused(0.25, now)
+    found.stored(now + 0.1)
+    train(found, now, 1, 0.5)
+    assert list(found._saves_s) == [0.25] and len(told) == 1
 
 
 def test_failures_of_this_life_and_of_those_before_count() -> None:
@@ -96,9 +123,10 @@ def test_failures_of_this_life_and_of_those_before_count() -> None:
         found.begin_attempt(now)
         now = train(found, now + 1.0, 10, 0.5)
         found.paused(0.25, now)
-        found.stored(now + 1.0)
+        found.stored(now)
+        now = train(found, now, 1, 0.5)
     assert "(9 in " in told[-1]["arithmetic"] or "(8 in " in told[-1]["arithmetic"]
-    assert found._measured().failures == 9 and found._measured().trained_s > 1000.0
+    assert found._measured(0.5).failures == 9 and found._measured(0.5).trained_s > 1000.0
 
 
 def test_a_small_change_is_none() -> None:
@@ -107,8 +135,8 @@ def test_a_small_change_is_none() -> None:
     now = train(found, 0.0, 10, 0.5)
     for save_s in (0.25, 0.27, 0.23):
         found.paused(save_s, now)
-        found.stored(now + 1.0)
-        now = train(found, now + 1.0, 10, 0.5)
+        found.stored(now + 0.1)
+        now = train(found, now, 10, 0.5)
     assert len(told) == 1
 
 
@@ -127,6 +155,7 @@ def test_other_keys_bound_it(changes: dict[str, Any], save_s: float, first: int 
     now = train(found, 0.0, 10, 0.5)
     found.paused(save_s, now)
     found.stored(now)
+    train(found, now, 1, 0.5)
     assert found.every_steps == first and told == []
 
 

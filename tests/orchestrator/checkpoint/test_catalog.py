@@ -5,6 +5,7 @@ import pytest
 from orchestrator.checkpoint.attempts import claim_attempt
 from orchestrator.checkpoint.catalog import (
     CheckpointState,
+    Memory,
     abandon,
     list_checkpoints,
     load_manifest,
@@ -13,6 +14,7 @@ from orchestrator.checkpoint.catalog import (
     take_over,
 )
 from orchestrator.checkpoint.keys import CheckpointRef
+from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import DamagedCheckpointError, MissingObjectError, StorageError, SupersededError
 from tests.orchestrator.checkpoint.states import make_state, save, write_shards
@@ -46,6 +48,22 @@ def test_every_state_is_told_apart_newest_first(any_store):
     assert "manifest.json is damaged" in details["damaged"]
     assert newest_stable(any_store).ref == refs[1]
     assert newest_stable(any_store).manifest == load_manifest(any_store, refs[1])
+
+
+def test_what_was_seen_is_parsed_once_and_damage_is_noticed_all_the_same(store, monkeypatch):
+    refs = [save(store, make_state(step), step=step).ref for step in range(3)]
+    parsed, from_bytes = [], Manifest.from_bytes
+    monkeypatch.setattr(Manifest, "from_bytes", lambda data, where: parsed.append(where) or from_bytes(data, where))
+    memory = Memory()
+    for _ in range(2):
+        seen, anew = memory.list_checkpoints(store), list_checkpoints(store)
+        assert [(i.ref, i.state, i.names, i.progress) for i in seen] == [
+            (i.ref, i.state, i.names, i.progress) for i in anew
+        ]
+        assert [i.manifest.metrics for i in seen] == [i.manifest.metrics for i in anew]
+    assert len(parsed) == 3 + 2 * 3
+    flip(store, refs[1].manifest, 100)
+    assert [str(info.state) for info in memory.list_checkpoints(store)] == ["stable", "damaged", "stable"]
 
 
 def test_of_one_progress_the_newest_attempt_counts(store):
