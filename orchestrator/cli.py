@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import select
+import signal
 import sys
 import traceback
-from typing import Any, NoReturn
+from contextlib import suppress
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -28,6 +34,7 @@ from orchestrator.commands.weights import export, sample, unpack
 from orchestrator.errors import GaveUpError, UnbrokenError
 from trainers.errors import ConfigError, TrainersError
 
+_UNREAD_CODE = 128 + signal.SIGPIPE
 _EPILOG = """\
 \b
 Exit codes:
@@ -39,6 +46,7 @@ Exit codes:
   5    storage did not do what was asked
   6    superseded: a newer attempt owns the run
   130  interrupted (Ctrl-C); the same command goes on
+  141  nobody reads the output any more (unbroken ... | head); training goes on all the same
   143  terminated (SIGTERM), or its job was stopped; the same command goes on
 
 \b
@@ -55,6 +63,10 @@ class _Cli(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError as error:  # which click takes for a reader that is gone, whatever pipe it was
+            if not any(map(_reader_is_gone, (sys.stdout, sys.stderr))):
+                raise ConnectionError(str(error)) from error
+            raise click.exceptions.Exit(_UNREAD_CODE) from None
         except Exception:
             if ctx.params["debug"]:
                 traceback.print_exc()
@@ -62,6 +74,8 @@ class _Cli(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs = {"prog_name": "unbroken", **kwargs, "standalone_mode": False}
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal without our blocks, a name that is no UTF-8
         try:
             code = super().main(*args, **kwargs)
         except click.exceptions.NoArgsIsHelpError as error:
@@ -69,8 +83,27 @@ class _Cli(click.Group):
             code = 2
         except Exception as error:
             line, code = describe(error)
-            click.echo(f"error: {line}", err=True)
+            with suppress(OSError):
+                click.echo(f"error: {line}", err=True)
+        for stream in (sys.stdout, sys.stderr):
+            _flush(stream)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _reader_is_gone(stream: TextIO) -> bool:
+    """Whether `stream` is a pipe that nobody reads from any more."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _flush(stream: TextIO) -> None:
+    """Or Python would try it when it ends, complain, and change the exit code."""
+    try:
+        stream.flush()
+    except OSError:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def describe(error: Exception) -> tuple[str, int]:
@@ -83,7 +116,7 @@ def describe(error: Exception) -> tuple[str, int]:
             return "interrupted; run the same command again to go on", 130
         case click.UsageError():
             where = error.ctx.command_path if error.ctx else "unbroken"
-            return f"{' '.join(error.format_message().split())}; see `{where} --help`", 2
+            return f"{' '.join(error.format_message().split()).rstrip('.')}; see `{where} --help`", 2
         case click.ClickException():
             return " ".join(error.format_message().split()), 2
         case ConfigError():
@@ -92,6 +125,9 @@ def describe(error: Exception) -> tuple[str, int]:
             return text, error.exit_code
         case TrainersError():
             return text, 3
+        case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS | errno.ENOSPC | errno.EDQUOT):
+            where = f" ({error.filename})" if error.filename else ""
+            return f"cannot go on: {error.strerror}{where}; see to that place, then run the same command again", 5
     kind = type(error).__name__
     return f"unexpected {kind}: {text}; a bug in unbroken: `unbroken --debug ...` shows where it comes from", 1
 

@@ -187,7 +187,10 @@ def flatten(tree: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any
 
 def _read(path: Path) -> DictConfig:
     try:
-        tree = OmegaConf.create(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if isinstance(yaml.safe_load(text), str | int | float):  # which is no config, but OmegaConf makes one of it
+            raise ConfigError(f"{path} holds one value; write `key: value` lines")
+        tree = OmegaConf.create(text)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; give the path of a YAML file") from None
     except UnicodeDecodeError as error:

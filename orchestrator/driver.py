@@ -47,6 +47,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from orchestrator.agent import agent
 from orchestrator.control import Listener, LiveNodesPolicy, NodeWatch, make_mailbox
+from orchestrator.joining import join
 from orchestrator.peer_memory import start_directory
 from orchestrator.run_spec import RunSpec
 from orchestrator.tracking.fan_out import FanOut, check_tracking
@@ -181,8 +182,8 @@ def connect_ray(config: RunConfig, num_cpus: float | None = None, logging_level:
     """
     if ray.is_initialized():
         return
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level=logging_level)
+    if address := os.environ.get("RAY_ADDRESS"):
+        join(address, logging_level)
         return
     # A cluster of our own on this machine: loopback only, nothing written to the home folder.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.checkpoint import run_record
 from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints
 from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.checkpoint.reader import Destination, read_rows
@@ -20,7 +19,7 @@ from orchestrator.checkpoint.selection import select_checkpoint
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import safetensors_header
 from orchestrator.config import RunConfig
-from trainers.decode import decode
+from orchestrator.run_identity import config_of
 from trainers.ema import MAX_SIGMA_REL, EMAConfig, gamma_of
 from trainers.errors import ConfigError
 from trainers.posthoc_ema import Profile, Reconstruction, WeightedSum, reconstruct
@@ -124,7 +123,7 @@ def open_synthesis(url: str, sigma_rel: float, step: int | None = None) -> Synth
         ConfigError: no such width or checkpoint, or the run has no power profiles that go together.
     """
     store = Store.open(url)
-    config = decode(RunConfig, run_record.load(store).config)
+    config = config_of(store)
     manifest = select_checkpoint(store, step).manifest
     assert manifest is not None
     return synthesize(store, config, manifest, sigma_rel)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,17 +177,20 @@ class Cluster:
         log.from_the_beginning()
         with _translated(self.address):
             chunks = self._client.tail_job_logs(id)
-            while True:
-                chunk = asyncio.ensure_future(anext(chunks, None))
-                while not (await asyncio.wait({chunk}, timeout=_SILENCE_S))[0]:
-                    # A head that is cut off does not say that the log has ended.
-                    if await asyncio.to_thread(self.job, id) is None:
-                        chunk.cancel()
-                        return
-                text = chunk.result()
-                if text is None:
-                    return
-                log.write(text)
+        # Outside of what is translated: that nobody reads what is written says nothing of the cluster.
+        while (text := await self._next(id, chunks)) is not None:
+            log.write(text)
+
+    async def _next(self, id: str, chunks: AsyncIterator[str]) -> str | None:
+        """What the job wrote next; None: that was all, or the cluster does not know the job any more."""
+        with _translated(self.address):
+            chunk = asyncio.ensure_future(anext(chunks, None))
+            while not (await asyncio.wait({chunk}, timeout=_SILENCE_S))[0]:
+                # A head that is cut off does not say that the log has ended.
+                if await asyncio.to_thread(self.job, id) is None:
+                    chunk.cancel()
+                    return None
+            return chunk.result()
 
 
 class _Log:

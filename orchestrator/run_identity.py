@@ -8,7 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+from orchestrator.checkpoint import run_record
+from orchestrator.checkpoint.store import Store
 from orchestrator.config import SECTIONS_OF_RUN, RunConfig, flatten, to_dict
+from orchestrator.errors import RunMismatchError
 from trainers.config import TrainerConfig
 from trainers.decode import decode
 from trainers.errors import ConfigError
@@ -31,6 +34,22 @@ _PLACEMENT = frozenset(
     }
 )
 _OBSERVATION = frozenset({"train.ema_health_every", "validation.every_steps"})
+
+
+def config_of(store: Store) -> RunConfig:
+    """The config that the run at `store` was first started with, with today's defaults for keys that are newer.
+
+    Raises:
+        RunNotFoundError: there is no run.
+        RunMismatchError: it has keys or values that this version of unbroken does not know.
+    """
+    try:
+        return decode(RunConfig, run_record.load(store).config)
+    except ConfigError as error:
+        raise RunMismatchError(
+            f"the config in {store.url} is of another version of unbroken, this one cannot read it ({error}); use the"
+            " version that made the run, or a newer one"
+        ) from error
 
 
 def config_hash(config: TrainerConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -215,5 +216,6 @@ class Screen:
 
 
 def stdout_writer(line: str) -> None:
-    """One line with the time of day, at once."""
-    print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+    """One line with the time of day, at once. A reader that is gone, or a full disk, is no reason to train no more."""
+    with suppress(OSError):
+        print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)

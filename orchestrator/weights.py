@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from orchestrator.checkpoint import run_record
 from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.checkpoint.reader import Destination, read_rows
 from orchestrator.checkpoint.selection import select_checkpoint
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig
 from orchestrator.ema_synthesis import synthesize
-from trainers.decode import decode
+from orchestrator.errors import DamagedCheckpointError
+from orchestrator.run_identity import config_of
 from trainers.errors import ConfigError
 from trainers.models import build_model
 from trainers.state import SAFETENSORS_DTYPES
@@ -82,7 +82,13 @@ class SavedModel:
             out = tensor.view(-1).view(torch.uint8).numpy().data
             wanted.append(Destination(spec=spec, row_offset=0, num_rows=spec.num_rows, out=out))
             found[name.removeprefix(prefix)] = tensor
-        read_rows(self.store, self.manifest, wanted)  # whole chunks, so every byte is checked by its hash
+        try:
+            read_rows(self.store, self.manifest, wanted)  # whole chunks, so every byte is checked by its hash
+        except DamagedCheckpointError as error:
+            raise DamagedCheckpointError(
+                f"{self.store.url}: {error}; take another checkpoint with --step; `unbroken checkpoints verify` says"
+                " which are intact"
+            ) from error
         return found
 
     def load(self, weights: str) -> torch.nn.Module:
@@ -111,7 +117,7 @@ def open_model(url: str, step: int | None = None) -> SavedModel:
         ConfigError: there is no such checkpoint.
     """
     store = Store.open(url)
-    config = decode(RunConfig, run_record.load(store).config)
+    config = config_of(store)
     manifest = select_checkpoint(store, step).manifest
     assert manifest is not None
     return SavedModel(store=store, manifest=manifest, config=config)

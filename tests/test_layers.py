@@ -28,6 +28,7 @@ DOORS = {
         "orchestrator/control.py",
         "orchestrator/data_preparation.py",
         "orchestrator/jobs.py",
+        "orchestrator/joining.py",
         "orchestrator/peer_memory.py",
         "orchestrator/sweep.py",
         "orchestrator/tracking/ray_metrics.py",

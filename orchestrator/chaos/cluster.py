@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.chaos.nodes import Place, drain_node, kill_node_of
 from orchestrator.errors import ClusterError
+from orchestrator.joining import join
 
 _ANSWER_S = 60.0
 
@@ -23,10 +23,7 @@ class ClusterNodes:
 
     def __init__(self, address: str) -> None:
         """Raises ClusterError: there is no such cluster."""
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, RayError, ValueError) as error:
-            raise ClusterError(f"no Ray cluster answers at {address}: {error}") from None
+        join(address)
         self._address = address
         self.environment: Mapping[str, str] = {**os.environ, "RAY_ADDRESS": address}
 

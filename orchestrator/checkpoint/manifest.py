@@ -28,7 +28,7 @@ from typing import Any
 import xxhash
 
 from orchestrator.checkpoint.keys import CheckpointRef
-from orchestrator.errors import DamagedCheckpointError, UnbrokenError
+from orchestrator.errors import DamagedCheckpointError, RunMismatchError
 from trainers.progress import Progress
 from trainers.shards import TensorSpec
 
@@ -136,7 +136,7 @@ class Manifest:
 
         Raises:
             DamagedCheckpointError: a bit changed, something is missing, or rows are not covered exactly once.
-            UnbrokenError: intact, but of another format.
+            RunMismatchError: intact, but of another format.
         """
         body, lead, end = data.rpartition(_DIGEST_LEAD)
         if not lead or end != xxhash.xxh3_128_hexdigest(body).encode() + _DIGEST_TAIL:
@@ -145,7 +145,9 @@ class Manifest:
             )
         content = json.loads(body + b"}")
         if content["format"] != FORMAT:
-            raise UnbrokenError(f"{where} has the format {content['format']!r}, this version reads {FORMAT!r}; update")
+            raise RunMismatchError(
+                f"{where} has the format {content['format']!r}, this version of unbroken reads {FORMAT!r}; update it"
+            )
         manifest = _parse(content)
         problems = manifest.problems()
         if problems:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from orchestrator.checkpoint import keys, records
@@ -49,7 +49,7 @@ def load(store: Store) -> RunRecord:
 
     Raises:
         RunNotFoundError: there is none.
-        RunMismatchError: it is no run but an export.
+        RunMismatchError: it is no run but an export, or of a newer version.
         UnbrokenError: it is damaged.
     """
     try:
@@ -65,8 +65,14 @@ def load(store: Store) -> RunRecord:
                 " model.pretrained set to it (a single file: `unbroken unpack` first)"
             ) from error
         raise RunNotFoundError(
-            f"no run at {store.url}: it has no {keys.RUN_RECORD}; a RUN is `<storage>/<run.name>`"
+            f"no run at {store.url}: it has no {keys.RUN_RECORD}; a RUN is `<storage>/<run.name>`, and"
+            " `unbroken runs list STORAGE` shows all there are"
         ) from error
+    if newer := document.keys() - {field.name for field in fields(RunRecord)}:
+        raise RunMismatchError(
+            f"{store.url}/{keys.RUN_RECORD} is of a newer version of unbroken, this one does not know its"
+            f" {', '.join(sorted(newer))}; update unbroken"
+        )
     try:
         return RunRecord(**document)
     except TypeError as error:

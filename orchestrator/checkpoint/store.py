@@ -67,8 +67,8 @@ class Store:
         if protocol in ("file", "local"):
             root = str(Path(url.split("://", 1)[-1]).expanduser().absolute())
             return Store(root, root, LocalFolder(), deadline_s)
-        url = url.rstrip("/")
-        root = url.split("://", 1)[1]
+        root = url.split("://", 1)[1].rstrip("/")
+        url = f"{protocol}://{root}"
         try:
             fsspec.get_filesystem_class(protocol)
             if protocol in ("s3", "s3a"):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import click
+
+from orchestrator.commands.json_output import JSON, print_json
 
 
 @click.command()
@@ -15,7 +16,7 @@ import click
 @click.option("--faults", metavar="KIND,...", help="Kinds of fault. Without it: all that can be caused here.")
 @click.option("--count", type=click.IntRange(1), help="Number of faults; without it one of each kind.")
 @click.option("--address", help="Address of a Ray cluster to drill on, such as head:6379; without it: one of its own.")
-@click.option("--json", "as_json", is_flag=True, help="The scorecard as JSON; what happens meanwhile goes to stderr.")
+@JSON
 def chaos(
     config: str,
     overrides: tuple[str, ...],
@@ -60,7 +61,7 @@ def chaos(
     request = DrillRequest(seed=seed, kinds=faults, count=count, cluster=cluster)
     card = drill(loaded, request, lambda line: click.echo(line, err=as_json))
     if as_json:
-        click.echo(json.dumps(card.as_json(), indent=2))
+        print_json(card.as_json())
     else:
         click.echo("\n".join(card.lines()))
     sys.stdout.flush()

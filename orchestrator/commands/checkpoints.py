@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from orchestrator.commands.json_output import JSON, print_json
 
 if TYPE_CHECKING:
     from orchestrator.checkpoint.catalog import CheckpointInfo
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from orchestrator.checkpoint.store import Store
 
 _STEP = click.argument("step", type=click.IntRange(min=0))
-_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 
 
 @click.group()
@@ -25,7 +25,7 @@ def checkpoints() -> None:
 
 @checkpoints.command("list")
 @click.argument("run")
-@_JSON
+@JSON
 def list_(run: str, as_json: bool) -> None:
     """List all checkpoints, newest first.
 
@@ -49,7 +49,7 @@ def list_(run: str, as_json: bool) -> None:
     verdicts = judge(list_checkpoints(store), claimed_config(store), newest_attempt(store))
     rows = [_summary(verdict) for verdict in verdicts]
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        print_json(rows)
         return
     for row in ({key: key.upper() for key in _COLUMNS}, *rows):
         line = "  ".join(f"{row[key] if row[key] is not None else '-':<{width}}" for key, width in _COLUMNS.items())
@@ -71,7 +71,7 @@ _COLUMNS = {
 @checkpoints.command()
 @click.argument("run")
 @click.option("--step", type=click.IntRange(min=0), help="The checkpoint of this step. Default: the newest stable one.")
-@click.option("--json", "as_json", is_flag=True, help="The manifest itself.")
+@JSON
 def inspect(run: str, step: int | None, as_json: bool) -> None:
     """Show what a checkpoint consists of.
 
@@ -99,7 +99,7 @@ def inspect(run: str, step: int | None, as_json: bool) -> None:
 @checkpoints.command()
 @click.argument("run")
 @click.option("--step", type=click.IntRange(min=0), help="Only the checkpoint of this step.")
-@_JSON
+@JSON
 def verify(run: str, step: int | None, as_json: bool) -> int:
     """Read every byte and compare hashes.
 
@@ -134,7 +134,7 @@ def verify(run: str, step: int | None, as_json: bool) -> int:
             if not as_json:
                 click.echo("  ".join((str(info.ref), verdict, "; ".join(problems))).rstrip())
     if as_json:
-        click.echo(json.dumps(results, indent=2))
+        print_json(results)
     return 3 if any(result["problems"] for result in results) else 0
 
 
@@ -149,7 +149,7 @@ def verify(run: str, step: int | None, as_json: bool) -> int:
     show_default=True,
     help="Seconds that commands which are reading now have left. 0 if nobody reads.",
 )
-@_JSON
+@JSON
 def prune(run: str, dry_run: bool, last: int | None, grace_s: float, as_json: bool) -> None:
     """Remove the checkpoints that checkpoint.keep does not keep.
 
@@ -182,7 +182,7 @@ def prune(run: str, dry_run: bool, last: int | None, grace_s: float, as_json: bo
                     advance(nap)
     if as_json:
         rows = [{"checkpoint": str(removal.ref), "reason": removal.reason} for removal in removals]
-        click.echo(json.dumps({"dry_run": dry_run, "removed": rows}, indent=2))
+        print_json({"dry_run": dry_run, "removed": rows})
         return
     for removal in removals:
         click.echo(f"{removal.ref}  {'would be removed' if dry_run else 'removed'}: {removal.reason}")
@@ -194,7 +194,7 @@ def prune(run: str, dry_run: bool, last: int | None, grace_s: float, as_json: bo
 @click.argument("run")
 @_STEP
 @click.option("--reason", default="by hand", show_default=True, help="Shown by `list`.")
-@_JSON
+@JSON
 def pin(run: str, step: int, reason: str, as_json: bool) -> None:
     """Keep the checkpoint of STEP whatever checkpoint.keep says."""
     from orchestrator.checkpoint import retention
@@ -209,7 +209,7 @@ def pin(run: str, step: int, reason: str, as_json: bool) -> None:
 @checkpoints.command()
 @click.argument("run")
 @_STEP
-@_JSON
+@JSON
 def unpin(run: str, step: int, as_json: bool) -> None:
     """Leave the checkpoint of STEP to checkpoint.keep again."""
     from contextlib import suppress
@@ -236,7 +236,7 @@ def unpin(run: str, step: int, as_json: bool) -> None:
 
 def _say_pins(refs: list[CheckpointRef], text: str, changed: bool, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"checkpoints": [str(ref) for ref in refs], "changed": changed}, indent=2))
+        print_json({"checkpoints": [str(ref) for ref in refs], "changed": changed})
         return
     for ref in refs:
         click.echo(f"{ref} {text}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import click
+
+from orchestrator.commands.json_output import JSON, print_json
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
@@ -19,7 +20,7 @@ def config() -> None:
 @config.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of YAML.")
+@JSON
 @click.option("--trainers-only", is_flag=True, help="Only what `python -m trainers` reads, as JSON.")
 @click.option("--memory", is_flag=True, help="Instead, the memory that each worker will take, estimated.")
 def show(config: str, overrides: tuple[str, ...], as_json: bool, trainers_only: bool, memory: bool) -> None:
@@ -33,7 +34,7 @@ def show(config: str, overrides: tuple[str, ...], as_json: bool, trainers_only: 
     if memory:
         return _show_memory(loaded, as_json)
     if as_json or trainers_only:
-        click.echo(json.dumps(trainer_dict(loaded) if trainers_only else to_dict(loaded), indent=2))
+        print_json(trainer_dict(loaded) if trainers_only else to_dict(loaded))
     else:
         click.echo(to_yaml(loaded), nl=False)
 
@@ -51,7 +52,7 @@ def _show_memory(loaded: RunConfig, as_json: bool) -> None:
         memory = rank_memory(loaded, source, workers)
         found[str(workers)] = {**asdict(memory), "total": memory.total}
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        print_json(found)
         return
     for workers, sizes in found.items():
         click.echo(f"each of {workers} workers, MiB")
@@ -63,7 +64,7 @@ def _show_memory(loaded: RunConfig, as_json: bool) -> None:
 @config.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--json", "as_json", is_flag=True, help="Facts as JSON.")
+@JSON
 def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check a config without starting anything.
 
@@ -83,7 +84,7 @@ def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
         "config_hash": config_hash(loaded),
     }
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        print_json(facts)
         return
     for name, value in facts.items():
         click.echo(f"{name:<17} {value}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
+
+from orchestrator.commands.json_output import JSON, print_json
 
 
 @click.group()
@@ -19,7 +22,8 @@ def data() -> None:
 @click.option(
     "--shard-size", type=click.IntRange(min=1), default=256, show_default=True, help="Samples in a file of OUT."
 )
-def prepare(config: str, out: str, overrides: tuple[str, ...], shard_size: int) -> None:
+@JSON
+def prepare(config: str, out: str, overrides: tuple[str, ...], shard_size: int, as_json: bool) -> None:
     """Encode the data of CONFIG with its frozen VAE and text encoders, into the folder or URL OUT.
 
     Train on it with data.source=latents and data.path=OUT, and with the same model: latents of another one are refused.
@@ -36,6 +40,8 @@ def prepare(config: str, out: str, overrides: tuple[str, ...], shard_size: int) 
     with bar("encoding", preparation.num_samples, "samples") as advance:
         advance(preparation.num_found_samples)
         prepared = preparation.run(advance)
+    if as_json:
+        return print_json({"out": place, **asdict(prepared)})
     found = f", {prepared.num_found} of them found" if prepared.num_found else ""
     click.echo(f"{place}: {prepared.num_samples} samples in {prepared.num_shards} shards{found}")
     for name in prepared.broken:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from orchestrator.commands.json_output import JSON, print_json
+
 
 @click.group()
 def deploy() -> None:
@@ -18,7 +20,10 @@ def deploy() -> None:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--out", metavar="DIR", help="Folder for the files; it is made.  [default: deploy-<run.name>]")
 @click.option("--with", "components", multiple=True, metavar="NAME", help="kuberay: add a component; may be repeated.")
-def render(target: str, config: str, overrides: tuple[str, ...], out: str | None, components: tuple[str, ...]) -> None:
+@JSON
+def render(
+    target: str, config: str, overrides: tuple[str, ...], out: str | None, components: tuple[str, ...], as_json: bool
+) -> None:
     """Write the files that put a run on a cluster, filled in from its config.
 
     TARGET is kuberay, aws (`ray up`), slurm, skypilot, systemd, compose, or s3 (bucket policies). Workers, resources,
@@ -49,5 +54,11 @@ def render(target: str, config: str, overrides: tuple[str, ...], out: str | None
             raise click.BadParameter(f"{name!r} is no component; give some of {known}", param_hint="--with")
     loaded = load_config(config, overrides)
     check_trainable(loaded)
-    for path in write(loaded, target, Path(out or f"deploy-{loaded.run.name}"), frozenset(components)):
-        click.echo(path)
+    folder = Path(out or f"deploy-{loaded.run.name}")
+    try:
+        written = [str(path) for path in write(loaded, target, folder, frozenset(components))]
+    except OSError as error:
+        raise click.UsageError(f"cannot write to {folder}: {error.strerror}; name another folder with --out") from None
+    if as_json:
+        return print_json({"out": str(folder), "files": written})
+    click.echo("\n".join(written))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 import click
+
+from orchestrator.commands.json_output import JSON, print_json
 
 
 @click.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
+@JSON
 def doctor(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
     """Check whether a config can run here.
 
@@ -28,5 +29,5 @@ def doctor(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
         if not as_json:  # each as soon as it is known
             click.echo(f"{check.verdict.value:<5} {check.name:<19} {check.detail}")
     if as_json:
-        click.echo(json.dumps([asdict(check) for check in checks], indent=2))
+        print_json([asdict(check) for check in checks])
     return 5 if any(check.verdict is Verdict.FAIL for check in checks) else 0

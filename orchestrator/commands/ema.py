@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from orchestrator.commands.json_output import JSON, print_json
 
 if TYPE_CHECKING:
     from trainers.ema_advice import Advice
@@ -31,7 +32,8 @@ def ema() -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of the result, model.safetensors. Default: ema-SIGMA_REL-STEP.",
 )
-def synthesize(run: str, sigma_rel: float, step: int | None, out: Path | None) -> None:
+@JSON
+def synthesize(run: str, sigma_rel: float, step: int | None, out: Path | None, as_json: bool) -> None:
     """Make an average of another width, without training again.
 
     It is put together from the EMA profiles of `kind: power` in the checkpoints that the run has kept, so keep enough
@@ -52,10 +54,14 @@ def synthesize(run: str, sigma_rel: float, step: int | None, out: Path | None) -
         synthesis.write(path, advance)
     steps = {snapshot.manifest.progress.step for snapshot in synthesis.snapshots}
     residual = synthesis.reconstruction.residual
-    click.echo(
-        f"{path}: EMA of sigma_rel {sigma_rel:g} at step {at}, from {len(synthesis.snapshots)} averages of"
-        f" {len(steps)} checkpoints; residual {100 * residual:.2g} %"
-    )
+    if as_json:
+        facts = {"num_averages": len(synthesis.snapshots), "checkpoint_steps": sorted(steps), "residual": residual}
+        print_json({"out": str(path), "sigma_rel": sigma_rel, "step": at, **facts})
+    else:
+        click.echo(
+            f"{path}: EMA of sigma_rel {sigma_rel:g} at step {at}, from {len(synthesis.snapshots)} averages of"
+            f" {len(steps)} checkpoints; residual {100 * residual:.2g} %"
+        )
     if residual > _POOR_RESIDUAL:
         click.echo("warning: that is far from the average asked for; more kept checkpoints would help", err=True)
 
@@ -63,7 +69,7 @@ def synthesize(run: str, sigma_rel: float, step: int | None, out: Path | None) -
 @ema.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
+@JSON
 def advise(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Explain the EMA profiles of a config, at the end of its run.
 
@@ -87,7 +93,7 @@ def advise(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     }
     if as_json:
         profiles = {name: asdict(entry) for name, entry in advice.items()}
-        click.echo(json.dumps({**cost, "profiles": profiles}, indent=2))
+        print_json({**cost, "profiles": profiles})
         return
     click.echo(
         f"each profile: {cost['memory_bytes_per_worker'] / 1e6:.1f} MB a worker, and {1000 * cost['update_s']:.2f} ms"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
+from orchestrator.commands.json_output import JSON, print_json
 from orchestrator.commands.progress import bar
 from orchestrator.commands.weights import GUIDANCE, STEP, WEIGHTS
 
@@ -39,7 +39,7 @@ def _metrics(ctx: click.Context, option: click.Parameter, value: str) -> tuple[s
 @GUIDANCE
 @click.option("--num-steps", default=50, type=click.IntRange(1), show_default=True, help="Denoising steps.")
 @click.option("--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Same seed, same images.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@JSON
 def evaluate(run: str, weights: str, step: int | None, as_json: bool, **request: Any) -> None:
     """Measure how near the images of a checkpoint are to the data.
 
@@ -53,7 +53,7 @@ def evaluate(run: str, weights: str, step: int | None, as_json: bool, **request:
     with bar("drawing", request["num"], "images") as progress:
         found = measure(saved, weights, Request(**request), progress)
     if as_json:
-        click.echo(json.dumps(found))
+        print_json(found)
         return
     of = "the held out data" if found["reference"] == "held-out" else "the data"
     click.echo(f"{found['weights']}: {found['num_drawn']} images against {found['num_real']} of {of}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from orchestrator.commands.json_output import JSON, print_json
 
 if TYPE_CHECKING:
     from orchestrator.jobs import Cluster, Job
@@ -15,9 +16,8 @@ if TYPE_CHECKING:
 ADDRESS = click.option(
     "--address",
     metavar="http://HOST:8265",
-    help="The cluster's dashboard. Default: $RAY_API_SERVERADDRESS, $RAYADDRESS, or this machine.",
+    help="The cluster's dashboard. Default: $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS, or this machine.",
 )
-JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; all else on stderr.")
 _STOP_POLL_S = 0.5
 _STOP_MARGIN_S = 10.0
 
@@ -67,7 +67,10 @@ def stop(run: str, wait: bool, address: str | None, as_json: bool) -> int:
             job = cluster.job(job.id) or job
     else:
         click.echo(f"{job.id}: has ended already", err=True)
-    click.echo(json.dumps(describe_job(job), indent=2) if as_json else f"{job.id}: {job.status}")
+    if as_json:
+        print_json(describe_job(job))
+    else:
+        click.echo(f"{job.id}: {job.status}")
     return 3 if wait and job.live else 0
 
 
@@ -89,7 +92,7 @@ def list_(address: str | None, as_json: bool) -> None:
 
     rows = [describe_job(job) for job in reversed(Cluster.connect(address).jobs())]
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        print_json(rows)
         return
     if not rows:
         click.echo("no job of unbroken")

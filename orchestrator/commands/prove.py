@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 import click
+
+from orchestrator.commands.json_output import JSON, print_json
 
 
 @click.command()
 @click.argument("run_a")
 @click.argument("run_b")
-@click.option("--json", "as_json", is_flag=True, help="The whole comparison as JSON.")
+@JSON
 def prove(run_a: str, run_b: str, as_json: bool) -> int:
     """Compare two runs bit by bit.
 
@@ -26,7 +27,7 @@ def prove(run_a: str, run_b: str, as_json: bool) -> int:
 
     proof = compare(Store.open(run_a), Store.open(run_b))
     if as_json:
-        click.echo(json.dumps({"equal": proof.equal, **asdict(proof)}, indent=2))
+        print_json({"equal": proof.equal, **asdict(proof)})
     elif proof.first_difference is None:
         replays = f", {proof.num_replays} replayed checkpoints too" if proof.num_replays else ""
         click.echo(

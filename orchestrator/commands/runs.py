@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 
 import click
+
+from orchestrator.commands.json_output import JSON, print_json
 
 
 @click.group()
@@ -16,7 +17,7 @@ def runs() -> None:
 
 @runs.command("list")
 @click.argument("storage", default="runs")
-@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
+@JSON
 def list_(storage: str, as_json: bool) -> None:
     """List the runs in STORAGE: a folder (default: runs) or a URL.
 
@@ -33,7 +34,7 @@ def list_(storage: str, as_json: bool) -> None:
 
     found = list(glance_at_runs(storage))
     if as_json:
-        click.echo(json.dumps([asdict(one) for one in found], indent=2))
+        print_json([asdict(one) for one in found])
         return
     store = Store.open(storage)
     if not found:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.commands.jobs import ADDRESS, JSON, describe_job
+from orchestrator.commands.jobs import ADDRESS, describe_job
+from orchestrator.commands.json_output import JSON, print_json
 from orchestrator.commands.train import train_here
 
 if TYPE_CHECKING:
@@ -94,8 +96,9 @@ def submit(config: str, overrides: tuple[str, ...], working_dir: str, **options:
 
     Secrets do not travel: set them on the nodes of the cluster. Whatever looks like one is refused by its name.
 
-    The exit code is that of `unbroken train` in the job; 3 if its driver was lost, 143 if the job was stopped. With
-    --supervise the next job is submitted after a loss, but not after exit codes 0, 2, 4 and 6.
+    The exit code is that of `unbroken train` in the job; 143 if the job was stopped; 3 if its driver was lost with its
+    node, 128 + n if signal n ended it; 126 or 127 if the cluster cannot start unbroken. With --supervise the next job
+    is submitted after a loss, but not after exit codes 0, 2, 4, 6, 126 and 127.
     """
     chosen = _Options(**options)
     from orchestrator.config import load_config
@@ -126,18 +129,17 @@ def resume(run: str, overrides: tuple[str, ...], here: bool, working_dir: str | 
     for text in overrides:
         if text.startswith(("storage=", "run.name=")):
             raise click.UsageError(f"{text} contradicts RUN, which says where the run is; leave it out")
-    from orchestrator.checkpoint import run_record
     from orchestrator.checkpoint.store import Store
-    from orchestrator.config import RunConfig, load_config, to_yaml
+    from orchestrator.config import load_config, to_yaml
     from orchestrator.preflight import check_trainable
-    from trainers.decode import decode
+    from orchestrator.run_identity import config_of
 
     store = Store.open(run)
-    record = run_record.load(store)
+    found = config_of(store)
     storage, _, name = store.url.rpartition("/")
     with tempfile.TemporaryDirectory(prefix="unbroken-") as folder:
         path = Path(folder, "config.yaml")
-        path.write_text(to_yaml(decode(RunConfig, record.config)), encoding="utf-8")
+        path.write_text(to_yaml(found), encoding="utf-8")
         overrides = (*overrides, f"storage={json.dumps(storage)}", f"run.name={json.dumps(name)}")
         loaded = load_config(path, overrides)
         check_trainable(loaded)
@@ -152,10 +154,12 @@ def _launch(config: RunConfig, path: Path, overrides: tuple[str, ...], working_d
     from orchestrator.jobs import Cluster
 
     def say(line: str) -> None:
-        click.echo(line, err=options.as_json)
+        write(f"{line}\n")
 
     def write(text: str) -> None:
-        click.echo(text, nl=False, err=options.as_json)
+        # Who supervises a run goes on when nobody reads what it says; else the reader has seen enough.
+        with suppress(OSError) if options.supervise else nullcontext():
+            click.echo(text, nl=False, err=options.as_json)
 
     pairs = dict(text.split("=", 1) for text in options.environment)
     source = Source(
@@ -200,5 +204,5 @@ def _conclude(job: Job | None, run: str, options: _Options, say: Callable[[str],
     elif job:
         say(f"watch it: unbroken logs {job.id} -f, unbroken status {run} --watch")
     if options.as_json:
-        click.echo(json.dumps(describe_job(job) if job else {"job": None, "run": run, "exit_code": code}, indent=2))
+        print_json(describe_job(job) if job else {"job": None, "run": run, "exit_code": code})
     return code

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
+
+from orchestrator.commands.json_output import JSON, print_json
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     "--metric", default="loss", show_default=True, help="Compared by its mean over the last tenth of the steps."
 )
 @click.option("--mode", default="min", type=click.Choice(["min", "max"]), show_default=True, help="Which is better.")
-@click.option("--json", "as_json", is_flag=True, help="The table as one JSON list.")
+@JSON
 def sweep(
     config: str, overrides: tuple[str, ...], params: tuple[str, ...], samples: int, seed: int, **options: object
 ) -> int:
@@ -116,7 +117,7 @@ def _result(trial: Trial, config: RunConfig, metric: str, said: dict[str, str]) 
 
 def _show(results: Sequence[Result], metric: str, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps([asdict(result) for result in results], indent=2))
+        print_json([asdict(result) for result in results])
         return
     keys = list(results[0].values)
     rows = [("TRIAL", *keys, metric.upper(), "STEP", "STATE")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from orchestrator.commands.json_output import JSON, print_json
+
 
 @click.group()
 def tracking() -> None:
@@ -13,7 +15,8 @@ def tracking() -> None:
 @tracking.command()
 @click.argument("run")
 @click.option("--dir", "folder", help="tracking.dir of the run, if it was set after its first start.")
-def sync(run: str, folder: str | None) -> None:
+@JSON
+def sync(run: str, folder: str | None, as_json: bool) -> None:
     """Upload to W&B what it does not have yet of RUN.
 
     For a run that was tracked without network or key, or whose machine died in the middle. It has to run on the machine
@@ -23,18 +26,15 @@ def sync(run: str, folder: str | None) -> None:
 
     from orchestrator.checkpoint import run_record
     from orchestrator.checkpoint.store import Store
-    from orchestrator.config import RunConfig
+    from orchestrator.run_identity import config_of
     from orchestrator.tracking.config import local_folder
     from orchestrator.tracking.credentials import has_wandb_key
     from orchestrator.tracking.journal import NAME
-    from trainers.decode import decode
     from trainers.errors import ConfigError
 
     store = Store.open(run)
     record = run_record.load(store)
-    where = (
-        Path(folder) if folder else local_folder(decode(RunConfig, record.config).tracking, store.url, record.run_id)
-    )
+    where = Path(folder) if folder else local_folder(config_of(store).tracking, store.url, record.run_id)
     if not (where / NAME).exists():
         raise ConfigError(f"{where / NAME} does not exist; give --dir, on the machine where the driver ran")
     if not has_wandb_key():
@@ -42,5 +42,7 @@ def sync(run: str, folder: str | None) -> None:
 
     from orchestrator.tracking.wandb_sync import sync as upload
 
-    url, steps = upload(where, click.echo)
+    url, steps = upload(where, lambda line: click.echo(line, err=as_json))
+    if as_json:
+        return print_json({"url": url, "num_steps": steps})
     click.echo(f"{steps} steps uploaded: {url}")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from orchestrator.commands.json_output import JSON, print_json
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +36,8 @@ GUIDANCE = click.option(
 @GUIDANCE
 @click.option("--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Same seed, same images.")
 @click.option("--prompt", "prompts", multiple=True, help="For models of text; give it again for a further column.")
-def sample(run: str, out: Path, weights: str, step: int | None, **options: Any) -> None:
+@JSON
+def sample(run: str, out: Path, weights: str, step: int | None, as_json: bool, **options: Any) -> None:
     """Draw images into one PNG grid.
 
     Each class or prompt has a column. Image i starts from the same noise whatever the weights, so that grids can be
@@ -44,9 +49,11 @@ def sample(run: str, out: Path, weights: str, step: int | None, **options: Any) 
     from trainers.sampling import save_grid
 
     saved = open_model(run, step)
+    _make_folder(out.parent)  # before the work
     images, columns = _draw(saved, weights, **options)
-    _make_folder(out.parent)
     save_grid(images, out, columns=columns)
+    if as_json:
+        return print_json(_made(saved, out, [weights]) | {"num_images": len(images)})
     click.echo(f"{out}: {len(images)} images from the {saved.describe(weights)}")
 
 
@@ -72,11 +79,23 @@ def _draw(
     return draw(model, config, wanted, seed=seed, guidance=guidance), min(num, columns)
 
 
+def _made(saved: SavedModel, out: Path, weights: Sequence[str]) -> dict[str, Any]:
+    """What a script wants to know of `out`, made of these weights."""
+    step = saved.manifest.progress.step
+    return {"out": str(out), "run": saved.store.url, "step": step, "weights": [saved.describe(one) for one in weights]}
+
+
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise click.UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
+
+
+def _size(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"\d+[KMGT]B", value):
+        raise click.BadParameter(f"{value!r} is no size; write 500MB or 10GB")
+    return value
 
 
 @click.command()
@@ -86,9 +105,15 @@ def _make_folder(folder: Path) -> None:
 @click.option(
     "--fp16", is_flag=True, help='Folder: also the default weights in float16, as variant="fp16". File: float16.'
 )
-@click.option("--max-shard-size", metavar="SIZE", help="Cut larger weights of a folder into files of this size. [10GB]")
+@click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    callback=_size,
+    help="Cut larger weights of a folder into files of this size. [10GB]",
+)
 @STEP
-def export(run: str, out: Path, weights: str | None, fp16: bool, max_shard_size: str | None, step: int | None) -> None:
+@JSON
+def export(run: str, out: Path, step: int | None, as_json: bool, **options: Any) -> None:
     """Write the model in a form that other tools load, with the pipeline that it was trained in, if there was one.
 
     \b
@@ -105,34 +130,44 @@ def export(run: str, out: Path, weights: str | None, fp16: bool, max_shard_size:
     from orchestrator.weights import open_model
 
     saved = open_model(run, step)
-    if out.suffix == ".safetensors":
-        if max_shard_size is not None:
-            raise click.UsageError(f"--max-shard-size has no effect on a single file, {out}; leave it out")
-        return _export_file(saved, out, weights or "ema", fp16)
-    _export_folder(saved, out, weights or "both", fp16, max_shard_size or "10GB")
+    used = (_export_file if out.suffix == ".safetensors" else _export_folder)(saved, out, **options)
+    made = _made(saved, out, used)
+    if as_json:
+        return print_json(made)
+    click.echo(f"{out}: {' and '.join(made['weights'])}")
 
 
-def _export_folder(saved: SavedModel, out_dir: Path, weights: str, fp16: bool, max_shard_size: str) -> None:
+def _export_folder(
+    saved: SavedModel, out_dir: Path, *, weights: str | None, fp16: bool, max_shard_size: str | None
+) -> Sequence[str]:
+    """Which weights are there now, the default ones first."""
     from trainers.export import export_pipeline
 
     _make_folder(out_dir)
-    chosen = {"both": [("ema", None), ("raw", "non_ema")]}.get(weights, [(weights, None)])
-    found = [replace(_of_run(saved, which), variant=variant) for which, variant in chosen]
+    used = ("ema", "raw") if weights in (None, "both") else (weights,)
+    found = [
+        replace(_of_run(saved, which), variant=variant) for which, variant in zip(used, (None, "non_ema"), strict=False)
+    ]
     if fp16:
         found.append(replace(found[0], description=f"{found[0].description}, float16", variant="fp16", half=True))
-    export_pipeline(out_dir, saved.config, found, origin=_origin(saved), max_shard_size=max_shard_size)
-    click.echo(f"{out_dir}: {' and '.join(saved.describe(which) for which, _ in chosen)}")
+    export_pipeline(out_dir, saved.config, found, origin=_origin(saved), max_shard_size=max_shard_size or "10GB")
+    return used
 
 
-def _export_file(saved: SavedModel, file: Path, weights: str, fp16: bool) -> None:
+def _export_file(
+    saved: SavedModel, file: Path, *, weights: str | None, fp16: bool, max_shard_size: str | None
+) -> Sequence[str]:
+    """As `_export_folder`."""
     from trainers.single_file import export_single_file
 
-    both = weights == "both"
-    main = replace(_of_run(saved, "raw" if both else weights), half=fp16)
-    average = _of_run(saved, "ema") if both else None
+    if max_shard_size is not None:
+        raise click.UsageError(f"--max-shard-size has no effect on a single file, {file}; leave it out")
+    used = ("raw", "ema") if weights == "both" else (weights or "ema",)  # the second one as `model_ema`
+    main = replace(_of_run(saved, used[0]), half=fp16)
+    average = _of_run(saved, "ema") if len(used) > 1 else None
     _make_folder(file.parent)
     export_single_file(file, saved.config, main, origin=_origin(saved), average=average)
-    click.echo(f"{file}: {main.description}{f', {average.description} as model_ema' if average else ''}")
+    return used
 
 
 def _of_run(saved: SavedModel, which: str) -> ExportWeights:
@@ -149,7 +184,8 @@ def _origin(saved: SavedModel) -> str:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--like", required=True, metavar="FOLDER|NAME", help="A pipeline of the same kind, for its settings.")
-def unpack(file: Path, out_dir: Path, like: str) -> None:
+@JSON
+def unpack(file: Path, out_dir: Path, like: str, as_json: bool) -> None:
     """Make a folder for model.pretrained out of a single FILE of the original layout.
 
     \b
@@ -162,4 +198,6 @@ def unpack(file: Path, out_dir: Path, like: str) -> None:
 
     _make_folder(out_dir)
     unpack_single_file(file, like, out_dir)
+    if as_json:
+        return print_json({"out": str(out_dir), "file": str(file)})
     click.echo(f"{out_dir}: the pipeline of {file}")

@@ -10,9 +10,9 @@ from typing import Any
 
 from orchestrator.checkpoint import run_record
 from orchestrator.checkpoint.catalog import newest_stable
-from orchestrator.checkpoint.keys import EVENTS
+from orchestrator.checkpoint.keys import EVENTS, RUN_RECORD
 from orchestrator.checkpoint.store import Store
-from orchestrator.errors import RunNotFoundError, StorageError, UnbrokenError
+from orchestrator.errors import RunMismatchError, RunNotFoundError, StorageError, UnbrokenError
 from orchestrator.tracking.overview import Present, State
 from orchestrator.tracking.record import RowsReader, in_order
 
@@ -28,7 +28,7 @@ class Glance:
 
     url: str
     state: str
-    """As `unbroken status` says it, or `damaged`."""
+    """As `unbroken status` says it, or `damaged`, or `of another version`."""
     step: int = 0
     num_steps: int = 0
     newest_stable: str | None = None
@@ -67,14 +67,17 @@ def glance(url: str, now_s: float | None = None) -> Glance | None:
     store = Store.open(url)
     try:
         config: Mapping[str, Any] = run_record.load(store).config
+        newest = newest_stable(store)
     except RunNotFoundError:
         return None
     except StorageError:
         raise
     except UnbrokenError as error:
-        return Glance(url=store.url, state="damaged", why=str(error))
+        if not store.exists(RUN_RECORD):
+            return None  # an export
+        state = "of another version" if isinstance(error, RunMismatchError) else "damaged"
+        return Glance(url=store.url, state=state, why=str(error))
     present = _present(store, time.time() if now_s is None else now_s)
-    newest = newest_stable(store)
     at = newest.manifest.progress.step if newest and newest.manifest else None
     return Glance(
         url=store.url,

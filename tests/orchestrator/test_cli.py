@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -11,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from orchestrator.cli import describe, main
 from orchestrator.errors import GaveUpError, StorageError, SupersededError
+from orchestrator.screen import stdout_writer
 from trainers.config import TrainerConfig
 from trainers.decode import decode
 from trainers.errors import ConfigError, DivergedError
@@ -90,6 +93,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(config: str, args: list[str], mes
         (GaveUpError("the same step failed 3 times"), "the same step failed 3 times", 4),
         (GaveUpError("what:  it\nwhere: there"), "what: it\nwhere: there", 4),
         (DivergedError("loss is NaN at step 3"), "loss is NaN at step 3", 3),
+        (OSError(28, "No space left on device", "a/b"), "cannot go on: No space left on device (a/b); see to that", 5),
         (
             KeyError("x"),
             "unexpected KeyError: 'x'; a bug in unbroken: `unbroken --debug ...` shows where it comes from",
@@ -98,7 +102,37 @@ def test_a_mistake_is_one_line_and_exit_code_2(config: str, args: list[str], mes
     ],
 )
 def test_every_error_has_its_line_and_code(error: Exception, line: str, code: int):
-    assert describe(error) == (line, code)
+    found = describe(error)
+    assert found[0].startswith(line) and found[1] == code and len(found[0].splitlines()) == len(line.splitlines())
+
+
+def test_a_reader_that_is_gone_ends_a_command_in_silence(config: str, monkeypatch: pytest.MonkeyPatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        with pytest.raises(SystemExit) as end:
+            main.main(["config", "show", config])
+    assert end.value.code == 141
+
+
+def test_another_broken_pipe_is_told(config: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    def load(*_: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("orchestrator.config.load_config", load)
+    with pytest.raises(SystemExit) as end:
+        main.main(["config", "show", config])
+    assert end.value.code == 1 and "unexpected ConnectionError: [Errno 32]" in capfd.readouterr().err
+
+
+def test_training_goes_on_when_nobody_reads(monkeypatch: pytest.MonkeyPatch):
+    read, write = os.pipe()
+    os.close(read)
+    with suppress(BrokenPipeError), open(write, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        stdout_writer("step 1")
+        stdout_writer("step 2")
 
 
 def test_debug_shows_the_stack_trace(config: str):

@@ -53,6 +53,17 @@ def test_following_writes_each_line_once_through_a_broken_connection(monkeypatch
     assert "".join(written) == "one\ntwo\nthree\n" and len(written) == 2
 
 
+def test_a_reader_that_is_gone_is_no_trouble_of_the_cluster():
+    client = FakeClient()
+    cluster(client).submit("digits-a1", request())
+
+    def write(text: str) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        cluster(client).follow("digits-a1", write)
+
+
 def test_following_ends_with_a_head_that_forgot_the_job():
     client = FakeClient()
     cluster(client).submit("digits-a1", request())

@@ -1,37 +1,35 @@
-"""`unbroken sweep` on a Ray of its own nodes: the driver of a trial killed, and the finished search repeated."""
+"""`unbroken sweep` on a Ray of its own: the driver of a trial killed, and the finished search repeated."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from orchestrator.cli import main
 from orchestrator.processes import descendants
-from tests.orchestrator.local_cluster import LocalCluster
 from tests.orchestrator.test_train import STEPS, write_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    cluster = LocalCluster()
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    yield cluster
-    cluster.close()
-
-
-def sweep(config: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "orchestrator", "sweep", str(config), "workers=1", *more, "--json"]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    folder = tempfile.mkdtemp(prefix="ub-", dir="/tmp")  # short, because it holds sockets
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def driver_of(process: subprocess.Popen[str], folder: Path) -> int:
@@ -46,10 +44,10 @@ def driver_of(process: subprocess.Popen[str], folder: Path) -> int:
     raise AssertionError(f"no trial has begun: {process.communicate()}")
 
 
-def test_a_trial_goes_on_after_a_kill_and_is_not_trained_twice(cluster: LocalCluster, tmp_path: Path) -> None:
-    cluster.add_node()
-    config = write_config(tmp_path)
-    process = sweep(config, "--param", "optimizer.lr=[1e-2]")
+def test_a_trial_goes_on_after_a_kill_and_is_not_trained_twice(ray_folder: None, tmp_path: Path) -> None:
+    search = ["sweep", str(write_config(tmp_path)), "workers=1", "--param", "optimizer.lr=[1e-2]", "--json"]
+    command = [sys.executable, "-m", "orchestrator", *search]
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     os.kill(driver_of(process, tmp_path), signal.SIGKILL)
     out, lines = process.communicate()
     assert process.returncode == 0, lines
@@ -57,6 +55,5 @@ def test_a_trial_goes_on_after_a_kill_and_is_not_trained_twice(cluster: LocalClu
     (found,) = json.loads(out)
     assert found["values"] == {"optimizer.lr": 0.01} and found["url"] == f"{tmp_path}/{found['name']}"
     assert (found["state"], found["step"]) == ("finished", STEPS) and found["metric"] > 0
-    again = sweep(config, "--param", "optimizer.lr=[1e-2]")
-    out, lines = again.communicate()
-    assert json.loads(out) == [found] and lines == ""
+    again = CliRunner().invoke(main, search)  # in this process: it has nothing to train
+    assert json.loads(again.stdout) == [found] and again.stderr == ""

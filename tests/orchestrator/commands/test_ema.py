@@ -31,7 +31,9 @@ def unbroken(*args: str) -> Result:
     return CliRunner().invoke(main, args)
 
 
-def make_run(folder: Path, profiles: dict[str, Any]) -> tuple[str, dict[str, dict[str, torch.Tensor]]]:
+def make_run(
+    folder: Path, profiles: dict[str, Any], steps: int = STEPS
+) -> tuple[str, dict[str, dict[str, torch.Tensor]]]:
     """A run whose weights walk at random, and what its averages are at the end, by profile."""
     config = decode(RunConfig, {**CONFIG, "ema": {**profiles, **DIRECT}})
     store = Store.open(str(folder / "tiny"))
@@ -39,7 +41,7 @@ def make_run(folder: Path, profiles: dict[str, Any]) -> tuple[str, dict[str, dic
     weights = {name: tensor.clone() for name, tensor in parameters(0).items()}
     ema = EMA(config.ema, weights, 8)
     generator = torch.Generator().manual_seed(0)
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         for tensor in weights.values():
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.1)
         ema.update(step)
@@ -120,14 +122,14 @@ def test_refusals(run, options, word):
 
 
 def test_a_run_without_power_profiles_is_told_what_to_do(tmp_path: Path):
-    url, _ = make_run(tmp_path / "a", {"main": {"decay": 0.9}})
+    url, _ = make_run(tmp_path / "a", {"main": {"decay": 0.9}}, EVERY)
     result = unbroken("ema", "synthesize", url, "--sigma-rel", "0.1")
     assert result.exit_code == 2 and "has no EMA profile of kind=power" in result.stderr
 
 
 def test_profiles_with_other_clocks_do_not_go_together(tmp_path: Path):
     profiles = {**POWER, "wide": {**POWER["wide"], "every": 2}}
-    url, _ = make_run(tmp_path / "b", profiles)
+    url, _ = make_run(tmp_path / "b", profiles, EVERY)
     result = unbroken("ema", "synthesize", url, "--sigma-rel", "0.1")
     assert result.exit_code == 2 and "narrow, wide" in result.stderr and "differ in start_step" in result.stderr
 
