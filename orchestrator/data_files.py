@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import MissingObjectError
@@ -49,12 +50,24 @@ class StoreFiles:
             raise FileNotFoundError(f"{self.root}/{name} is not there any more") from error
 
 
-def with_absolute_path(config: TrainerConfig) -> TrainerConfig:
-    """`config` with a local `data.path` made absolute, for processes that start in other folders."""
-    path = config.data.path
-    if path is None or "://" in path or not os.path.exists(path):
-        return config
-    return replace(config, data=replace(config.data, path=os.path.abspath(path)))
+def with_absolute_paths(config: TrainerConfig) -> TrainerConfig:
+    """`config` with local paths made absolute, for processes that start in other folders."""
+    validation, metrics = config.validation, config.validation.metrics
+    if metrics is not None:
+        metrics = replace(metrics, network=_absolute(metrics.network), clip=_absolute(metrics.clip))
+        validation = replace(validation, metrics=metrics)
+    encoder = _absolute(config.conditioning.text_encoder)
+    return replace(
+        config,
+        data=replace(config.data, path=_absolute(config.data.path)),
+        conditioning=replace(config.conditioning, text_encoder=encoder),
+        validation=validation,
+    )
+
+
+def _absolute(path: Any) -> Any:
+    """`path`, absolute if it is one that is here: not None, a URL or a name on the hub."""
+    return path if path is None or "://" in path or not os.path.exists(path) else os.path.abspath(path)
 
 
 def data_files(path: str) -> Files:

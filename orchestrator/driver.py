@@ -19,7 +19,7 @@ from orchestrator.checkpoint.keys import CONFIG
 from orchestrator.checkpoint.run_record import RunRecord, open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig, run_url, to_dict, to_yaml, trainer_dict
-from orchestrator.data_files import with_absolute_path
+from orchestrator.data_files import with_absolute_paths
 from orchestrator.errors import (
     AlreadyExistsError,
     GaveUpError,
@@ -98,7 +98,7 @@ def _spec(config: RunConfig, run_id: str, more_preload: Sequence[str]) -> RunSpe
         run_id=run_id,
         run_url=run_url(config),
         session=uuid.uuid4().hex,
-        config=trainer_dict(with_absolute_path(config)),
+        config=trainer_dict(with_absolute_paths(config)),
         config_hash=config_hash(config),
         strategy=config.parallel.strategy,
         checkpoint=config.checkpoint,
@@ -159,6 +159,8 @@ def preload(config: RunConfig) -> tuple[str, ...]:
     """What a trainer of this configuration imports: paid once by the fork server, not at every restart."""
     modules = ["torch", "trainers.build", "orchestrator.checkpoint.reader"]
     modules += config.model.classes()
+    if config.conditioning.text_encoder is not None:
+        modules += ["transformers:AutoTokenizer", "transformers:AutoModelForTextEncoding"]
     if config.data.source == "digits":
         modules.append("sklearn.datasets")
     return tuple(modules)

@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig
-from orchestrator.data_files import data_files, with_absolute_path
+from orchestrator.data_files import data_files, with_absolute_paths
 from trainers.conditioning import Condition
 from trainers.data.guarded import GuardedSource
 from trainers.data.latents import EMPTY
@@ -42,7 +42,7 @@ class Encoder:
         source = open_source(self._config.data, data_files)
         self._source = GuardedSource(source, None, skip_broken=self._config.data.on_broken == "skip")
         frozen = open_frozen(self._config.model, self._config.conditioning, self._device)
-        assert frozen is not None, "checked before"
+        assert isinstance(frozen, FrozenParts), "checked before"
         self._frozen: FrozenParts = frozen
         used = frozen.hashes if source.has_captions else {"vae": frozen.hashes["vae"]}
         shift, scale = frozen.shift_and_scale
@@ -95,5 +95,5 @@ def _text_parts(condition: Condition) -> dict[str, torch.Tensor]:
 
 def plain_data(config: RunConfig) -> RunConfig:
     """`config` without what only changes how fast or how safely its data is read."""
-    placed = with_absolute_path(config)
+    placed = with_absolute_paths(config)
     return replace(config, data=replace(placed.data, num_workers=0, quarantine=False, cache=None))

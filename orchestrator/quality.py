@@ -18,7 +18,7 @@ from trainers.data.sampler import sample_indices
 from trainers.data.samples import Samples
 from trainers.data.sources import open_source
 from trainers.errors import ConfigError
-from trainers.evaluation.metrics import clip_score, frechet_distance, kernel_distance, open_network
+from trainers.evaluation.metrics import frechet_distance, kernel_distance, open_clip, open_network
 from trainers.evaluation.split import split
 from trainers.models import null_label
 from trainers.rng import Stream, derive_seed
@@ -82,8 +82,8 @@ def measure(saved: SavedModel, weights: str, request: Request, progress: Callabl
             found[f"kid/{network.name}"], found[f"kid_std/{network.name}"] = kernel_distance(theirs, ours, request.seed)
     if "clip" in request.metrics:
         assert request.clip is not None
-        name, score = clip_score(drawn, wanted, request.clip, device)
-        found[f"clip/{name}"] = score
+        clip = open_clip(request.clip, device)
+        found[f"clip/{clip.name}"] = clip(drawn, wanted)
     return {
         "run": saved.store.url,
         "step": saved.manifest.progress.step,

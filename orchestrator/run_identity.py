@@ -79,6 +79,8 @@ def conflicting_keys(old: Mapping[str, Any], new: TrainerConfig) -> list[str]:
 def _is_free(key: str, schedule: ScheduleConfig) -> bool:
     if key == "train.num_steps":
         return not depends_on_num_steps(schedule)
+    if key.startswith("validation.metrics"):
+        return True
     return key in _PLACEMENT | _OBSERVATION or key.split(".")[0] in SECTIONS_OF_RUN | {"samples"}
 
 

@@ -19,11 +19,13 @@ NAMES = {"models/sd2-256": "stabilityai/stable-diffusion-2-base"}
 
 @pytest.fixture
 def images(tmp_path):
-    """The least that a recipe's data folder has: a class with an image, and its caption."""
+    """The least that a recipe's data folder has: a class with images (enough to hold some out), and their captions."""
     (tmp_path / "images/class").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / "images/class/a.png")
-    line = json.dumps({"file_name": "class/a.png", "text": "a black square"})
-    (tmp_path / "images/metadata.jsonl").write_text(line)
+    names = [f"class/{i}.png" for i in range(100)]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name)
+    lines = [json.dumps({"file_name": name, "text": "a black square"}) for name in names]
+    (tmp_path / "images/metadata.jsonl").write_text("\n".join(lines))
     return tmp_path / "images"
 
 
@@ -36,6 +38,11 @@ def test_every_recipe_is_one_that_can_be_trained(file, images, tmp_path):
         overrides.append(f"data.path={images}")
     if (name := config.model.pretrained) is not None:
         overrides.append(f"model.pretrained={write_architecture(tmp_path / 'model', NAMES.get(name, name))}")
+    if config.conditioning.text_encoder is not None:  # all-MiniLM-L6-v2
+        (tmp_path / "config.json").write_text('{"hidden_size": 384}')
+        overrides.append(f"conditioning.text_encoder={tmp_path}")
+    if config.validation.metrics is not None:
+        overrides.append(f"validation.metrics.network={tmp_path / 'images/metadata.jsonl'}")  # a file is all it takes
     result = CliRunner().invoke(main, ["config", "validate", str(file), *overrides])
     assert result.exit_code == 0, result.stderr
     assert config.run.name == file.stem

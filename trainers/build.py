@@ -16,10 +16,11 @@ from trainers.data.sources import open_source
 from trainers.divergence import DivergenceGuard
 from trainers.ema import EMA
 from trainers.errors import ConfigError
+from trainers.evaluation.metrics import open_networks
 from trainers.evaluation.split import split
 from trainers.exclusions import Exclusions
 from trainers.fitting import check_fits
-from trainers.frozen import FrozenParts, open_frozen
+from trainers.frozen import Frozen, open_frozen
 from trainers.generators import GeneratorStates
 from trainers.identity import check_encoders
 from trainers.initial_weights import load_initial_weights
@@ -84,7 +85,7 @@ def build(
         frozen=frozen,
         latent_shape=latent_shape,
     )
-    return state, _with_threads(task, state)
+    return state, _with_threads(_with_networks(task), state)
 
 
 def _parts(config: TrainerConfig, source: Source, trace: StepTrace) -> tuple[GuardedSource, GuardedSource | None]:
@@ -93,6 +94,12 @@ def _parts(config: TrainerConfig, source: Source, trace: StepTrace) -> tuple[Gua
     skip = config.data.on_broken == "skip"
     validation = None if held_out is None else GuardedSource(source, trace, held_out, skip_broken=skip)
     return GuardedSource(source, trace, trained_on, skip_broken=skip), validation
+
+
+def _with_networks(task: Task) -> Task:
+    """The task, with what drawn images are measured by if the validation asks for it."""
+    metrics = task.config.validation.metrics
+    return task if metrics is None else replace(task, networks=open_networks(metrics, task.device))
 
 
 def _with_threads(task: Task, state: TrainState) -> Task:
@@ -107,7 +114,7 @@ def _with_threads(task: Task, state: TrainState) -> Task:
     return replace(task, read_ahead=ReadAhead(read, data.num_workers, data.prefetch))
 
 
-def _unchanging(config: TrainerConfig, frozen: FrozenParts | None, source: Source) -> dict[str, str]:
+def _unchanging(config: TrainerConfig, frozen: Frozen | None, source: Source) -> dict[str, str]:
     """The hash of frozen parts and data. Raises ConfigError if the data was made with other parts."""
     hashes = frozen.hashes if frozen else {}
     if source.latents is not None:

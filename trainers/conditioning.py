@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,30 @@ from trainers.errors import ConfigError
 
 _SAMPLE_NAMES = ("sample", "hidden_states")
 _TEXT_MODELS = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditioningConfig:
+    """How text becomes what a model takes: by the frozen parts of a pretrained pipeline, or by one text encoder."""
+
+    text_encoder: str | None = None
+    """A folder of transformers with a text encoder and its tokenizer, for a model.class_name of text that is trained on
+    pixels; null: that of model.pretrained."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of text encoders and VAE. It decides numbers."""
+    max_tokens: int | None = None
+    """Tokens that a T5 or text_encoder sees of a caption, >= 1; null: as many as its pipeline (SD3 256, Flux 512) or
+    tokenizer has it."""
+    guidance: float = 1.0
+    """What a guidance-distilled model (Flux dev) is told that it imitates, in training and when sampled, >= 0."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ConfigError(f"max_tokens={self.max_tokens} must be at least 1; null is the pipeline's own number")
+        if self.guidance < 0:
+            raise ConfigError(f"guidance={self.guidance} must be at least 0; 1 is usual in training")
+        if self.text_encoder is not None and self.guidance != 1:
+            raise ConfigError(f"guidance={self.guidance} has no effect with text_encoder; remove it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +61,16 @@ class Condition:
         """The embeddings in `dtype`; sizes stay as they are, for bfloat16 has only 8 bits for them."""
         tokens = None if self.tokens is None else self.tokens.to(dtype)
         return replace(self, tokens=tokens, pooled=None if self.pooled is None else self.pooled.to(dtype))
+
+    def rows(self, begin: int, end: int) -> Condition:
+        """The condition of the samples `begin : end` alone."""
+        parts = {name: value[begin:end] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **parts)
+
+    def to(self, device: torch.device) -> Condition:
+        """All of it on `device`."""
+        parts = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **parts)
 
 
 def takes_text(model: nn.Module) -> bool:

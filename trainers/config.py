@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from trainers.conditioning import ConditioningConfig
 from trainers.data.config import DataConfig
 from trainers.divergence import DivergenceConfig
 from trainers.ema import EMAConfig
 from trainers.errors import ConfigError
 from trainers.evaluation.config import SamplesConfig, ValidationConfig
-from trainers.frozen import ConditioningConfig
 from trainers.models import ModelConfig
 from trainers.objectives import ObjectiveConfig
 from trainers.optimizers import OptimizerConfig

@@ -14,6 +14,7 @@ import diffusers
 import torch
 
 import trainers.pipeline
+from trainers.conditioning import takes_text
 from trainers.config import TrainerConfig
 from trainers.errors import ConfigError
 from trainers.fingerprint import partial_fingerprint
@@ -21,8 +22,10 @@ from trainers.frozen import pipeline_scheduler
 from trainers.models import build_model, empty_model, learns_null_label, null_label
 from trainers.objectives import Objective
 from trainers.pretrained import PretrainedFolder
+from trainers.sampling import usual_guidance
 from trainers.shards import TensorSpec
 from trainers.state import SAFETENSORS_DTYPES, combined_fingerprint
+from trainers.text_encoder import open_text_encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +55,8 @@ def export_pipeline(
     Out of a pretrained pipeline comes a pipeline of the same kind, its frozen parts copied; of adapters, a folder for
     its `load_lora_weights`. Any other network loads as diffusers' `DDPMPipeline`, of which the parts (`unet`, also
     where it is a transformer, and `scheduler`) always work, and the call does for unconditional models; `pipeline.py`
-    in the folder also samples class-conditional ones. README.md says which weights are which, and how to load them;
-    unbroken.json says the same to programs.
+    in the folder also samples class-conditional ones, and those of text, whose text encoder is copied. README.md says
+    which weights are which, and how to load them; unbroken.json says the same to programs.
 
     Args:
         weights: exactly one without variant, the default weights; in any order.
@@ -107,11 +110,8 @@ def _write_network(
     index = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
     index.save_config(out_dir)  # model_index.json
     shutil.copyfile(trainers.pipeline.__file__, out_dir / "pipeline.py")
-    null, guided = null_label(model), learns_null_label(model, config.objective.label_drop)
-    arguments, kind = "num_images=4", "Unconditional."
-    if null is not None:
-        arguments = f"labels=[0, {null - guided}], guidance={1.5 if guided else 1}"
-        kind = f"Class-conditional: labels 0 to {null - guided}{f'; {null} stands for no label' if guided else ''}."
+    _write_text_encoder(out_dir, config)
+    arguments, kind = _call_of(model, config)
     edm = _edm_note(config.objective.sigma_data) if config.objective.prediction_type == "edm" else []
     return [
         kind,
@@ -125,9 +125,34 @@ def _write_network(
         "```",
         "",
         "`trust_remote_code` lets diffusers run the `pipeline.py` of this folder. Without it and without",
-        "`custom_pipeline` the folder loads as a plain DDPMPipeline, which can not pass on class labels.",
+        "`custom_pipeline` the folder loads as a plain DDPMPipeline, which can not pass on classes or texts.",
         *edm,
     ]
+
+
+def _write_text_encoder(out_dir: Path, config: TrainerConfig) -> None:
+    if config.conditioning.text_encoder is None:
+        return
+    encoder = open_text_encoder(config.conditioning, torch.device("cpu"))
+    encoder.tokenizer.model_max_length = encoder.max_tokens
+    index = json.loads((out_dir / "model_index.json").read_text())
+    for name, part in (("text_encoder", encoder.model), ("tokenizer", encoder.tokenizer)):
+        part.save_pretrained(out_dir / name)
+        index[name] = ["transformers", type(part).__name__]
+    (out_dir / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _call_of(model: Any, config: TrainerConfig) -> tuple[str, str]:
+    """How the pipeline of a network alone is called, and what kind of model that is."""
+    drop, null = config.objective.label_drop, null_label(model)
+    if takes_text(model):
+        return f'labels=["a text", "another one"], guidance={usual_guidance(model, drop):g}', "Draws what texts say."
+    if null is None:
+        return "num_images=4", "Unconditional."
+    guided = learns_null_label(model, drop)
+    absent = f"; {null} stands for no label" if guided else ""
+    arguments = f"labels=[0, {null - guided}], guidance={usual_guidance(model, drop):g}"
+    return arguments, f"Class-conditional: labels 0 to {null - guided}{absent}."
 
 
 def _edm_note(sigma_data: float) -> list[str]:

@@ -6,16 +6,17 @@ import diffusers
 import torch
 from torch import nn
 
-from trainers.conditioning import Condition, takes_text, type_name
+from trainers.conditioning import Condition, ConditioningConfig, takes_text, type_name
 from trainers.config import TrainerConfig
 from trainers.data.latents import EMPTY
 from trainers.data.samples import LatentFacts, Source
 from trainers.errors import ConfigError
-from trainers.evaluation.config import check_samples
+from trainers.evaluation.config import check_metrics, check_samples
 from trainers.evaluation.split import split
 from trainers.frozen import check_schedule, latent_shape
 from trainers.models import learns_null_label, null_label, settings_of
 from trainers.pretrained import PretrainedFolder
+from trainers.text_encoder import encoder_facts
 
 
 def check_fits(model: nn.Module, source: Source, config: TrainerConfig) -> tuple[int, int, int] | None:
@@ -29,6 +30,9 @@ def check_fits(model: nn.Module, source: Source, config: TrainerConfig) -> tuple
     """
     folder, image_size = config.model.folder(), config.data.image_size
     made, encoded = source.latents, folder is not None and folder.has("tokenizer")
+    if config.conditioning.text_encoder is not None:
+        _check_text_encoder(model, folder, config.conditioning)
+        encoded = True
     shape = latent_shape(folder, source.channels if made is None else None, image_size)
     if made is not None:
         _check_made(made, shape, config)
@@ -43,7 +47,9 @@ def check_fits(model: nn.Module, source: Source, config: TrainerConfig) -> tuple
     _check_captions(model, source, encoded)
     _check_labels(model, source.num_classes, config.objective.label_drop)
     check_samples(config.samples, model, source, config.objective.label_drop)
-    split(config.validation, config.seed, len(source))
+    _, held_out = split(config.validation, config.seed, len(source))
+    if config.validation.metrics is not None and held_out is not None:
+        check_metrics(config.validation.metrics, model, source, len(held_out), config.objective.label_drop)
     if source.buckets is not None and config.validation.holds_out:
         raise ConfigError(
             "validation holds samples out, which can not be cut into microbatches of one shape; remove data.buckets or"
@@ -122,7 +128,7 @@ def _check_captions(model: nn.Module, source: Source, encoded: bool) -> None:
     if text and not encoded:
         raise ConfigError(
             f"a {type_name(model)} needs text encoders, and there are none; set model.pretrained to a pipeline folder"
-            " that has them (model.from_scratch=true to begin at random weights)"
+            " that has them (model.from_scratch=true to begin at random weights), or conditioning.text_encoder"
         )
     if source.latents is not None:
         if text and not source.latents.has_text:
@@ -134,6 +140,21 @@ def _check_captions(model: nn.Module, source: Source, encoded: bool) -> None:
         raise ConfigError("data.captions=false, but the model is conditioned on text; set data.captions=true")
     if source.has_captions and not text:
         raise ConfigError("data.captions=true has no effect on a model without text; set it to false")
+
+
+def _check_text_encoder(model: nn.Module, folder: PretrainedFolder | None, config: ConditioningConfig) -> None:
+    where, settings = f"conditioning.text_encoder={config.text_encoder}", settings_of(model)
+    if folder is not None and (folder.has("tokenizer") or folder.has("vae")):
+        raise ConfigError(f"{where} does not go with the frozen parts of model.pretrained={folder.root}; remove one")
+    if type_name(model) != "UNet2DConditionModel" or settings["addition_embed_type"] is not None:
+        raise ConfigError(
+            f"{where} makes tokens alone, and a {type_name(model)} takes other things; use a UNet2DConditionModel"
+            " without addition_embed_type, or a pipeline as model.pretrained"
+        )
+    width, _ = encoder_facts(config)
+    taken = settings["cross_attention_dim"]
+    if any(part != width for part in (taken if isinstance(taken, list | tuple) else [taken])):
+        raise ConfigError(f"model.args.cross_attention_dim={taken}, but {where} makes tokens of {width}; set {width}")
 
 
 def _check_labels(model: nn.Module, num_classes: int | None, label_drop: float) -> None:

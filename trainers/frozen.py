@@ -5,21 +5,21 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import diffusers
 import torch
-import xxhash
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from trainers.conditioning import Condition
+from trainers.conditioning import Condition, ConditioningConfig
 from trainers.data.batch import draw_latents
 from trainers.errors import ConfigError
+from trainers.identity import tensors_hash
 from trainers.models import ModelConfig
 from trainers.objectives import Objective, ObjectiveConfig
 from trainers.pretrained import PretrainedFolder
+from trainers.text_encoder import TextEncoder, open_text_encoder
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What a pipeline's `encode_prompt` returns: where in it are tokens, pooled text and mask.
@@ -41,24 +41,6 @@ _SCHEDULE = (
     "trained_betas",
 )
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConditioningConfig:
-    """How the frozen parts of a pretrained pipeline are run."""
-
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of text encoders and VAE. It decides numbers."""
-    max_tokens: int | None = None
-    """Tokens that a T5 sees of a caption, >= 1; null: as many as the pipeline shows it (SD3 256, Flux 512)."""
-    guidance: float = 1.0
-    """What a guidance-distilled model (Flux dev) is told that it imitates, in training and when sampled, >= 0."""
-
-    def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ConfigError(f"max_tokens={self.max_tokens} must be at least 1; null is the pipeline's own number")
-        if self.guidance < 0:
-            raise ConfigError(f"guidance={self.guidance} must be at least 0; 1 is usual in training")
 
 
 def load_pipeline(
@@ -95,15 +77,6 @@ def _silence_transformers(folder: PretrainedFolder) -> None:
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()  # else it advises on parts that nobody asked for
-
-
-def tensors_hash(module: nn.Module) -> str:
-    """XXH3-128 of every tensor of `module`: names, dtypes, shapes and bytes, in order of names."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class FrozenParts:
@@ -193,22 +166,31 @@ class FrozenParts:
         return {name: value for name, value in options.items() if name in known}
 
 
-def open_frozen(model: ModelConfig, config: ConditioningConfig, device: torch.device) -> FrozenParts | None:
-    """The frozen parts that go with the model; None for a model without a pipeline. Local.
+Frozen = FrozenParts | TextEncoder
+"""What makes numbers of images and captions, for a model out of a pipeline or for one of pixels."""
+
+
+def open_frozen(model: ModelConfig, config: ConditioningConfig, device: torch.device) -> Frozen | None:
+    """The frozen parts that go with the model; None for a model with neither pipeline nor text encoder. Local.
 
     Raises:
         ConfigError: a part is missing, or the pipeline is of a kind that is not known here.
     """
+    if config.text_encoder is not None:
+        return open_text_encoder(config, device)
     folder = model.folder()
     if folder is None or folder.part is None or not folder.index:
         if config != ConditioningConfig():
-            raise ConfigError(f"conditioning={config} has no effect without a model.pretrained pipeline; remove it")
+            raise ConfigError(
+                f"conditioning={config} has no effect without a model.pretrained pipeline or text_encoder; remove it"
+            )
         return None
     pipeline = load_pipeline(model, folder, config.precision, **{folder.part: None})
-    if hasattr(pipeline, "encode_prompt") and type(pipeline).__name__ not in _ENCODED:
+    if (hasattr(pipeline, "encode_prompt") or folder.has("tokenizer")) and type(pipeline).__name__ not in _ENCODED:
         raise ConfigError(
             f"model.pretrained={model.pretrained} is a {type(pipeline).__name__}, whose text is not known here;"
-            f" known are {', '.join(_ENCODED)}"
+            f" known are {', '.join(_ENCODED)}; of models of pixels give the network's folder and"
+            " conditioning.text_encoder"
         )
     return FrozenParts(pipeline, config, device)
 

@@ -5,7 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+import torch
+import xxhash
+from torch import nn
+
 from trainers.errors import ConfigError
+
+
+def tensors_hash(module: nn.Module) -> str:
+    """XXH3-128 of every tensor of `module`: names, dtypes, shapes and bytes, in order of names."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def check_hashes(recorded: Mapping[str, str], actual: Mapping[str, str]) -> None:
@@ -16,7 +29,7 @@ def check_hashes(recorded: Mapping[str, str], actual: Mapping[str, str]) -> None
     """
     for name in sorted(recorded.keys() | actual.keys()):
         if recorded.get(name) != actual.get(name):
-            what = f"model.pretrained: the frozen part {name}"
+            what = f"model.pretrained or conditioning.text_encoder: the frozen part {name}"
             if name == "data":
                 what = "data.path: the data"
             raise ConfigError(

@@ -7,17 +7,19 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from trainers.conditioning import call_model, takes_text, type_name
+from trainers.conditioning import ConditioningConfig, call_model, takes_text, type_name
 from trainers.config import TrainerConfig
 from trainers.data.samples import Source
 from trainers.fitting import blank_condition, check_fits, data_shape
 from trainers.models import empty_model
 from trainers.pretrained import PretrainedFolder
 from trainers.reduction import Rounds, aligned_heights
+from trainers.text_encoder import encoder_facts
 from trainers.units import sharding_units
 
 _TEXT_TOKENS = {"SD3Transformer2DModel": 77 + 256, "FluxTransformer2DModel": 512, "PixArtTransformer2DModel": 120}
 _CLIP_TOKENS = 77
+_TOKENS_OF_BERT = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ def rank_memory(config: TrainerConfig, source: Source, world_size: int) -> RankM
         accumulation=4 * _kept_sums(config, model, world_size),
         optimizer=4 * trained * len(config.optimizer.moments),
         ema=4 * trained * len(config.ema),
-        frozen=_frozen_bytes(folder, 4 if config.conditioning.precision == "fp32" else 2),
+        frozen=_frozen_bytes(folder, config.conditioning),
         activations=_activation_bytes(model, config, shape),
     )
 
@@ -104,7 +106,10 @@ def _rows(parameter: nn.Parameter, shards: int) -> int:
     return -(-parameter.shape[0] // shards) * (parameter.numel() // max(1, parameter.shape[0]))
 
 
-def _frozen_bytes(folder: PretrainedFolder | None, width: int) -> int:
+def _frozen_bytes(folder: PretrainedFolder | None, config: ConditioningConfig) -> int:
+    width = 4 if config.precision == "fp32" else 2
+    if config.text_encoder is not None:
+        return width * encoder_facts(config)[1]
     if folder is None or not folder.index:
         return 0
     parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -115,7 +120,9 @@ def _activation_bytes(model: nn.Module, config: TrainerConfig, shape: tuple[int,
     batch = config.train.microbatch_size
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     tokens = _TEXT_TOKENS.get(type_name(model), _CLIP_TOKENS) if takes_text(model) else 1
-    if takes_text(model) and config.conditioning.max_tokens is not None and type_name(model) in _TEXT_TOKENS:
+    if config.conditioning.text_encoder is not None:
+        tokens = config.conditioning.max_tokens or _TOKENS_OF_BERT
+    elif takes_text(model) and config.conditioning.max_tokens is not None and type_name(model) in _TEXT_TOKENS:
         tokens = config.conditioning.max_tokens + (_CLIP_TOKENS if type_name(model).startswith("SD3") else 0)
     model = model.to(dtype)
     kept: dict[int, tuple[torch.UntypedStorage, int]] = {}  # the storages stay alive here: an id may not come twice

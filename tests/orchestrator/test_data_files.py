@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from orchestrator.checkpoint.store import Store
-from orchestrator.data_files import StoreFiles, data_files, with_absolute_path
+from orchestrator.data_files import StoreFiles, data_files, with_absolute_paths
 from tests.trainers.data import made_up
 from tests.trainers.tiny import tiny_config
 from trainers.config import TrainerConfig
@@ -83,7 +83,11 @@ def test_a_local_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.Monke
         ("hub/x", "hub/x"),
     ):
         plain = tiny_config(data={"source": "datasets", "path": path})
-        assert with_absolute_path(decode(TrainerConfig, plain)).data.path == expected
+        plain["conditioning"] = {"text_encoder": path}
+        plain["validation"] = {"num_samples": 2, "metrics": {"network": path}}
+        placed = with_absolute_paths(decode(TrainerConfig, plain))
+        assert placed.data.path == placed.conditioning.text_encoder == expected
+        assert placed.validation.metrics is not None and placed.validation.metrics.network == expected
 
 
 def test_what_opens_what() -> None:

@@ -30,11 +30,11 @@ from trainers.decode import decode
 from trainers.fingerprint import format_fingerprint
 from trainers.models import ModelConfig, build_model
 from trainers.objectives import Objective
-from trainers.sampling import sample_images, sample_pipeline
+from trainers.sampling import sample_images, sample_pipeline, sample_texts
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
-NAMES = [*FAMILIES, "lora", "pixels"]
+NAMES = [*FAMILIES, "lora", "pixels", "text"]
 RECOMPUTED = ("sdxl", "sd3", "lora")
 """Their second half keeps no activations: the same numbers."""
 
@@ -85,7 +85,8 @@ def test_killed_and_resumed_by_fewer_workers_it_is_bitwise_the_straight_run(
     }
     assert any(key.startswith("ema/main/") for key in words) and len(set(losses)) == STEPS
     assert manifest.scalars.get("frozen", {}) == frozen
-    assert ("vae" in frozen, "network" in frozen) == (name != "pixels", name == "lora")
+    assert ("vae" in frozen, "network" in frozen) == (name not in ("pixels", "text"), name == "lora")
+    assert ("text_encoder" in frozen) == (name not in ("pixels", "dit"))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,10 @@ def draw(run: Path) -> torch.Tensor:
     config: RunConfig = saved.config
     model = saved.load("ema")
     if config.model.pretrained is None:
-        images = sample_images(model, Objective(config.objective), (2, 1, 8, 8), num_steps=2)
+        if config.data.captions:
+            images = sample_texts(model, config, PROMPTS, guidance=1.5, num_steps=2)
+        else:
+            images = sample_images(model, Objective(config.objective), (2, 1, 8, 8), num_steps=2)
         return (images / 2 + 0.5) * 2 - 1  # as the pipeline rounds them
     if not config.data.captions:
         return sample_pipeline(model, config, LABELS, num_steps=2)

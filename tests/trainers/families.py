@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import torch
 
-from tests.trainers.pipelines import FAMILIES, write_pipeline
+from tests.trainers.pipelines import _HIDDEN, _UNET, FAMILIES, write_pipeline, write_text_encoder
 from tests.trainers.tiny import UNET, build_tiny, tiny_config
 from trainers.rng import Stream, derive_seed, normal
 from trainers.state import fingerprints
@@ -37,13 +37,28 @@ def family_config(folder: Path, family: str, **model: Any) -> dict[str, Any]:
 
 
 def all_families(folder: Path) -> dict[str, dict[str, Any]]:
-    """A configuration for each family, one of adapters, and one of a model of pixels; the pipelines lie in `folder`."""
+    """A configuration for each family, one of adapters, and two of models of pixels; the pipelines lie in `folder`."""
     pipelines = {name: write_pipeline(folder / name, name) for name in FAMILIES}
     found = {name: family_config(path, name) for name, path in pipelines.items()}
     found["lora"] = family_config(pipelines["sdxl"], "sdxl", lora={"rank": 2, "alpha": 4})
     pixels = {**UNET, "args": {**UNET["args"], "num_class_embeds": None}}
     found["pixels"] = {**family_config(folder, "dit"), "model": pixels}
+    found["text"] = text_config(write_text_encoder(folder / "text"))
     return found
+
+
+def text_config(encoder: Path) -> dict[str, Any]:
+    """Trains a model of pixels on captioned digits, with a text encoder of its own."""
+    args = {**_UNET, "sample_size": 8, "in_channels": 1, "out_channels": 1, "cross_attention_dim": _HIDDEN}
+    return {
+        **family_config(encoder, "sd15"),
+        "model": {"class_name": "UNet2DConditionModel", "args": {k: _plain(v) for k, v in args.items()}},
+        "conditioning": {"text_encoder": str(encoder), "max_tokens": 8},
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def train_families(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -63,7 +78,7 @@ def draw_elsewhere(folders: dict[str, str], pipe: Any) -> None:
     images = {}
     for name, folder in folders.items():
         base, _, adapters = folder.partition("+")
-        own = {"custom_pipeline": base, "trust_remote_code": True} if name == "pixels" else {}
+        own = {"custom_pipeline": base, "trust_remote_code": True} if name in ("pixels", "text") else {}
         pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(base, **own)
         if adapters:
             pipeline.load_lora_weights(adapters, weight_name="pytorch_lora_weights.safetensors")
@@ -74,8 +89,10 @@ def draw_elsewhere(folders: dict[str, str], pipe: Any) -> None:
 
 def call(family: str) -> dict[str, Any]:
     """The arguments with which a pipeline starts from the noise of our own sampling with seed 0."""
-    if family == "pixels":
-        return {"noise": normal(0, Stream.SAMPLING, torch.arange(2).numpy(), (1, 8, 8)), "num_inference_steps": 2}
+    if family in ("pixels", "text"):
+        noise = normal(0, Stream.SAMPLING, torch.arange(2).numpy(), (1, 8, 8))
+        what = {"labels": PROMPTS, "guidance": 1.5} if family == "text" else {}
+        return {"noise": noise, "num_inference_steps": 2, **what}
     seeds = [derive_seed(0, Stream.SAMPLING, i) for i in range(2)]
     common = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds], "num_inference_steps": 2}
     if family == "dit":

@@ -64,6 +64,20 @@ def _vae(channels: int = 4) -> diffusers.AutoencoderKL:
     )
 
 
+def write_text_encoder(folder: Path, *, seed: int = 0) -> Path:
+    """A BERT that makes tokens of 16 numbers, and its tokenizer."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_WORDS]
+    tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=16)
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": _HIDDEN, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=len(words), max_position_embeddings=12, **sizes)
+    encoder: Any = transformers.BertModel(config)
+    _spread(encoder)
+    for part in (tokenizer, encoder):
+        part.save_pretrained(folder)
+    return folder
+
+
 def _clip_tokenizer(folder: Path) -> Any:
     letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
     merges, vocabulary = [], list(letters)

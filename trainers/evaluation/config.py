@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
@@ -17,6 +19,42 @@ FIRST = "ema"
 """The first EMA profile."""
 
 
+INCEPTION = "inception"
+"""The standard network of FID and KID: Inception v3 with the weights of 2015, as torch-fidelity has them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """How near drawn images are to the samples that are held out, measured with the weights and every EMA profile."""
+
+    names: tuple[Literal["fid", "kid", "clip"], ...] = ("kid",)
+    """Some of fid, kid and clip. fid is mostly bias unless there are many more images than features."""
+    network: str = INCEPTION
+    """Features of fid and kid: inception, or a TorchScript or .pt2 file that makes (N, D) of (N, 3, H, W) uint8."""
+    clip: str | None = None
+    """Model of the CLIP score: a folder in transformers' form, or a name on the hub."""
+    every_steps: int | None = None
+    """Measured after every so many steps and at the end, >= 1; null: with every validation loss."""
+    num_images: int = 1000
+    """Images to draw, >= 2; they have the labels or captions of samples that are held out, in turn."""
+    num_steps: int = 50
+    """Denoising steps, >= 1."""
+    guidance: float | None = None
+    """Classifier-free guidance, >= 0; 1 is none. null: 1.5 where training drops labels or captions, else 1."""
+    seed: int = 0
+    """Of the noise that the images are made of, >= 0."""
+
+    def __post_init__(self) -> None:
+        for key, low in (("every_steps", 1), ("num_images", 2), ("num_steps", 1), ("guidance", 0), ("seed", 0)):
+            value = getattr(self, key)
+            if value is not None and value < low:
+                raise ConfigError(f"{key}={value} must be at least {low}")
+        if not self.names:
+            raise ConfigError("names=[] measures nothing; give some of fid, kid, clip, or metrics: null")
+        if ("clip" in self.names) != (self.clip is not None):
+            raise ConfigError(f"clip={self.clip} and names={list(self.names)}: the CLIP score needs both, or neither")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
     """Samples that are never trained on, and how often the loss of them is measured. Neither given: none are."""
@@ -27,6 +65,8 @@ class ValidationConfig:
     """Number of samples to hold out instead, >= 1."""
     every_steps: int | None = 1000
     """Their loss is measured after every so many steps and at the end, >= 1; null: never."""
+    metrics: MetricsConfig | None = None
+    """How near drawn images are to them, too; null: not measured."""
 
     def __post_init__(self) -> None:
         if self.fraction is not None and self.num_samples is not None:
@@ -42,6 +82,11 @@ class ValidationConfig:
                 f"every_steps={self.every_steps} has no effect, as nothing is held out; give fraction or num_samples"
             )
 
+        if not self.holds_out and self.metrics is not None:
+            raise ConfigError("metrics compare with samples that are held out; give fraction or num_samples")
+        if self.metrics is not None and self.every_steps is None and self.metrics.every_steps is None:
+            raise ConfigError("every_steps=null and metrics.every_steps=null: metrics are never measured; give one")
+
     @property
     def holds_out(self) -> bool:
         return self.fraction is not None or self.num_samples is not None
@@ -49,6 +94,10 @@ class ValidationConfig:
     def due(self, step: int, num_steps: int) -> bool:
         """Whether there is a validation after `step` completed steps."""
         return self.holds_out and _due(self.every_steps, step, num_steps)
+
+    def measures(self, step: int, num_steps: int) -> bool:
+        """Whether images are drawn and compared after `step` completed steps."""
+        return self.metrics is not None and _due(self.metrics.every_steps or self.every_steps, step, num_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +170,32 @@ def check_samples(samples: SamplesConfig, model: nn.Module, source: Source, labe
         )
     if wrong := [label for label in samples.labels if not 0 <= label < num_classes]:
         raise ConfigError(f"samples.labels: the data has no class {wrong[0]}; give 0 to {num_classes - 1}")
-    guided = label_drop > 0 if text else learns_null_label(model, label_drop)
-    if samples.guidance not in (None, 1) and not guided:
+    _check_guidance("samples", samples.guidance, model, label_drop)
+
+
+def check_metrics(
+    metrics: MetricsConfig, model: nn.Module, source: Source, num_held_out: int, label_drop: float
+) -> None:
+    """Check that images of `model` can be drawn and compared with those of `source`.
+
+    Raises:
+        ConfigError: they can't; the message names the key to change.
+    """
+    if source.latents is not None or source.channels not in (1, 3):
+        raise ConfigError("validation.metrics compare images, and data.source holds none; remove validation.metrics")
+    if num_held_out < 2:
+        raise ConfigError(f"validation.metrics compare with {num_held_out} sample that is held out; hold out 2 or more")
+    if metrics.clip is not None and not takes_text(model):
+        raise ConfigError(f"validation.metrics.clip={metrics.clip} needs a model of text; remove it")
+    if set(metrics.names) != {"clip"} and metrics.network != INCEPTION and not Path(metrics.network).is_file():
+        raise ConfigError(f"validation.metrics.network={metrics.network} is not there; give {INCEPTION} or a file")
+    _check_guidance("validation.metrics", metrics.guidance, model, label_drop)
+
+
+def _check_guidance(section: str, guidance: float | None, model: nn.Module, label_drop: float) -> None:
+    guided = label_drop > 0 if takes_text(model) else learns_null_label(model, label_drop)
+    if guidance not in (None, 1) and not guided:
         raise ConfigError(
-            f"samples.guidance={samples.guidance} needs a model that learns to do without label or caption;"
+            f"{section}.guidance={guidance} needs a model that learns to do without label or caption;"
             " set objective.label_drop, or guidance=1"
         )

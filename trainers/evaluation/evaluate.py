@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from trainers.evaluation.config import RAW
+from trainers.evaluation.distances import measure
 from trainers.evaluation.grids import draw_grid
 from trainers.evaluation.validation import validation_loss
 from trainers.evaluation.weights import evaluated_with
@@ -21,23 +22,27 @@ def evaluate(state: TrainState, task: Task, sink: MetricSink) -> None:
     """
     config, progress = task.config, state.progress
     validates = config.validation.due(progress.step, config.train.num_steps)
+    measures = config.validation.measures(progress.step, config.train.num_steps)
     draws = config.samples.due(progress.step, config.train.num_steps)
-    if not (validates or draws):
+    if not (validates or measures or draws):
         return
     begun_s = time.monotonic()
     begun = [RAW, *state.ema.tensors()]
     drawn = [name for name in config.samples.chosen(list(config.ema)) if name in begun] if draws else []
-    losses = {}
-    for weights in begun if validates else drawn:
+    numbers: dict[str, float] = {}
+    for weights in begun if validates or measures else drawn:
+        of = "" if weights == RAW else f"/ema/{weights}"
         with evaluated_with(state, weights):
             if validates:
-                name = "loss" if weights == RAW else f"loss/ema/{weights}"
-                losses[name] = validation_loss(state, task, sink.evaluating)
+                numbers[f"loss{of}"] = validation_loss(state, task, sink.evaluating)
+            if measures:
+                found = measure(state, task, sink.evaluating)
+                numbers |= {f"{name}{of}": value for name, value in found.items()}
             if weights in drawn:
                 grid = draw_grid(state, task, sink.evaluating)
                 if state.topology.rank == 0:
                     sink.drew(progress, weights, grid)
     settle(config.seed, progress.step, config.train.num_microbatches)  # as the step has left them
-    if losses:
-        sink.validated(progress, losses)
+    if numbers:
+        sink.validated(progress, numbers)
     sink.evaluated(progress, time.monotonic() - begun_s)

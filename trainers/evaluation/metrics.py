@@ -11,6 +11,7 @@ import urllib.error
 import warnings
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,10 @@ import torch
 from torch import nn
 
 from trainers.errors import ConfigError
+from trainers.evaluation.config import INCEPTION, MetricsConfig
 
 _BATCH_SIZE = 64
 _INSTALL = "pip install 'unbroken[evaluation]'"
-INCEPTION = "inception"
-"""The standard network of FID and KID: Inception v3 with the weights of 2015, as torch-fidelity has them."""
 
 
 class FeatureNetwork:
@@ -62,7 +62,7 @@ def open_network(which: str, device: torch.device) -> FeatureNetwork:
         return FeatureNetwork(INCEPTION, _inception().to(device), device)
     path = Path(which)
     if not zipfile.is_zipfile(path):  # both kinds are
-        raise ConfigError(f"--network {which} is neither {INCEPTION} nor the file of a TorchScript or .pt2 network")
+        raise ConfigError(f"network={which} is neither {INCEPTION} nor the file of a TorchScript or .pt2 network")
     try:
         if path.suffix == ".pt2":
             module: Any = torch.export.load(path).module().to(device)
@@ -73,7 +73,7 @@ def open_network(which: str, device: torch.device) -> FeatureNetwork:
                 module = torch.jit.load(path, map_location=device).eval()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"--network {which} can not be loaded: {reason}; give TorchScript, or a .pt2 file") from error
+        raise ConfigError(f"network={which} can not be loaded: {reason}; give TorchScript, or a .pt2 file") from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return FeatureNetwork(f"{path.stem}-{digest[:8]}", module, device)
 
@@ -84,10 +84,10 @@ def _inception() -> nn.Module:
 
         return NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"]).eval()
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--network {INCEPTION} needs torch-fidelity and torchmetrics; {_INSTALL}") from error
+        raise ConfigError(f"network={INCEPTION} needs torch-fidelity and torchmetrics; {_INSTALL}") from error
     except (urllib.error.URLError, OSError) as error:
         raise ConfigError(
-            f"--network {INCEPTION}: its weights are not here and can not be downloaded ({error}); give a network of"
+            f"network={INCEPTION}: its weights are not here and can not be downloaded ({error}); give a network of"
             " your own as a file"
         ) from error
 
@@ -112,7 +112,7 @@ def frechet_distance(real: torch.Tensor, drawn: torch.Tensor) -> float:
         from torchmetrics.image.fid import FrechetInceptionDistance  # an optional package
     except ModuleNotFoundError as error:
         raise ConfigError(f"FID needs torchmetrics; {_INSTALL}") from error
-    metric = FrechetInceptionDistance(feature=_Known(real.shape[1]))
+    metric = FrechetInceptionDistance(feature=_Known(real.shape[1]), sync_on_compute=False)
     metric.update(real, real=True)
     metric.update(drawn, real=False)
     return float(metric.compute())
@@ -131,7 +131,9 @@ def kernel_distance(real: torch.Tensor, drawn: torch.Tensor, seed: int) -> tuple
     size = min(1000, max(2, min(len(real), len(drawn)) // 2))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Metric .* will save all extracted features")  # they are here anyway
-        metric = KernelInceptionDistance(feature=_Known(real.shape[1]), subsets=100, subset_size=size)
+        metric = KernelInceptionDistance(
+            feature=_Known(real.shape[1]), subsets=100, subset_size=size, sync_on_compute=False
+        )
     metric.update(real, real=True)
     metric.update(drawn, real=False)
     with torch.random.fork_rng(devices=[]):
@@ -140,17 +142,31 @@ def kernel_distance(real: torch.Tensor, drawn: torch.Tensor, seed: int) -> tuple
     return float(mean), float(deviation)
 
 
-def clip_score(pixels: torch.Tensor, texts: Sequence[str], which: str, device: torch.device) -> tuple[str, float]:
-    """The name of the CLIP model, and 100 times the mean cosine between what it makes of images and of their texts.
+class ClipScore:
+    """100 times the mean cosine between what a CLIP model makes of images and of their texts.
 
-    Args:
-        pixels: (N, C, H, W) uint8.
-        which: a folder with a CLIP model and its processor, or its name on the hub.
+    Source: Hessel et al., "CLIPScore", 2021, section 3, with w = 1 as torchmetrics has it.
+    """
+
+    def __init__(self, name: str, metric: Any, device: torch.device) -> None:
+        self.name = name
+        self._metric = metric.to(device)
+        self._device = device
+
+    def __call__(self, pixels: torch.Tensor, texts: Sequence[str]) -> float:
+        """Args: pixels: (N, C, H, W) uint8, C = 1 or 3; texts: N of them."""
+        self._metric.reset()
+        for begin in range(0, len(texts), _BATCH_SIZE):
+            part = pixels[begin : begin + _BATCH_SIZE].expand(-1, 3, -1, -1).to(self._device)
+            self._metric.update(part, list(texts[begin : begin + _BATCH_SIZE]))
+        return float(self._metric.compute())
+
+
+def open_clip(which: str, device: torch.device) -> ClipScore:
+    """The CLIP score by the model in a folder, with its processor, or of a name on the hub.
 
     Raises:
         ConfigError: it can not be loaded.
-
-    Source: Hessel et al., "CLIPScore", 2021, section 3, with w = 1 as torchmetrics has it.
     """
     try:
         import transformers  # optional packages
@@ -162,12 +178,23 @@ def clip_score(pixels: torch.Tensor, texts: Sequence[str], which: str, device: t
         processor = transformers.CLIPProcessor.from_pretrained(which)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"--clip {which} can not be loaded: {reason}; give a folder with a CLIP model") from error
-    metric = CLIPScore(lambda: (model, processor)).to(device)  # pyright: ignore[reportArgumentType]
-    for begin in range(0, len(texts), _BATCH_SIZE):
-        part = pixels[begin : begin + _BATCH_SIZE].expand(-1, 3, -1, -1).to(device)
-        metric.update(part, list(texts[begin : begin + _BATCH_SIZE]))
-    return _clip_name(which), float(metric.compute())
+        raise ConfigError(f"clip={which} can not be loaded: {reason}; give a folder with a CLIP model") from error
+    metric = CLIPScore(lambda: (model, processor), sync_on_compute=False)  # pyright: ignore[reportArgumentType]
+    return ClipScore(_clip_name(which), metric, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """What images are measured with; what is not asked for is None."""
+
+    features: FeatureNetwork | None
+    clip: ClipScore | None
+
+
+def open_networks(config: MetricsConfig, device: torch.device) -> Networks:
+    """Those that `config` names. Raises ConfigError as `open_network` and `open_clip` do."""
+    features = None if set(config.names) == {"clip"} else open_network(config.network, device)
+    return Networks(features=features, clip=None if config.clip is None else open_clip(config.clip, device))
 
 
 class _Clip(nn.Module):

@@ -19,7 +19,8 @@ from trainers.config import TrainerConfig
 from trainers.data.sources import open_source
 from trainers.decode import decode
 from trainers.errors import ConfigError
-from trainers.evaluation.grids import _scheduler, draw_grid
+from trainers.evaluation.drawing import _scheduler
+from trainers.evaluation.grids import draw_grid
 from trainers.evaluation.validation import validation_loss
 from trainers.fitting import check_fits
 from trainers.frozen import load_pipeline

@@ -14,7 +14,7 @@ import transformers
 
 from tests.trainers.pipelines import _clip_tokenizer
 from trainers.errors import ConfigError
-from trainers.evaluation.metrics import clip_score, frechet_distance, kernel_distance, open_network
+from trainers.evaluation.metrics import frechet_distance, kernel_distance, open_clip, open_network
 
 CPU = torch.device("cpu")
 
@@ -117,9 +117,11 @@ def save_clip(folder: Path, seed: int) -> Path:
 def test_the_clip_score_is_a_cosine_of_the_model_in_its_name(tmp_path: Path) -> None:
     pixels = torch.randint(0, 255, (3, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     texts = ["a handwritten three", "a handwritten seven", "a handwritten one"]
-    name, score = clip_score(pixels, texts, str(save_clip(tmp_path / "clip", 5)), CPU)
-    other_name, other = clip_score(pixels, texts, str(save_clip(tmp_path / "second" / "clip", 7)), CPU)
-    assert name.startswith("clip-") and other_name.startswith("clip-") and name != other_name and score != other
+    clip = open_clip(str(save_clip(tmp_path / "clip", 5)), CPU)
+    second = open_clip(str(save_clip(tmp_path / "second" / "clip", 7)), CPU)
+    score, other = clip(pixels, texts), second(pixels, texts)
+    assert clip.name.startswith("clip-") and second.name.startswith("clip-") and clip.name != second.name
+    assert score != other and clip(pixels, texts) == score
     model = transformers.CLIPModel.from_pretrained(tmp_path / "clip")
     processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "clip")
     inputs = processor(text=texts, images=list(pixels.expand(-1, 3, -1, -1)), return_tensors="pt", padding=True)
@@ -127,4 +129,4 @@ def test_the_clip_score_is_a_cosine_of_the_model_in_its_name(tmp_path: Path) -> 
         cosines = model(**inputs).logits_per_text.diag() / model.logit_scale.exp()
     assert score == pytest.approx(100 * cosines.mean().item(), rel=1e-4) and score > 1
     with pytest.raises(ConfigError, match="can not be loaded"):
-        clip_score(pixels, texts, str(tmp_path), CPU)
+        open_clip(str(tmp_path), CPU)

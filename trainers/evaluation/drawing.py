@@ -1,0 +1,81 @@
+"""Images that are drawn between two steps, dealt out to the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from trainers.conditioning import Condition
+from trainers.evaluation.config import MetricsConfig, SamplesConfig
+from trainers.evaluation.shares import shares
+from trainers.rng import Stream, normal
+from trainers.sampling import denoise, guided, to_pixels, usual_guidance
+from trainers.state import TrainState
+from trainers.step import Task
+
+Conditions = Callable[[np.ndarray], tuple[Condition, Condition]]
+"""Of the images with these numbers: what they are to show, and nothing in particular."""
+
+
+@torch.no_grad()
+def draw_images(
+    state: TrainState,
+    task: Task,
+    wanted: SamplesConfig | MetricsConfig,
+    conditions: Conditions,
+    alive: Callable[[], None],
+) -> torch.Tensor:
+    """(N, C, H, W) uint8 on every rank, drawn with the weights that the model has now. Collective: all ranks.
+
+    Image i starts from noise of (seed, i) and is drawn together with the same others whatever the number of workers, so
+    it has the same bits for every world size and strategy.
+
+    Args:
+        alive: called before every part of the images.
+    """
+    config, num_images = task.config, wanted.num_images
+    size = min(config.train.microbatch_size, -(-num_images // config.train.num_microbatches))
+    shape = task.latent_shape or (task.source.channels, config.data.image_size, config.data.image_size)
+    image_shape = (task.source.channels, config.data.image_size, config.data.image_size)
+    images = torch.zeros(num_images, *image_shape, dtype=torch.uint8, device=task.device)
+    guidance = wanted.guidance
+    if guidance is None:
+        guidance = usual_guidance(state.model, config.objective.label_drop)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    for part, counts in shares(-(-num_images // size), state.topology):
+        alive()
+        numbers = np.arange(part * size, min(num_images, (part + 1) * size))
+        noise = normal(wanted.seed, Stream.SAMPLING, numbers, shape).to(task.device)
+        given, without = conditions(numbers)
+        predict = guided(state.model, given, without, guidance, dtype)
+        drawn = denoise(predict, _scheduler(task), noise, wanted.num_steps)
+        if counts:
+            drawn = task.frozen.images(drawn) if task.frozen else drawn
+            images[torch.from_numpy(numbers)] = to_pixels(drawn)
+    dist.all_reduce(images)  # each rank has zeros in the places of the others
+    return images
+
+
+def under_text(task: Task, texts: tuple[str, ...]) -> tuple[Condition, Condition]:
+    """The conditions of square images of what `texts` say, and of nothing in particular."""
+    assert task.frozen is not None
+    side = float(task.config.data.image_size)
+    sizes = torch.tensor([[side, side, 0.0, 0.0, side, side]] * len(texts), device=task.device)
+    return task.frozen.condition(None, texts, sizes), task.frozen.condition(None, ("",) * len(texts), sizes)
+
+
+def under_labels(task: Task, labels: torch.Tensor) -> tuple[Condition, Condition]:
+    """The conditions of images of classes, (N,) int64, and of nothing in particular."""
+    labels = labels.to(task.device)
+    return Condition(labels=labels), Condition(labels=torch.full_like(labels, task.null_label or 0))
+
+
+def _scheduler(task: Task) -> Any:
+    scheduler: Any = task.objective.scheduler()
+    if task.latent_shape is not None and "clip_sample" in scheduler.config:
+        return type(scheduler).from_config(scheduler.config, clip_sample=False)  # latents reach beyond 1
+    return scheduler
