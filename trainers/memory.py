@@ -13,8 +13,9 @@ from trainers.data.samples import Source
 from trainers.fitting import blank_condition, check_fits, data_shape
 from trainers.models import empty_model
 from trainers.pretrained import PretrainedFolder
-from trainers.reduction import Rounds, aligned_heights
+from trainers.reduction import Rounds
 from trainers.text_encoder import encoder_facts
+from trainers.tree import aligned_heights
 from trainers.units import sharding_units
 
 _TEXT_TOKENS = {"SD3Transformer2DModel": 77 + 256, "FluxTransformer2DModel": 512, "PixArtTransformer2DModel": 120}

@@ -130,7 +130,8 @@ def shard_model(
     fully_shard(model, mesh=mesh, mp_policy=root_policy or MixedPrecisionPolicy(), reshard_after_forward=keep)
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
-        unit.set_gradient_divide_factor(1.0)  # the loss is already divided by the number of microbatches
+        if topology.shard_size > 1:  # for one shard it is 1 anyway, and FSDP would go over all gradients to divide
+            unit.set_gradient_divide_factor(1.0)  # the loss is already divided by the number of microbatches
         unit.set_force_sum_reduction_for_comms(True)
         if config.reduction == "invariant":
             reduction = InvariantReduction(topology, rounds)
@@ -167,8 +168,12 @@ def _local_parameters(model: torch.nn.Module, topology: Topology) -> list[LocalP
 
 
 def begin_round(model: torch.nn.Module, config: ParallelConfig, rounds: Rounds) -> None:
-    """Tell FSDP whether this round's gradients are reduced. `InvariantReduction` takes every round's."""
-    if config.reduction == "fast" and rounds.local:
+    """Tell FSDP whether this round's gradients are reduced. `InvariantReduction` takes every round's, and adds them up
+    itself: what FSDP has of the round before must not be added as well."""
+    if config.reduction == "invariant":
+        if rounds.current:
+            model.zero_grad(set_to_none=True)
+    elif rounds.local:
         cast(FSDPModule, model).set_requires_gradient_sync(rounds.is_last)
 
 

@@ -1,8 +1,6 @@
-"""Sums over microbatches in one fixed binary tree, bitwise the same for every world size and strategy.
+"""Gradients summed over microbatches in the tree of `trainers.tree`, the same for every world size and strategy.
 
-Leaf m of the tree is the gradient of microbatch m, already divided by the number of microbatches M. Adjacent nodes of
-equal height are added pairwise, where the left one begins at a multiple of twice their leaves; what is left over at
-the end is folded from the right. So which additions are made depends on M alone, and not on who makes them.
+Leaf m of the tree is the gradient of microbatch m, already divided by the number of microbatches M.
 
 W = R * S ranks form R replicas of S shards (ddp: S = 1, fsdp: R = 1). In every exchange a unit of parameters goes
 
@@ -14,12 +12,15 @@ W = R * S ranks form R replicas of S shards (ddp: S = 1, fsdp: R = 1). In every 
 A rank works on several microbatches of a step where M > W, in as many rounds. Either they are neighbours, are added
 before they are exchanged, and there is one exchange a step (`accumulation: local`); or there is an exchange in every
 round, of one microbatch a rank, in order (`sharded`).
+
+Exchanges go on while the backward pass does: see `trainers.exchanges`; on a GPU FSDP's streams see to it. What a
+gradient holds counts after the last round only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -27,74 +28,14 @@ import torch.distributed as dist
 # Private path: the base class of the public `FSDPModule.set_custom_reduce_scatter`.
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
+from trainers.exchanges import Exchanges, Reduction
+from trainers.tree import TreeSum, aligned_heights
+
 # Renamed in torch 2.13; the old name warns there, the new one is missing before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-
-class TreeSum:
-    """A streaming pairwise sum over leaves `start`, `start` + 1, ...: a binary counter with partial sums for digits."""
-
-    def __init__(self, start: int = 0) -> None:
-        self._start = start
-        self._stop = start
-        self._stack: list[tuple[int, torch.Tensor]] = []
-
-    def push(self, node: torch.Tensor, height: int = 0) -> None:
-        """Append the sum of the next 2**height leaves. Takes ownership: `node` may be written to."""
-        first = self._stop
-        self._stop += 1 << height
-        while self._stack and self._stack[-1][0] == height and not (first - (1 << height)) % (2 << height):
-            _, left = self._stack.pop()
-            node = left.add_(node)
-            first -= 1 << height
-            height += 1
-        self._stack.append((height, node))
-
-    def nodes(self) -> list[torch.Tensor]:
-        """The sums not yet added to each other, in leaf order: the nodes of `aligned_heights(start, stop)`."""
-        return [node for _, node in self._stack]
-
-    def own_memory(self) -> None:
-        """Copy what is kept for the next exchange, so that the receive buffers it lies in can be freed."""
-        self._stack = [(height, node.clone()) for height, node in self._stack]
-
-    def finish(self) -> torch.Tensor:
-        """The sum of all leaves; the tree is empty afterwards."""
-        _, total = self._stack.pop()
-        while self._stack:
-            _, left = self._stack.pop()
-            total = left.add_(total)
-        self._stop = self._start
-        return total
-
-
-def aligned_heights(start: int, stop: int) -> list[int]:
-    """Heights of the largest whole tree nodes that make up the leaves `start : stop`, in order."""
-    heights = []
-    while start < stop:
-        height = (start & -start).bit_length() - 1 if start else (stop - start).bit_length() - 1
-        while start + (1 << height) > stop:
-            height -= 1
-        heights.append(height)
-        start += 1 << height
-    return heights
-
-
-def halve(values: torch.Tensor) -> torch.Tensor:
-    """Sum over the last dimension by folding it in half: elementwise additions only.
-
-    The order depends on the length alone, so the result does not depend on how rows are sharded or batched, nor on a
-    device's choice of reduction kernel.
-
-    Shapes: (..., N) -> (...,); N = 0 gives 0.
-    """
-    if values.shape[-1] == 0:
-        return values.new_zeros(values.shape[:-1])
-    while (n := values.shape[-1]) > 1:
-        half = n // 2
-        folded = values[..., :half] + values[..., half : 2 * half]
-        values = torch.cat((folded, values[..., -1:]), dim=-1) if n % 2 else folded
-    return values[..., 0]
+_FEW = 3
+"""Replicas that hand each other their slices one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +80,8 @@ class Rounds:
     local: bool
     """Every rank has neighbouring microbatches, and one exchange ends the step; else one exchange a round."""
     current: int = 0
+    exchanges: Exchanges = field(default_factory=Exchanges)
+    """Those of the round that is running."""
 
     @property
     def count(self) -> int:
@@ -152,6 +95,7 @@ class Rounds:
         for index in range(self.count):
             self.current = index
             yield index
+            self.exchanges.finish()
 
     def microbatch(self, rank: int) -> int | None:
         """What a rank works on in this round; None: it idles."""
@@ -181,11 +125,27 @@ class InvariantReduction(ReduceScatter):
         """Of this rank's slice of its shard, over all microbatches."""
         self._own: TreeSum | None = None
         """Of the whole unit, over this rank's own microbatches since the last exchange."""
-        self._arrived: list[torch.Tensor] = []
-        """This rank's shard of the nodes that its shard group brought to this exchange."""
+        self._begun: _Exchange | None = None
+        """Inside the shard group, of this round."""
+        self._whole: torch.Tensor | None = None
+        """Without shards: memory for the next gradient."""
+        self._asked = False
+        """FSDP has it, and will ask once more."""
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
+        """Memory for the whole gradient, and then for this rank's shard of it.
+
+        Without shards it is one and the same, as FSDP would only copy one to the other; and on a CPU, where new memory
+        costs more than what is done with it, that of the step before.
+        """
+        if self._topology.shard_size > 1:
+            return torch.empty(*size, dtype=dtype, device=device)
+        if self._whole is None:
+            self._whole = torch.empty(*size, dtype=dtype, device=device)
+        whole, self._asked = self._whole, not self._asked
+        if not self._asked:
+            self._whole = None
+        return whole
 
     def __call__(
         self,
@@ -198,26 +158,20 @@ class InvariantReduction(ReduceScatter):
         """In place of the reduce-scatter: hand every rank its shard of all nodes. `finish_round` adds them."""
         self._add_own(input_tensor)
         if self._exchanges:
-            self._arrived = self._exchange(self._take_own(), input_tensor, self._topology.shard_peers, group)
+            self._begun = self._exchange(self._take_own(), input_tensor, self._topology.shard_peers, group)
 
     def finish_round(self, output: torch.Tensor) -> None:
         """FSDP's all-reduce hook: runs after the reduce-scatter, or instead of it where S = 1.
 
-        FSDP adds up what `output` holds after each round, so it is zero until the last.
+        What `output` holds after a round but the last is of no use: `begin_round` throws it away.
         """
         if self._topology.shard_size == 1:
-            self._add_own(output.clone())  # not a view: the output is overwritten below
-            self._arrived = self._take_own() if self._exchanges else []
-        elif output.is_cuda and self._arrived:
-            # They were allocated on the reduce-scatter stream and are read on this one.
-            self._arrived[0].record_stream(torch.cuda.current_stream())
+            self._add_own(output)  # not copied: it is written to when nobody needs the leaf any more
+        elif output.is_cuda and self._begun is not None:
+            # It was allocated on the reduce-scatter stream and is read on this one.
+            self._begun.received.record_stream(torch.cuda.current_stream())
         if self._exchanges:
-            self._add_arrived(output)
-        if not self._rounds.is_last:
-            self._tree.own_memory()
-            output.zero_()
-        else:
-            torch.add(self._total(output), 0.0, out=output)  # -0.0 becomes 0.0, as it does where FSDP adds rounds up
+            self._rounds.exchanges.begin(self._reduce(output))
 
     @property
     def _exchanges(self) -> bool:
@@ -235,19 +189,53 @@ class InvariantReduction(ReduceScatter):
         own, self._own = self._own, None
         return own.nodes() if own else []
 
-    def _add_arrived(self, output: torch.Tensor) -> None:
+    def _reduce(self, output: torch.Tensor) -> Reduction:
         """Push this exchange's nodes into the tree; with replicas, after they have exchanged slices of them."""
         topology = self._topology
-        nodes, heights = self._arrived, self._heights(topology.shard_peers)
-        self._arrived = []
+        heights = self._heights(topology.shard_peers)
+        if topology.shard_size == 1:
+            nodes = self._take_own()
+        else:
+            begun, self._begun = self._begun, None
+            assert begun is not None
+            yield from begun.works()
+            nodes = begun.parts()
         if topology.num_replicas > 1:
             of_replica = TreeSum(self._rounds.leaves(topology.replicas[topology.replica]).start)
             for height, node in zip(heights, nodes, strict=True):
                 of_replica.push(node, height)
-            nodes = self._exchange(of_replica.nodes(), output, topology.replicas, topology.replicate_group)
-            heights = self._heights(topology.replicas)
+            begun = self._exchange(of_replica.nodes(), output, topology.replicas, topology.replicate_group)
+            yield from begun.works()
+            nodes, heights = begun.parts(), self._heights(topology.replicas)
         for height, node in zip(heights, nodes, strict=True):
             self._tree.push(node, height)
+        if self._rounds.is_last:
+            yield from self._hand_back(self._tree.finish(), output)
+            if topology.shard_size == 1 and not output.is_cuda:
+                self._whole = output  # these gradients are of no use any more when the next ones are made
+        else:
+            self._tree.own_memory()
+
+    def _hand_back(self, total: torch.Tensor, output: torch.Tensor) -> Reduction:
+        """Put the finished sum of the whole shard into `output`, of which this rank has its slice."""
+        topology = self._topology
+        if topology.num_replicas == 1:
+            torch.add(total, 0.0, out=output)  # -0.0 becomes 0.0
+            return
+        options = {"group": topology.replicate_group, "async_op": not output.is_cuda}
+        if topology.num_replicas > _FEW:
+            total.add_(0.0)
+            gathered = total.new_empty(topology.num_replicas * total.numel())
+            works = [_all_gather(gathered, total, **options)]
+        else:  # in place, where an all-gather would need memory for all of it
+            gathered, slices = output, output.split(total.numel())
+            if topology.replica < len(slices):  # with few elements not everybody has a slice
+                mine = slices[topology.replica]
+                torch.add(total[: len(mine)], 0.0, out=mine)
+            works = [dist.broadcast(part, group_src=owner, **options) for owner, part in enumerate(slices)]
+        yield from (work for work in works if work is not None)
+        if gathered is not output:
+            output.copy_(gathered[: output.numel()])
 
     def _heights(self, members: Sequence[range]) -> list[int]:
         """Of the nodes that these ranges of ranks bring to this exchange, in leaf order."""
@@ -256,12 +244,8 @@ class InvariantReduction(ReduceScatter):
 
     def _exchange(
         self, nodes: list[torch.Tensor], like: torch.Tensor, members: Sequence[range], group: dist.ProcessGroup
-    ) -> list[torch.Tensor]:
-        """Cut `nodes`, (like.numel(),) each, into one part a member of the group, and hand every member its parts.
-
-        Returns:
-            This rank's part of all members' nodes, in leaf order.
-        """
+    ) -> _Exchange:
+        """Cut `nodes`, (like.numel(),) each, into one part a member of the group, and hand every member its parts."""
         numel, num_members = like.numel(), len(members)
         part = -(-numel // num_members)
         if len(nodes) == 1 and part * num_members == numel:
@@ -271,17 +255,29 @@ class InvariantReduction(ReduceScatter):
             for row, node in zip(padded, nodes, strict=True):
                 row[:numel].copy_(node)
             # (nodes, members, part) -> (members, nodes, part): one contiguous message a member
-            sent = padded.view(len(nodes), num_members, part).transpose(0, 1).contiguous()
+            sent = padded.view(len(nodes), num_members, part).transpose(0, 1).contiguous().view(-1)
         counts = [len(self._heights([ranks])) * part for ranks in members]
         received = like.new_empty(sum(counts))
-        dist.all_to_all_single(received, sent.view(-1), counts, [len(nodes) * part] * num_members, group=group)
-        return list(received.view(-1, part).unbind(0))
+        sizes = [len(nodes) * part] * num_members
+        work = dist.all_to_all_single(received, sent, counts, sizes, group=group, async_op=not like.is_cuda)
+        return _Exchange(sent=sent, received=received, part=part, work=work)
 
-    def _total(self, output: torch.Tensor) -> torch.Tensor:
-        """The finished sum of the whole shard."""
-        topology, total = self._topology, self._tree.finish()
-        if topology.num_replicas == 1:
-            return total
-        gathered = total.new_empty(topology.num_replicas * total.numel())
-        _all_gather(gathered, total.contiguous(), group=topology.replicate_group)
-        return gathered[: output.numel()]
+
+@dataclass(frozen=True, kw_only=True)
+class _Exchange:
+    """An all-to-all that has begun."""
+
+    sent: torch.Tensor
+    """Must not go before it has arrived."""
+    received: torch.Tensor
+    part: int
+    work: dist.Work | None
+    """None on a GPU, where streams wait."""
+
+    def works(self) -> Reduction:
+        if self.work is not None:
+            yield self.work
+
+    def parts(self) -> list[torch.Tensor]:
+        """This rank's part of all members' nodes, in leaf order."""
+        return list(self.received.view(-1, self.part).unbind(0))

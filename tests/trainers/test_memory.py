@@ -97,7 +97,8 @@ def test_the_estimate_is_what_a_rank_holds(measured: dict[str, dict[str, int]], 
         assert getattr(expected, kind) == found[kind], kind
 
     # FSDP pads every parameter to whole rows a rank, and has its shards of the gradient from the first round on.
-    kept = expected.accumulation + (0 if way == "fast" else expected.gradients)
+    # Without shards one of the sums lies where the gradient of the step before lay.
+    kept = expected.accumulation + {"fast": 0, "ddp": -1}.get(way, 1) * expected.gradients
     assert kept <= found["between"] < 1.1 * kept
 
 

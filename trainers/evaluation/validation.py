@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 from trainers.data.batch import load_microbatch
 from trainers.evaluation.shares import shares
-from trainers.reduction import halve
 from trainers.rng import Stream, derive_key, seed_global_generators
 from trainers.state import TrainState
 from trainers.step import Task, sample_losses
+from trainers.tree import halve
 
 
 @torch.no_grad()

@@ -1,0 +1,42 @@
+"""Exchanges of gradients that go on while the backward pass does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+Reduction = Iterator[dist.Work]
+"""The reduction of one unit: it hands out what it has begun wherever it would have to wait for it."""
+
+
+class Exchanges:
+    """The reductions under way, those of all units of a model.
+
+    Whenever one begins, those before it wait for what they have begun and begin the next part. So the order in which
+    exchanges begin depends on the order of units alone, and all ranks agree on it without a word; and each has the time
+    of a unit's backward pass before anybody waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Reduction, dist.Work]] = []
+
+    def begin(self, reduction: Reduction) -> None:
+        """Run `reduction` until it would wait, and those before it one exchange further. Collective: all ranks."""
+        earlier, self._waiting = self._waiting, []
+        work = next(reduction, None)  # first of all: while others are waited for, its exchange goes on
+        self._go_on(earlier)
+        if work is not None:
+            self._waiting.append((reduction, work))
+
+    def finish(self) -> None:
+        """Run all of them to their ends. Collective: all ranks."""
+        while self._waiting:
+            earlier, self._waiting = self._waiting, []
+            self._go_on(earlier)
+
+    def _go_on(self, earlier: list[tuple[Reduction, dist.Work]]) -> None:
+        for reduction, work in earlier:
+            work.wait()
+            if (following := next(reduction, None)) is not None:
+                self._waiting.append((reduction, following))
