@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -69,18 +69,27 @@ class CheckpointInfo:
         return keys.EXPIRED_NAME in self.names
 
 
-def scan_checkpoints(store: Store) -> Iterator[CheckpointInfo]:
-    """Every checkpoint, newest first, each looked at when it is asked for."""
+Known = Mapping[CheckpointRef, CheckpointInfo]
+_NOTHING: Known = {}
+
+
+def scan_checkpoints(store: Store, known: Known = _NOTHING) -> Iterator[CheckpointInfo]:
+    """Every checkpoint, newest first, each looked at when it is asked for.
+
+    Args:
+        known: what an earlier call found. No object is written twice, so where the same names are there, nothing is
+            read again.
+    """
     refs = [CheckpointRef.parse(name) for name in store.list(keys.CHECKPOINTS)]
     for ref in sorted((ref for ref in refs if ref is not None), reverse=True):
-        info = _look(store, ref)
+        info = _look(store, ref, known.get(ref))
         if info is not None:
             yield info
 
 
-def list_checkpoints(store: Store) -> list[CheckpointInfo]:
-    """Every checkpoint, newest first."""
-    return list(scan_checkpoints(store))
+def list_checkpoints(store: Store, known: Known = _NOTHING) -> list[CheckpointInfo]:
+    """Every checkpoint, newest first; `known` as for `scan_checkpoints`."""
+    return list(scan_checkpoints(store, known))
 
 
 def newest_stable(store: Store) -> CheckpointInfo | None:
@@ -134,10 +143,12 @@ def quarantine(store: Store, ref: CheckpointRef, reason: str, attempt: int) -> N
         store.create(ref.quarantine, records.encode(marker))
 
 
-def _look(store: Store, ref: CheckpointRef) -> CheckpointInfo | None:
+def _look(store: Store, ref: CheckpointRef, known: CheckpointInfo | None = None) -> CheckpointInfo | None:
     names = tuple(store.list(ref.folder))
     if not names:
         return None  # a folder is all that a disk keeps of a removed checkpoint
+    if known is not None and known.names == names:
+        return known
     pinned = _reason(store, ref.pin) if keys.PIN_NAME in names else None
     state, detail, manifest = _examine(store, ref, names)
     return CheckpointInfo(ref=ref, state=state, detail=detail, manifest=manifest, names=names, pinned=pinned)

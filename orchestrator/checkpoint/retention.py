@@ -50,6 +50,8 @@ class Pruner:
         self._config = config
         self._clock = clock
         self._expired_at: dict[CheckpointRef, float] = {}
+        self._known: dict[CheckpointRef, CheckpointInfo] = {}
+        """From the pass before: a run may keep thousands, and each commit asks for a pass."""
 
     def prune(self, attempt: int, report: Callable[[Removal], None]) -> float | None:
         """One pass: mark what has become superfluous, remove what was marked long enough ago.
@@ -67,7 +69,9 @@ class Pruner:
             UnbrokenError: the store failed. The next pass goes on where this one ended.
         """
         began = self._clock()
-        verdicts = judge(list_checkpoints(self._store), self._config, attempt)
+        found = list_checkpoints(self._store, self._known)
+        self._known = {info.ref: info for info in found}
+        verdicts = judge(found, self._config, attempt)
         gone = [verdict for verdict in verdicts if not verdict.keep]
         for verdict in verdicts:
             if verdict.keep and verdict.info.expired:  # pinned meanwhile, or a newer one turned out damaged
