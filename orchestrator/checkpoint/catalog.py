@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
-
-import xxhash
 
 from orchestrator.checkpoint import keys, records
 from orchestrator.checkpoint.keys import CheckpointRef
@@ -71,49 +69,27 @@ class CheckpointInfo:
         return keys.EXPIRED_NAME in self.names
 
 
-_Parse = Callable[[Store, CheckpointRef, bytes], Manifest]
+Known = Mapping[CheckpointRef, CheckpointInfo]
+_NOTHING: Known = {}
 
 
-def scan_checkpoints(store: Store) -> Iterator[CheckpointInfo]:
-    """Every checkpoint, newest first, each looked at when it is asked for."""
-    return _scan(store, _parse)
+def scan_checkpoints(store: Store, known: Known = _NOTHING) -> Iterator[CheckpointInfo]:
+    """Every checkpoint, newest first, each looked at when it is asked for.
 
-
-def _scan(store: Store, parse: _Parse) -> Iterator[CheckpointInfo]:
+    Args:
+        known: what an earlier call found. No object is written twice, so where the same names are there, nothing is
+            read again.
+    """
     refs = [CheckpointRef.parse(name) for name in store.list(keys.CHECKPOINTS)]
     for ref in sorted((ref for ref in refs if ref is not None), reverse=True):
-        info = _look(store, ref, parse)
+        info = _look(store, ref, known.get(ref))
         if info is not None:
             yield info
 
 
-def list_checkpoints(store: Store) -> list[CheckpointInfo]:
-    """Every checkpoint, newest first."""
-    return list(scan_checkpoints(store))
-
-
-class Memory:
-    """Of one who lists the checkpoints again and again: a manifest is read each time, but parsed only if it is new.
-
-    Hundreds wait for the end of their grace period in a run that is saved every few seconds.
-    """
-
-    def __init__(self) -> None:
-        self._parsed: dict[CheckpointRef, tuple[bytes, Manifest]] = {}
-
-    def list_checkpoints(self, store: Store) -> list[CheckpointInfo]:
-        """As the function of this name, but the manifests come without their tensors, which would fill the memory."""
-        infos = list(_scan(store, self._parse))
-        present = {info.ref for info in infos}
-        self._parsed = {ref: parsed for ref, parsed in self._parsed.items() if ref in present}
-        return infos
-
-    def _parse(self, store: Store, ref: CheckpointRef, data: bytes) -> Manifest:
-        digest = xxhash.xxh3_128_digest(data)
-        known = self._parsed.get(ref)
-        if known is None or known[0] != digest:
-            known = self._parsed[ref] = digest, replace(_parse(store, ref, data), tensors={})
-        return known[1]
+def list_checkpoints(store: Store, known: Known = _NOTHING) -> list[CheckpointInfo]:
+    """Every checkpoint, newest first; `known` as for `scan_checkpoints`."""
+    return list(scan_checkpoints(store, known))
 
 
 def newest_stable(store: Store) -> CheckpointInfo | None:
@@ -167,18 +143,18 @@ def quarantine(store: Store, ref: CheckpointRef, reason: str, attempt: int) -> N
         store.create(ref.quarantine, records.encode(marker))
 
 
-def _look(store: Store, ref: CheckpointRef, parse: _Parse | None = None) -> CheckpointInfo | None:
+def _look(store: Store, ref: CheckpointRef, known: CheckpointInfo | None = None) -> CheckpointInfo | None:
     names = tuple(store.list(ref.folder))
     if not names:
         return None  # a folder is all that a disk keeps of a removed checkpoint
+    if known is not None and known.names == names:
+        return known
     pinned = _reason(store, ref.pin) if keys.PIN_NAME in names else None
-    state, detail, manifest = _examine(store, ref, names, parse or _parse)
+    state, detail, manifest = _examine(store, ref, names)
     return CheckpointInfo(ref=ref, state=state, detail=detail, manifest=manifest, names=names, pinned=pinned)
 
 
-def _examine(
-    store: Store, ref: CheckpointRef, names: tuple[str, ...], parse: _Parse
-) -> tuple[CheckpointState, str, Manifest | None]:
+def _examine(store: Store, ref: CheckpointRef, names: tuple[str, ...]) -> tuple[CheckpointState, str, Manifest | None]:
     """State, detail, and the manifest if it is of use."""
     if keys.MANIFEST_NAME not in names and keys.EXPIRED_NAME in names:
         return CheckpointState.EXPIRED, "", None
@@ -193,7 +169,7 @@ def _examine(
     if data.startswith(_ABANDONED):
         return CheckpointState.ABANDONED, "", None
     try:
-        manifest = parse(store, ref, data)
+        manifest = _parse(store, ref, data)
     except DamagedCheckpointError as error:
         return CheckpointState.DAMAGED, str(error), None
     if missing := {file.name for file in manifest.files}.difference(names):

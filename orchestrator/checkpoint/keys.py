@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 RUN_RECORD = "run.json"
 CONFIG = "config.yaml"
@@ -78,7 +79,7 @@ class CheckpointRef:
     def __str__(self) -> str:
         return f"{self.samples_seen:013d}-{self.attempt:04d}"
 
-    @property
+    @cached_property
     def folder(self) -> str:
         return f"{CHECKPOINTS}/{self}"
 

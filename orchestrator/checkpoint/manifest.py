@@ -34,6 +34,7 @@ from trainers.shards import TensorSpec
 
 FORMAT = "unbroken-1"
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _DIGEST_LEAD = b',\n  "digest": "'
 _DIGEST_TAIL = b'"\n}\n'
 
@@ -186,7 +187,7 @@ def _serialise(manifest: Manifest) -> bytes:
     for entry in fields(Manifest):
         value = getattr(manifest, entry.name)
         if entry.name == "files":
-            text = _list([_json(asdict(file)) for file in value], "  ")
+            text = _list([_json(vars(file)) for file in value], "  ")
         elif entry.name == "tensors":
             items = [f"    {_json(name)}: {_tensor(tensor)}" for name, tensor in value.items()]
             text = "{\n" + ",\n".join(items) + "\n  }" if items else "{}"
@@ -209,7 +210,7 @@ def _list(items: list[str], indent: str) -> str:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return _ENCODER.encode(value)
 
 
 def _parse(content: dict[str, Any]) -> Manifest:

@@ -17,12 +17,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orchestrator.checkpoint import keys, records
 from orchestrator.checkpoint.attempts import check_not_superseded, newest_attempt
-from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, Memory, abandon
+from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, abandon, list_checkpoints
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.policy import RetentionConfig, Verdict, judge
 from orchestrator.checkpoint.store import Store
@@ -49,8 +49,10 @@ class Pruner:
         self._store = store
         self._config = config
         self._clock = clock
-        self._memory = Memory()
         self._expired_at: dict[CheckpointRef, float] = {}
+        self._known: dict[CheckpointRef, CheckpointInfo] = {}
+        """From the pass before, without tensors: in a run that is saved every few seconds hundreds wait for the end of
+        their grace period, and each commit asks for a pass."""
 
     def prune(self, attempt: int, report: Callable[[Removal], None]) -> float | None:
         """One pass: mark what has become superfluous, remove what was marked long enough ago.
@@ -68,7 +70,9 @@ class Pruner:
             UnbrokenError: the store failed. The next pass goes on where this one ended.
         """
         began = self._clock()
-        verdicts = judge(self._memory.list_checkpoints(self._store), self._config, attempt)
+        found = list_checkpoints(self._store, self._known)
+        self._known = {info.ref: _without_tensors(info) for info in found}
+        verdicts = judge(found, self._config, attempt)
         gone = [verdict for verdict in verdicts if not verdict.keep]
         for verdict in verdicts:
             if verdict.keep and verdict.info.expired:  # pinned meanwhile, or a newer one turned out damaged
@@ -110,6 +114,10 @@ class Pruner:
         if remove(self._store, info, attempt):
             report(Removal(ref=info.ref, reason=verdict.reason))
         return 0.0
+
+
+def _without_tensors(info: CheckpointInfo) -> CheckpointInfo:
+    return replace(info, manifest=info.manifest and replace(info.manifest, tensors={}))
 
 
 def _patience_s(key: str, attempt: int, config: RetentionConfig) -> float:

@@ -1,12 +1,14 @@
-"""The reader without its threads: for the simulation, and where starting them would take most of the time."""
+"""The reader without its threads, and no manifest parsed twice: for the simulation, as both take long."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from unittest import mock
 
 from orchestrator.checkpoint import reader
+from orchestrator.checkpoint.manifest import Manifest
 
 
 class _Serial:
@@ -24,5 +26,9 @@ class _Serial:
 
 @contextlib.contextmanager
 def serial_reads() -> Iterator[None]:
-    with mock.patch.object(reader, "ThreadPoolExecutor", _Serial):
+    parse = functools.lru_cache(4096)(Manifest.from_bytes)  # of the same bytes, the same frozen value
+    with (
+        mock.patch.object(reader, "ThreadPoolExecutor", _Serial),
+        mock.patch.object(Manifest, "from_bytes", staticmethod(parse)),
+    ):
         yield

@@ -5,7 +5,6 @@ import pytest
 from orchestrator.checkpoint.attempts import claim_attempt
 from orchestrator.checkpoint.catalog import (
     CheckpointState,
-    Memory,
     abandon,
     list_checkpoints,
     load_manifest,
@@ -14,7 +13,6 @@ from orchestrator.checkpoint.catalog import (
     take_over,
 )
 from orchestrator.checkpoint.keys import CheckpointRef
-from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import DamagedCheckpointError, MissingObjectError, StorageError, SupersededError
 from tests.orchestrator.checkpoint.states import make_state, save, write_shards
@@ -50,20 +48,19 @@ def test_every_state_is_told_apart_newest_first(any_store):
     assert newest_stable(any_store).manifest == load_manifest(any_store, refs[1])
 
 
-def test_what_was_seen_is_parsed_once_and_damage_is_noticed_all_the_same(store, monkeypatch):
+def test_what_was_seen_is_not_read_again_unless_something_came_or_went(store, monkeypatch):
     refs = [save(store, make_state(step), step=step).ref for step in range(3)]
-    parsed, from_bytes = [], Manifest.from_bytes
-    monkeypatch.setattr(Manifest, "from_bytes", lambda data, where: parsed.append(where) or from_bytes(data, where))
-    memory = Memory()
-    for _ in range(2):
-        seen, anew = memory.list_checkpoints(store), list_checkpoints(store)
-        assert [(i.ref, i.state, i.names, i.progress) for i in seen] == [
-            (i.ref, i.state, i.names, i.progress) for i in anew
-        ]
-        assert [i.manifest.metrics for i in seen] == [i.manifest.metrics for i in anew]
-    assert len(parsed) == 3 + 2 * 3
-    flip(store, refs[1].manifest, 100)
-    assert [str(info.state) for info in memory.list_checkpoints(store)] == ["stable", "damaged", "stable"]
+    known = {info.ref: info for info in list_checkpoints(store)}
+    quarantine(store, refs[1], "a bit flipped", attempt=1)
+    read, whole = [], store.read
+    monkeypatch.setattr(store, "read", lambda key: read.append(key) or whole(key))
+    again = list_checkpoints(store, known)
+    assert read == [refs[1].quarantine]
+    assert again == list_checkpoints(store) and [str(info.state) for info in again] == [
+        "stable",
+        "quarantined",
+        "stable",
+    ]
 
 
 def test_of_one_progress_the_newest_attempt_counts(store):

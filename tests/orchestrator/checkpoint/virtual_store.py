@@ -1,17 +1,18 @@
 """A world in which time, storage and scheduling are a function of a seed.
 
-Every actor is a thread, but only one runs at a time: whoever is next on the virtual clock. It gives up control in every
-storage operation, before it takes effect and after. Faults are drawn from the seed.
+Every actor has a stack of its own, and only one runs at a time: whoever is next on the virtual clock. It gives up
+control in every storage operation, before it takes effect and after. Faults are drawn from the seed.
 """
 
 from __future__ import annotations
 
 import heapq
 import random
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+
+import greenlet
 
 from orchestrator.checkpoint.backend import Backend
 from orchestrator.checkpoint.store import Store
@@ -63,23 +64,15 @@ NETWORK = Process("network")
 
 class _Actor:
     def __init__(self, world: World, process: Process, function: Callable[[], None]) -> None:
-        self.process, self._world, self._function = process, world, function
-        self.turn = threading.Lock()
-        self.turn.acquire()
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.process, self._function = process, function
+        self.stack = greenlet.greenlet(self._run, world.hub)  # to which it returns, with whatever it raises
 
     def _run(self) -> None:
-        self.turn.acquire()
         try:
-            self._world.current = self
             if not self.process.dead:
                 self._function()
         except Died:
             self.process.dead = True
-        except BaseException as error:
-            self.error = error
-        self._world.back.release()
 
 
 class World:
@@ -89,10 +82,11 @@ class World:
         self.rng = random.Random(seed)
         self.now = 0.0
         self.objects: dict[str, bytes] = {}
+        self.folders: dict[str, dict[str, None]] = {}
+        """What is directly below each, which is asked for most."""
         self.trace: list[str] = []
         self.current: _Actor | None = None
-        self.back = threading.Lock()
-        self.back.acquire()
+        self.hub = greenlet.getcurrent()
         self.on_effect: Callable[[Process, str, str, bytes | None], None] = lambda *_: None
         """Told of (process, verb, key, what the key held before), after each change."""
         self._queue: list[tuple[float, int, _Actor | Callable[[], None]]] = []
@@ -116,21 +110,16 @@ class World:
                 else:
                     what()
         finally:
-            for _, _, what in self._queue:  # let no thread wait for ever
-                if isinstance(what, _Actor) and what.thread.ident:
+            for _, _, what in self._queue:  # leave no stack behind in the middle of something
+                if isinstance(what, _Actor) and what.stack:
                     what.process.dead = True
                     with suppress(BaseException):
                         self._resume(what)
 
     def _resume(self, actor: _Actor) -> None:
-        """Until it pauses or ends."""
+        """Until it pauses or ends. Raises what it raises."""
         self.current = actor
-        if not actor.thread.ident:
-            actor.thread.start()
-        actor.turn.release()
-        self.back.acquire()
-        if actor.error is not None:
-            raise actor.error
+        actor.stack.switch()
 
     @property
     def idle(self) -> bool:
@@ -143,23 +132,33 @@ class World:
         assert actor is not None
         if self._queue and self._queue[0][0] <= self.now + delay_s:
             self.after(delay_s, actor)
-            self.back.release()
-            actor.turn.acquire()
-            self.current = actor
+            self.hub.switch()
         else:
-            self.now += delay_s  # nobody else is due before: no need to change threads
+            self.now += delay_s  # nobody else is due before
         if actor.process.dead:
             raise Died
 
     def change(self, process: Process, verb: str, key: str, data: bytes | None) -> None:
         """Make an object hold `data`, or be gone."""
         before = self.objects.get(key)
+        folder, _, name = key.rpartition("/")
         if data is None:
             self.objects.pop(key, None)
+            while folder and not self._remove(folder, name):
+                folder, _, name = folder.rpartition("/")
         else:
             self.objects[key] = data
+            while folder and name not in (names := self.folders.setdefault(folder, {})):
+                names[name] = None
+                folder, _, name = folder.rpartition("/")
         self.trace.append(f"{self.now:.3f} {process.name} {verb} {key}")
         self.on_effect(process, verb, key, before)
+
+    def _remove(self, folder: str, name: str) -> bool:
+        """Whether anything is left in the folder."""
+        names = self.folders.get(folder, {})
+        names.pop(name, None)
+        return bool(names)
 
 
 def virtual_store(world: World, process: Process) -> Store:
@@ -195,8 +194,8 @@ class VirtualBackend(Backend):
 
     def list(self, path: str) -> list[str]:
         self._before()
-        folder = path.removeprefix("run/") + "/"
-        return self._after(list({k[len(folder) :].split("/")[0] for k in self._world.objects if k.startswith(folder)}))
+        folder = path.removeprefix("run/")
+        return self._after(list(self._world.folders.get(folder, ())))
 
     def write(self, path: str, parts: Sequence[memoryview]) -> None:
         data = b"".join(bytes(part) for part in parts)
