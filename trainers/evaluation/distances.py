@@ -15,10 +15,10 @@ from trainers.data.samples import Samples
 from trainers.evaluation.drawing import draw_images, under_labels, under_text
 from trainers.evaluation.metrics import FeatureNetwork, frechet_distance, kernel_distance
 from trainers.evaluation.shares import shares
-from trainers.reduction import halve
 from trainers.sampling import to_pixels
 from trainers.state import TrainState
 from trainers.step import Task
+from trainers.tree import halve
 
 Load = Callable[[np.ndarray], torch.Tensor]
 
