@@ -47,7 +47,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from orchestrator.agent import agent
 from orchestrator.control import Listener, LiveNodesPolicy, NodeWatch, make_mailbox
-from orchestrator.joining import join
+from orchestrator.joining import join, start_here
 from orchestrator.peer_memory import start_directory
 from orchestrator.run_spec import RunSpec
 from orchestrator.tracking.fan_out import FanOut, check_tracking
@@ -187,18 +187,8 @@ def connect_ray(config: RunConfig, num_cpus: float | None = None, logging_level:
     if address := os.environ.get("RAY_ADDRESS"):
         join(address, logging_level)
         return
-    # A cluster of our own on this machine: loopback only, nothing written to the home folder.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     needed = config.max_workers * config.resources.cpu
-    ray.init(
-        address="local",  # not whatever cluster happens to run here: for that one, RAY_ADDRESS=auto
-        num_cpus=int(max(needed + 0.999, (os.cpu_count() or 1) if num_cpus is None else num_cpus)),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging_level,
-        _node_ip_address="127.0.0.1",
-    )
+    start_here(int(max(needed + 0.999, (os.cpu_count() or 1) if num_cpus is None else num_cpus)), logging_level)
 
 
 def _supervise(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell, interrupts: Interrupts) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Joining a Ray cluster that is there already."""
+"""Connecting to Ray: a cluster that is there already, or one of this machine alone."""
 
 from __future__ import annotations
 
 import logging
+import os
 import socket
 
 import ray
@@ -11,6 +12,8 @@ from ray.exceptions import RayError
 from orchestrator.errors import ClusterError
 
 _ANSWER_S = 10.0
+_STARTS = 3
+"""Times that Ray is started here; it gives a node 30 s, which a busy machine may not keep."""
 
 
 def join(address: str, logging_level: int = logging.WARNING) -> None:
@@ -28,6 +31,35 @@ def join(address: str, logging_level: int = logging.WARNING) -> None:
             f"no Ray cluster answers at {address} ({' '.join(reason.split())}); give the address of its head, such as"
             " head:6379"
         ) from error
+
+
+def start_here(num_cpus: int, logging_level: int = logging.WARNING) -> None:
+    """Start a Ray of this machine alone: on loopback, with nothing written to the home folder.
+
+    Raises:
+        ClusterError: it does not start.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for start in range(1, _STARTS + 1):
+        try:
+            ray.init(
+                address="local",  # not whatever cluster happens to run here: for that one, RAY_ADDRESS=auto
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging_level,
+                _node_ip_address="127.0.0.1",
+            )
+            return
+        except Exception as error:  # Ray raises a plain Exception when its own processes do not come up in time
+            ray.shutdown()
+            if start == _STARTS:
+                reason = str(error).partition(". ")[0]
+                raise ClusterError(
+                    f"Ray does not start on this machine, in {_STARTS} tries ({reason}); look for too little memory or"
+                    " a full disk; its logs are in /tmp/ray, or in RAY_TMPDIR"
+                ) from error
 
 
 def _ask(address: str) -> None:

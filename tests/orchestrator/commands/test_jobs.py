@@ -35,6 +35,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     client = FakeClient()
     monkeypatch.setattr(Cluster, "connect", staticmethod(lambda address: cluster(client)))
     monkeypatch.setattr("orchestrator.jobs._AGAIN_S", 0.0)
+    monkeypatch.setattr("orchestrator.submission._MOST_PAUSE_S", 0.0)
     return client
 
 
