@@ -61,36 +61,6 @@ def run(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def on_one_rank(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return run_ranks(1, run, configs)[0]
-
-
-@pytest.mark.parametrize("name", ["text", "classes"])
-def test_training_does_not_notice_them(on_one_rank: dict[str, Any], name: str) -> None:
-    assert on_one_rank[name][0] == on_one_rank[f"{name}, unmeasured"][0]
-    assert on_one_rank[f"{name}, unmeasured"][1] == {}
-
-
-def test_one_result_for_every_layout(configs: dict[str, dict[str, Any]], on_one_rank: dict[str, Any]) -> None:
-    measured = {name: {**configs[name], "parallel": {"strategy": "ddp"}} for name in ("text", "classes")}
-    for rank, found in enumerate(run_ranks(3, run, measured)):
-        for name in measured:
-            state, numbers, pictures, when = on_one_rank[name]
-            assert found[name] == (state, numbers, pictures if rank == 0 else {}, when)
-
-
-def test_each_is_named_after_its_network_and_the_weights(on_one_rank: dict[str, Any]) -> None:
-    _, numbers, _, _ = on_one_rank["text"]
-    assert list(numbers) == [2, 3]  # every two steps, and at the end
-    kinds = {name.split("-")[0] for name in numbers[2]}
-    assert kinds == {"fid/means", "kid/means", "clip/clip"} and len(numbers[2]) == len(numbers[3]) == 2 * 3
-    assert {name.partition("/ema/")[2] for name in numbers[3]} == {"", "main"}
-    assert len({*numbers[2].values(), *numbers[3].values()}) == 12, "other weights, other numbers"
-    found = {name.partition("/ema/")[2] for name in on_one_rank["classes"][1][3]}
-    assert found == {"", "slow", "late"}
-
-
 def _again(config: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     """Numbers of the first weights, and the same from the images, all at once."""
     state, task = build_tiny(config)
@@ -118,8 +88,47 @@ def _again(config: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     return numbers, expected
 
 
-def test_they_compare_with_all_that_is_held_out(configs: dict[str, dict[str, Any]]) -> None:
-    numbers, expected = run_ranks(1, _again, configs["text"])[0]
+def run_and_again(configs: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], Any]:
+    return run(configs), _again(configs["text"])
+
+
+@pytest.fixture(scope="module")
+def both(configs: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], Any]:
+    return run_ranks(1, run_and_again, configs)[0]
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(both: tuple[dict[str, Any], Any]) -> dict[str, Any]:
+    return both[0]
+
+
+@pytest.mark.parametrize("name", ["text", "classes"])
+def test_training_does_not_notice_them(on_one_rank: dict[str, Any], name: str) -> None:
+    assert on_one_rank[name][0] == on_one_rank[f"{name}, unmeasured"][0]
+    assert on_one_rank[f"{name}, unmeasured"][1] == {}
+
+
+def test_one_result_for_every_layout(configs: dict[str, dict[str, Any]], on_one_rank: dict[str, Any]) -> None:
+    measured = {name: {**configs[name], "parallel": {"strategy": "ddp"}} for name in ("text", "classes")}
+    for rank, found in enumerate(run_ranks(2, run, measured)):
+        for name in measured:
+            state, numbers, pictures, when = on_one_rank[name]
+            assert found[name] == (state, numbers, pictures if rank == 0 else {}, when)
+
+
+def test_each_is_named_after_its_network_and_the_weights(on_one_rank: dict[str, Any]) -> None:
+    _, numbers, _, _ = on_one_rank["text"]
+    assert list(numbers) == [2, 3]  # every two steps, and at the end
+    kinds = {name.split("-")[0] for name in numbers[2]}
+    assert kinds == {"fid/means", "kid/means", "clip/clip"} and len(numbers[2]) == len(numbers[3]) == 2 * 3
+    assert {name.partition("/ema/")[2] for name in numbers[3]} == {"", "main"}
+    assert len({*numbers[2].values(), *numbers[3].values()}) == 12, "other weights, other numbers"
+    found = {name.partition("/ema/")[2] for name in on_one_rank["classes"][1][3]}
+    assert found == {"", "slow", "late"}
+
+
+def test_they_compare_with_all_that_is_held_out(both: tuple[dict[str, Any], Any]) -> None:
+    numbers, expected = both[1]
     assert numbers == pytest.approx(expected, rel=1e-3)  # together rather than in parts: that rounds otherwise
 
 
