@@ -31,7 +31,10 @@ def test_kinds_that_cannot_be_caused_are_skipped_with_the_reason(
     monkeypatch.setattr("orchestrator.chaos.namespaces.why_not", lambda: "network namespaces need root")
     config = load_config(write_config(tmp_path), ())
     kinds, skipped = choose_kinds(config, DrillRequest())
-    assert set(skipped) == {FaultKind.PARTITION, FaultKind.SLOW_STORE} and set(kinds) == {*FaultKind} - set(skipped)
+    assert set(skipped) == {FaultKind.PARTITION, FaultKind.SLOW_STORE, FaultKind.RESIZE}
+    assert set(kinds) == {*FaultKind} - set(skipped) and "workers={min: 1, max: 4}" in skipped[FaultKind.RESIZE]
+    elastic = load_config(write_config(tmp_path), ("workers={min: 1, max: 2}",))
+    assert FaultKind.RESIZE in choose_kinds(elastic, DrillRequest())[0]
     on_gpus = load_config(write_config(tmp_path), ("resources.gpu=1",))
     assert FaultKind.KILL_NODE in choose_kinds(on_gpus, DrillRequest())[1]
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
@@ -103,6 +106,7 @@ def test_a_drill(tmp_path: Path) -> None:
     overrides = ("train.num_steps=80", "checkpoint.every_steps=4")
     card = unbroken_chaos(tmp_path, *overrides, "--faults", "kill-worker,corrupt-checkpoint,nan", "--seed", "9")
     assert card["passed"] and card["bitwise_same"] and len(card["faults"]) == 3
+    assert card["checkpoints_verified"] >= 2 and card["checkpoints_damaged"] == card["left_running"] == []
     noticed = {fault["fault"]["kind"]: fault["noticed_by"] for fault in card["faults"]}
     assert noticed == {"kill-worker": "down", "corrupt-checkpoint": "quarantined", "nan": "bad_step"}
     assert not (tmp_path / "run").exists(), "the run that the config names is left alone"
