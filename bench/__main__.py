@@ -21,6 +21,7 @@ ROWS = {
     "reduction": "the invariant reduction, beside torch's own",
     "ema": "an EMA update, beside others and the memory's bandwidth",
     "recovery": "from SIGKILL to the next step, beside torchrun and plain Ray Train",
+    "nodes": "from the loss of an agent or a node to the next step, beside the bare cost of a start",
     "goodput": "useful time under one schedule of kills, beside the best interval in hindsight and torch's DCP",
     "save": "what a save costs the training, beside a copy, torch's DCP, torch.save and accelerate",
     "s3": "saves to S3, beside boto3",

@@ -40,7 +40,7 @@ def under_ray(folder: Path, file: Path) -> Arm:
 def under_torchrun(name: str, module: str, arguments: Sequence[str], num_workers: int = 2) -> Arm:
     """A module that trains in every rank, restarted whenever one of them dies."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={num_workers}", "--max-restarts=1000"]
-    return Arm(name, [*torchrun, f"--master-port={_free_port()}", "-m", module, *arguments], {})
+    return Arm(name, [*torchrun, f"--master-port={free_port()}", "-m", module, *arguments], {})
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def both(config: dict[str, Any], bare_keeps_state: bool) -> Iterator[tuple[Arm, 
             yield ours, bare
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

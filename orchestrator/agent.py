@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from functools import partial
 from typing import Any, cast
 
 import ray
@@ -15,7 +16,9 @@ from orchestrator.committing import BackgroundChores
 from orchestrator.control import take_orders
 from orchestrator.coordinator import Coordinator
 from orchestrator.errors import RegroupError
+from orchestrator.forkserver import open_fork_server
 from orchestrator.hub import Hub, connect
+from orchestrator.keepers import shared_name
 from orchestrator.messages import Ending, Event
 from orchestrator.peer_memory import home
 from orchestrator.run_spec import RunSpec
@@ -51,7 +54,8 @@ def agent(arguments: dict[str, Any]) -> None:
     address, key, ring = cast(_Wire, ray.train.collective.broadcast_from_rank_zero(wire))
     node = ray.get_runtime_context().get_node_id()
     try:
-        outcome = Supervisor(spec, rank, world_size, connect(address, key, rank), node, ring=home(ring)).run()
+        wire, forks = connect(address, key, rank), partial(open_fork_server, shared_name(spec.session, node))
+        outcome = Supervisor(spec, rank, world_size, wire, node, forks, ring=home(ring)).run()
     finally:
         for sink in sinks:
             sink.close()

@@ -6,22 +6,21 @@ Also what the driver knows of the cluster's nodes: which are about to be taken a
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 import ray
 from ray._private.state import state as cluster
 from ray.exceptions import RayError
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.halting import HaltOrder, Purpose
+from orchestrator.keepers import Keepers
 from orchestrator.messages import Event
+from orchestrator.placing import count_workers, live_nodes
 
 NODE_POLL_S = 1.0
 
@@ -114,7 +113,7 @@ class Listener:
                 self._seen, self._world_size = {}, event.fields["world_size"]
             case "trainer":
                 self._seen = {**self._seen, event.fields["rank"]: event.fields["node"]}
-            case "agent_lost" | "regroup":
+            case "agent_lost" | "group_lost" | "regroup":
                 self._seen = {}
 
     def _listen(self) -> None:
@@ -131,16 +130,22 @@ class Listener:
 
 
 class NodeWatch:
-    """Looks at the cluster's nodes, in a thread, and orders what follows: a drain, or growth."""
+    """Looks at the cluster's nodes, in a thread, and orders what follows: a keeper, a drain, or growth."""
 
     def __init__(
-        self, listener: Listener, order: Callable[[HaltOrder], None], max_workers: int, resources: Mapping[str, float]
+        self,
+        listener: Listener,
+        order: Callable[[HaltOrder], None],
+        max_workers: int,
+        resources: Mapping[str, float],
+        keepers: Keepers,
     ) -> None:
         """Args: max_workers: 0 for a fixed number of workers; resources: of one worker."""
         self._listener = listener
         self._order = order
         self._max_workers = max_workers
         self._resources = resources
+        self._keepers = keepers
         self._ordered: set[tuple[str, ...]] = set()
         self._roomy_polls = 0
         self._closed = threading.Event()
@@ -160,7 +165,8 @@ class NodeWatch:
                 continue  # the head is away; if it stays away, the driver ends for that
 
     def _look(self) -> None:
-        group = self._listener.nodes
+        nodes, group = live_nodes(), self._listener.nodes
+        self._keepers.tend(nodes, group.values())
         if not group:
             self._ordered, self._roomy_polls = set(), 0
             return
@@ -169,7 +175,9 @@ class NodeWatch:
             left_s = draining[node] / 1000 - time.time()
             when = f"gone in {left_s:.0f} s" if draining[node] else "no deadline given"
             self._order_once(Purpose.DRAIN, f"node {node[:8]} is being drained, {when}", node)
-        room = count_workers(self._resources, live_nodes(), self._max_workers)
+        room = count_workers(self._resources, nodes, self._max_workers)
+        if room > len(group):  # or does Ray only not know yet that a node is lost?
+            room = count_workers(self._resources, live_nodes(ask=True), self._max_workers)
         # Twice in a row: a node that is lost while a group starts may still be counted.
         self._roomy_polls = self._roomy_polls + 1 if room > len(group) else 0
         if self._roomy_polls >= 2:
@@ -180,65 +188,3 @@ class NodeWatch:
         if (key := (purpose.value, *about)) not in self._ordered:
             self._ordered.add(key)
             self._order(HaltOrder(purpose=purpose, reason=reason))
-
-
-def live_nodes(ask: bool = False) -> dict[str, dict[str, float]]:
-    """Total resources of every node that is alive and not being drained.
-
-    Args:
-        ask: connect to each of them: Ray itself learns of a lost node seconds after its agents are gone.
-    """
-    draining = cluster.get_draining_nodes()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
-    if ask:
-        with ThreadPoolExecutor(max_workers=64) as pool:
-            nodes = [node for node, answers in zip(nodes, pool.map(_answers, nodes), strict=True) if answers]
-    return {node["NodeID"]: node["Resources"] for node in nodes}
-
-
-def _answers(node: Mapping[str, Any]) -> bool:
-    try:
-        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=2.0):
-            return True
-    except OSError:
-        return False
-
-
-def count_workers(worker: Mapping[str, float], nodes: Mapping[str, Mapping[str, float]], most: int) -> int:
-    """How many workers fit onto these nodes, up to `most`."""
-    needs = {name: amount for name, amount in worker.items() if amount > 0}
-    if not needs:
-        return most if nodes else 0
-    # The smallest amount that Ray can count is 1/10000; without it 3 * 0.1 does not fit into 0.3.
-    fits = [min(int((has.get(name, 0.0) + 1e-4) / need) for name, need in needs.items()) for has in nodes.values()]
-    return min(most, sum(fits))
-
-
-class LiveNodesPolicy(ElasticScalingPolicy):
-    """Ray Train's elastic policy on what the cluster has now.
-
-    Ray's own looks at reservations that are renewed every 20 s, so after the loss of a node it asks for the lost
-    workers again and waits for them in vain. And it resizes a running group at once, which loses the steps since the
-    last checkpoint; here the driver orders growth, and the group stops at a checkpoint.
-    """
-
-    def __init__(self, scaling_config: Any) -> None:
-        super().__init__(scaling_config)
-        self._starts = 0
-
-    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        self._starts += 1
-        return super().make_decision_for_non_running_worker_group()
-
-    def make_decision_for_running_worker_group(self, *_: Any, **__: Any) -> ScalingDecision:
-        self._starts = 0
-        self._maybe_send_resource_request()
-        return NoopDecision()
-
-    def _get_reserved_resources(self) -> Any:
-        nodes = live_nodes(ask=True)
-        if self._starts <= 1:
-            return nodes
-        # It did not start: somebody else may hold a part of the cluster. Take what is free.
-        free = cluster.available_resources_per_node()
-        return {node: resources for node, resources in free.items() if node in nodes}

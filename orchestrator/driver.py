@@ -40,15 +40,17 @@ from trainers.errors import ConfigError
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a dead agent is seen in 0.1 s instead of 1.5 s
 os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "60")  # if even the hub's heartbeat sees nothing
 os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # `NodeWatch` looks; this is a process a restart
 
 import ray
 import ray.train
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from orchestrator.agent import agent
-from orchestrator.control import Listener, LiveNodesPolicy, NodeWatch, make_mailbox
+from orchestrator.control import Listener, NodeWatch, make_mailbox
 from orchestrator.joining import join, start_here
+from orchestrator.keepers import Keepers
 from orchestrator.peer_memory import start_directory
+from orchestrator.placing import Replacing, Trainer, live_nodes
 from orchestrator.run_spec import RunSpec
 from orchestrator.tracking.fan_out import FanOut, check_tracking
 
@@ -194,6 +196,8 @@ def connect_ray(config: RunConfig, num_cpus: float | None = None, logging_level:
 def _supervise(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell, interrupts: Interrupts) -> dict[str, Any]:
     """Call Ray Train until the coordinator reports an outcome; Ray restarts agents and nodes by itself."""
     deaths, stalled_at = 0, None
+    keepers = Keepers(spec.session, spec.preload, _resources(config), config.max_workers)
+    keepers.tend(live_nodes(), ())
     directory = start_directory(config.resources.cpu) if config.checkpoint.peer else None
     if config.resources.gpu:  # NCCL's own word on a collective that is stuck, in Ray's log; it observes only
         os.environ.setdefault("RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "1")
@@ -204,7 +208,7 @@ def _supervise(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell, inter
         mailbox = make_mailbox()
         listener = Listener(mailbox, show)
         most = config.max_workers if isinstance(config.workers, Workers) else 0
-        nodes = NodeWatch(listener, mailbox.order.remote, most, _resources(config))
+        nodes = NodeWatch(listener, mailbox.order.remote, most, _resources(config), keepers)
         trainer = _trainer(spec, config, {"mailbox": mailbox, "directory": directory})
         error = _fit(trainer, interrupts, listener, mailbox)
         nodes.close()
@@ -224,7 +228,7 @@ def _supervise(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell, inter
         time.sleep(min(10.0, 0.5 * 2**deaths))
 
 
-def _fit(trainer: DataParallelTrainer, interrupts: Interrupts, listener: Listener, mailbox: Any) -> Exception | None:
+def _fit(trainer: Trainer, interrupts: Interrupts, listener: Listener, mailbox: Any) -> Exception | None:
     """Run Ray Train to its end; what ended it before the train function returned, if anything did.
 
     In a thread: there Ray leaves signals alone, and this one is free to be interrupted.
@@ -255,9 +259,9 @@ def _fit(trainer: DataParallelTrainer, interrupts: Interrupts, listener: Listene
     return errors[0] if errors else None
 
 
-def _trainer(spec: RunSpec, config: RunConfig, actors: dict[str, Any]) -> DataParallelTrainer:
+def _trainer(spec: RunSpec, config: RunConfig, actors: dict[str, Any]) -> Trainer:
     workers = (config.workers.min, config.workers.max) if isinstance(config.workers, Workers) else config.workers
-    return _Trainer(
+    return Trainer(
         agent,
         train_loop_config={"spec": spec, **actors},
         scaling_config=ray.train.ScalingConfig(
@@ -267,6 +271,7 @@ def _trainer(spec: RunSpec, config: RunConfig, actors: dict[str, Any]) -> DataPa
             # Ray gets no checkpoints to index and needs a folder only for its own marker.
             name=f"{config.run.name}-{spec.session[:8]}",
             storage_path=os.path.join(tempfile.gettempdir(), f"unbroken-ray-train-{os.getuid()}"),
+            callbacks=[Replacing(actors["mailbox"])],  # pyright: ignore[reportArgumentType] # it takes Ray's own kinds
             failure_config=ray.train.FailureConfig(
                 max_failures=-1, controller_failure_limit=-1, max_preemption_failures=-1
             ),
@@ -277,12 +282,3 @@ def _trainer(spec: RunSpec, config: RunConfig, actors: dict[str, Any]) -> DataPa
 def _resources(config: RunConfig) -> dict[str, float]:
     """What one worker asks for, in Ray's words."""
     return {"CPU": config.resources.cpu, **({"GPU": config.resources.gpu} if config.resources.gpu else {})}
-
-
-class _Trainer(DataParallelTrainer):
-    """Ray Train with our choice of the number of workers, where that is elastic."""
-
-    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        if self.scaling_config.elasticity_enabled:
-            arguments["scaling_policy"] = LiveNodesPolicy(self.scaling_config)
-        return super()._initialize_and_run_controller(**arguments)

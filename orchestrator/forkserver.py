@@ -1,59 +1,120 @@
-"""A warm process on each worker: it has imported what a trainer needs, and forks one in milliseconds.
-
-Run as `python -m orchestrator.forkserver FD MODULE...` by the agent. It stays single-threaded, so forking it is safe,
-and holds no state: the agent sends a file descriptor set, gets a process id back, and is told when that process ends.
-The trainers die with it (parent-death signal), and it dies with the agent (end of the control connection).
-"""
+"""An agent's side of a fork server, `orchestrator/forking.py`, which forks its trainers in milliseconds."""
 
 from __future__ import annotations
 
-import ctypes
-import importlib
 import os
 import platform
-import signal
 import socket
+import struct
 import sys
-import traceback
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import recv_handle, send_handle
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import send_handle
 from subprocess import Popen
 
 from orchestrator.errors import StartError
 from orchestrator.messages import ChildEnded, ImportFailed
 
-_PR_SET_PDEATHSIG = 1
+_COMMAND = (sys.executable, "-m", "orchestrator.forking")
+_FIND_S = 1.0
+"""Seconds to wait for a shared fork server: it may be a little later than the agent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a trainer has of the process that asks for it; its standard output and error are the first two handles."""
+
+    environment: Mapping[str, str]
+    folder: str
 
 
 @dataclass(frozen=True)
-class _Fork:
+class Fork:
+    """Start a trainer that owns so many file descriptors, which follow. Answered with its process id."""
+
     num_handles: int
+    surroundings: Surroundings | None
+    """None: those of the fork server."""
 
 
 @dataclass(frozen=True)
-class _Signal:
+class Signal:
+    """Send a trainer a signal, if it still runs."""
+
     pid: int
     number: int
+
+
+class Keeper:
+    """Starts a fork server that the agents of this machine find under a name, and keeps it."""
+
+    def __init__(self, name: str, preload: Sequence[str]) -> None:
+        """Args: preload: as for `ForkServer.start`."""
+        self._end, theirs = socket.socketpair()
+        with theirs, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(_address(name))
+            listener.listen(1024)
+            handles = (theirs.fileno(), listener.fileno())
+            # Not in the folder of this process: what lies there could be taken for a module.
+            self.process = Popen([*_COMMAND, *map(str, handles), *preload], pass_fds=handles, cwd="/")
+
+    def close(self) -> None:
+        """Let it end when the last agent has gone."""
+        self._end.close()
+
+
+def open_fork_server(name: str, preload: Sequence[str]) -> ForkServer:
+    """The fork server that is shared under `name`; without one, one of this process's own."""
+    end = time.monotonic() + _FIND_S
+    while True:
+        shared = socket.socket(socket.AF_UNIX)
+        try:
+            shared.connect(_address(name))
+            if same_user(shared):
+                return ForkServer(Connection(shared.detach()))
+        except OSError:
+            pass  # it is not there, or not yet
+        shared.close()
+        if time.monotonic() > end:
+            return ForkServer.start(preload)
+        time.sleep(0.05)
+
+
+def _address(name: str) -> str:
+    """Abstract, so it is no file that could stay behind; and no file that says who may connect: see `same_user`."""
+    return f"\0unbroken-{name}"
+
+
+def same_user(end: socket.socket) -> bool:
+    """Whether this user runs the process at the other end, by the kernel's word: it may have anything run here."""
+    credentials = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", credentials)
+    return user == os.getuid()
 
 
 class ForkServer:
     """The agent's side."""
 
-    def __init__(self, preload: Sequence[str]) -> None:
-        """Start the process; it imports the modules named in `preload` before it answers.
+    def __init__(self, connection: Connection, process: Popen[bytes] | None = None) -> None:
+        """Args: process: at the other end, if it is this agent's own."""
+        self._process = process
+        self.connection = connection
+        """Delivers `ChildEnded`; end of file when the fork server itself has died."""
+
+    @staticmethod
+    def start(preload: Sequence[str]) -> ForkServer:
+        """Start a process of this agent's own; it imports the modules named in `preload` before it answers.
 
         Args:
             preload: `module` or `module:attribute`, the latter for packages that import their parts lazily.
         """
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "orchestrator.forkserver", str(theirs.fileno()), *preload]
-            self._process = Popen(command, pass_fds=[theirs.fileno()])
-        self.connection = Connection(ours.detach())
-        """Delivers `ChildEnded`; end of file when the fork server itself has died."""
+            process = Popen([*_COMMAND, str(theirs.fileno()), "-1", *preload], pass_fds=[theirs.fileno()])
+        return ForkServer(Connection(ours.detach()), process)
 
     def fork(self, *handles: int) -> int:
         """Start a trainer that owns duplicates of these file descriptors. Returns its process id.
@@ -61,10 +122,14 @@ class ForkServer:
         Raises:
             StartError: the fork server can not import what trainers need, or has died.
         """
+        surroundings = None
+        if self._process is None:
+            surroundings = Surroundings(environment=dict(os.environ), folder=os.getcwd())
+            handles = (1, 2, *handles)
         with suppress(BrokenPipeError, ConnectionResetError):  # what it said before it died says more
-            self.connection.send(_Fork(len(handles)))
+            self.connection.send(Fork(len(handles), surroundings))
             for handle in handles:
-                send_handle(self.connection, handle, self._process.pid)
+                send_handle(self.connection, handle, None)
         while not isinstance(answer := self._hear(), int):
             continue  # the end of an earlier child, already known from its pipe
         return answer
@@ -83,8 +148,8 @@ class ForkServer:
         try:
             answer = self.connection.recv()
         except (EOFError, OSError) as error:
-            status = self._process.wait()
-            raise StartError(f"the process that trainers are forked from ended with status {status}") from error
+            status = "" if self._process is None else f" with status {self._process.wait()}"
+            raise StartError(f"the process that trainers are forked from ended{status}") from error
         if isinstance(answer, ImportFailed):
             last = answer.trace.strip().splitlines()[-1]
             raise StartError(
@@ -95,81 +160,11 @@ class ForkServer:
     def signal(self, pid: int, number: int) -> None:
         """Send a trainer a signal, if it still runs. The fork server does it, as it alone knows whose the id is."""
         with suppress(BrokenPipeError):  # it has died, and its trainers with it
-            self.connection.send(_Signal(pid, number))
+            self.connection.send(Signal(pid, number))
 
     def close(self) -> None:
-        """End the fork server and every trainer."""
+        """End this agent's trainers, and the fork server if it is its own."""
         self.connection.close()
-        self._process.kill()
-        self._process.wait()
-
-
-def _serve(connection: Connection, preload: Sequence[str]) -> None:
-    try:
-        for name in preload:
-            module, _, attribute = name.partition(":")
-            imported = importlib.import_module(module)
-            if attribute:
-                getattr(imported, attribute)
-        trainer = importlib.import_module("orchestrator.trainer_process")  # pulls in what is not preloaded yet
-    except BaseException:  # a broken package may raise anything, SystemExit too
-        connection.send(ImportFailed(traceback.format_exc()))
-        return
-    awake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    children: set[int] = set()
-    while True:
-        if awake in wait([connection, awake]):
-            os.read(awake, 4096)
-            _reap(connection, children)
-        if not connection.poll():
-            continue
-        try:
-            request = connection.recv()
-        except (EOFError, ConnectionResetError):  # the latter if the agent left something unread
-            return
-        if isinstance(request, _Signal):
-            if request.pid in children:
-                os.kill(request.pid, request.number)
-            continue
-        handles = [recv_handle(connection) for _ in range(request.num_handles)]
-        parent = os.getpid()
-        if pid := os.fork():
-            for handle in handles:
-                os.close(handle)
-            children.add(pid)
-            connection.send(pid)
-        else:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for handle in (connection.fileno(), awake, wake):
-                os.close(handle)
-            _die_with(parent)
-            os._exit(trainer.main(*handles))
-
-
-def _reap(connection: Connection, children: set[int]) -> None:
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if not pid:
-            return
-        children.discard(pid)
-        connection.send(ChildEnded(pid, os.waitstatus_to_exitcode(status)))
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when `parent` dies, also if that happened before the call."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-if __name__ == "__main__":
-    # The requests are pickled under this module's real name, so that is the one to run.
-    importlib.import_module("orchestrator.forkserver")._serve(Connection(int(sys.argv[1])), sys.argv[2:])
-    # Leave without running the exit handlers of everything that was imported for the children.
-    os._exit(0)
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()

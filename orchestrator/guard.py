@@ -72,7 +72,8 @@ class Guard:
         if message.attempt != self._attempt or not self._running:
             return
         match message:
-            case Beat(stopped_s=stopped_s):
+            case Beat(stopped_s=stopped_s, starved_s=starved_s):
+                self._watchdog.starved(rank, starved_s)
                 (self._stopped.add if stopped_s >= STOPPED_LIMIT_S else self._stopped.discard)(rank)
             case Busy():
                 if (slow := self._stragglers.take(rank, message)) is not None:

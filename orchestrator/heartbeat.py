@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 
 from orchestrator.liveness import Beat
-from orchestrator.trainer_probe import process_state
+from orchestrator.trainer_probe import process_state, starved_s
 from orchestrator.watchdog import BEAT_S
 
 
 class Heartbeat:
-    """Sends a `Beat` every `BEAT_S`, and looks whether the trainer has been stopped by a signal."""
+    """Sends a `Beat` every `BEAT_S`: has the trainer been stopped by a signal, and was it let run?"""
 
     def __init__(self, send: Callable[[object], None]) -> None:
         self._send = send
@@ -29,6 +29,7 @@ class Heartbeat:
 
     def _work(self) -> None:
         stopped_since: float | None = None
+        starved: float | None = None
         looked_at: tuple[int, int | None] = (0, None)
         while not self._closed.wait(BEAT_S):
             attempt, pid = watched = self._watched
@@ -37,8 +38,12 @@ class Heartbeat:
                 stopped_since = None
             elif stopped_since is None:
                 stopped_since = now
+            before = starved if watched == looked_at else None
+            starved = starved_s(pid) if pid is not None else None
             looked_at = watched
+            stopped = now - stopped_since if stopped_since else 0.0
+            hungry = starved - before if starved is not None and before is not None else 0.0
             try:
-                self._send(Beat(attempt=attempt, stopped_s=now - stopped_since if stopped_since else 0.0))
+                self._send(Beat(attempt=attempt, stopped_s=stopped, starved_s=hungry))
             except OSError:
                 return  # the main thread reads the end of this connection, and ends

@@ -52,6 +52,8 @@ class Beat:
     attempt: int = 0
     stopped_s: float = 0.0
     """For how long the trainer has been stopped by a signal (SIGSTOP)."""
+    starved_s: float = 0.0
+    """For how long, since the last beat, it wanted to run while others had the CPU."""
 
 
 # coordinator -> agent

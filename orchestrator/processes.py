@@ -5,6 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 
+def birth(pid: int) -> int | None:
+    """When a process was started, in clock ticks: with its id, a name that no other one gets. None: it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else int(fields[19])
+
+
 def descendants(pid: int) -> list[int]:
     """All processes that come from `pid`, parents first."""
     children: dict[int, list[int]] = {}

@@ -143,6 +143,15 @@ class Screen:
         self._down_at = at
         self._write(f"rank {rank}: the agent or its node is gone ({why}); Ray Train replaces it")
 
+    def _group_lost(self, at: float) -> None:
+        self._down_at = self._down_at or at
+
+    def _placing(self, at: float, *, num_workers: int) -> None:
+        pass  # as `_reached`
+
+    def _placed(self, at: float) -> None:
+        pass
+
     def _hang(self, at: float, *, attempt: int, ranks: list[int], why: str, where: list[str]) -> None:
         self._down_at = at
         stuck = "; ".join(f"rank {rank} is stuck, {text}" for rank, text in zip(ranks, where, strict=True))

@@ -54,7 +54,7 @@ class Supervisor:
         world_size: int,
         coordinator: Wire,
         node: str = "",
-        start_fork_server: Callable[[Sequence[str]], ForkServer] = ForkServer,
+        start_fork_server: Callable[[Sequence[str]], ForkServer] = ForkServer.start,
         ring: PeerRing | None = None,
     ) -> None:
         """Args: ring: the memory of the nodes, as seen from this one, if the run uses it."""

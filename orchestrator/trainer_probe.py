@@ -28,12 +28,22 @@ def busy_s(pid: int) -> float | None:
 
     None where the kernel does not say. A thread that spins while a GPU works counts as busy all the time.
     """
+    running_s, ready_s = _scheduled(pid)
+    return None if ready_s is None else running_s + ready_s
+
+
+def starved_s(pid: int) -> float | None:
+    """Seconds of these in which it wanted to run and others had the CPU; None as for `busy_s`."""
+    return _scheduled(pid)[1]
+
+
+def _scheduled(pid: int) -> tuple[float, float | None]:
     try:
         with open(f"/proc/{pid}/schedstat") as file:
             running_ns, ready_ns, _ = file.read().split()
     except (FileNotFoundError, ProcessLookupError, ValueError):
-        return None
-    return (int(running_ns) + int(ready_ns)) / 1e9
+        return 0.0, None
+    return int(running_ns) / 1e9, int(ready_ns) / 1e9
 
 
 def read_stack(file: int, ask: Callable[[], None]) -> str:

@@ -17,6 +17,10 @@ TICK_S = 0.25
 _MAX_ADVANCE_S = 1.0
 """What one look may add. A suspended machine, or storage that held up the coordinator, is nobody's hang."""
 
+_MOST_FORGIVEN = 0.8
+"""Part of a silence that is not counted, at most, because a trainer wanted to run and was not let. Not all of it: who
+hangs while it computes wants to run, too."""
+
 _MIN_LIMIT_S = 5.0
 _STEPS_OF_THE_LONGEST = 8.0
 _WINDOW = 100
@@ -30,7 +34,8 @@ class WatchdogConfig:
     """When a trainer that makes no progress is ended and started anew."""
 
     timeout_s: float | None = None
-    """Seconds without a completed step, > 0. null: 8 times the longest of the last 100 steps, at least 5 s."""
+    """Seconds without a completed step, > 0. null: 8 times the longest of the last 100 steps, at least 5 s; of what a
+    trainer wants to run and others have the CPU, a fifth counts."""
     start_timeout_s: float = 1800.0
     """Seconds, > 0, for each part of a start (connect, build, restore, first step), for the copy of a save, and for
     each part of an evaluation (a microbatch, or the images of a grid that a worker draws at once)."""
@@ -86,7 +91,13 @@ class Watchdog:
         self._phases: dict[int, Phase] = {}
         self._counts: Counter[Phase] = Counter()
         self._now = 0.0
-        self._silent_s = 0.0
+        self._elapsed_s = 0.0
+        self._silence = 0
+        """Number of the silence that goes on; each sign of progress begins another one."""
+        self._starved: dict[int, tuple[int, float]] = {}
+        """By rank: in which silence, and for how long it wanted to run."""
+        self._starved_s = 0.0
+        """Longest of these in this silence."""
         self._stepping = False
         self._running = False
 
@@ -94,7 +105,8 @@ class Watchdog:
         """A new attempt starts."""
         self._phases = dict.fromkeys(range(self._world_size), Phase.STARTING)
         self._counts = Counter({Phase.STARTING: self._world_size})
-        self._now, self._silent_s, self._stepping, self._running = now, 0.0, False, True
+        self._now, self._stepping, self._running = now, False, True
+        self._begin_silence()
 
     def ended(self) -> None:
         """The attempt is over; nothing is expected of anyone."""
@@ -106,22 +118,24 @@ class Watchdog:
         self._counts[self._phases.get(rank, Phase.DONE)] -= 1
         self._counts[phase] += 1
         self._phases[rank] = phase
-        self._silent_s, self._stepping = 0.0, False
+        self._stepping = False
+        self._begin_silence()
 
     def moved(self, now: float) -> None:
         """Some rank has got on with its start."""
         self.advance(now)
-        self._silent_s = 0.0
+        self._begin_silence()
 
     def stepped(self, now: float) -> None:
         """A step is complete; ranks go step by step together, so one report stands for all."""
         self.advance(now)
         if self._stepping:  # an interval from step to step, with nothing else in it
-            self._durations.append(self._silent_s)
+            self._durations.append(self.silent_s)
         if self._counts[Phase.STARTING]:
             self._phases.update({r: Phase.TRAINING for r, phase in self._phases.items() if phase is Phase.STARTING})
             self._counts[Phase.TRAINING] += self._counts.pop(Phase.STARTING)
-        self._silent_s, self._stepping = 0.0, True
+        self._stepping = True
+        self._begin_silence()
 
     def alarmed(self) -> None:
         """The limit was reached: twice that from now on, until there are 100 newer steps to learn from."""
@@ -129,13 +143,27 @@ class Watchdog:
 
     def advance(self, now: float) -> None:
         """Let the time since the last call pass, or as much of it as counts."""
-        self._silent_s += min(max(0.0, now - self._now), _MAX_ADVANCE_S)
+        self._elapsed_s += min(max(0.0, now - self._now), _MAX_ADVANCE_S)
         self._now = now
+
+    def starved(self, rank: int, seconds: float) -> None:
+        """For so long, since this was last said, the trainer of a rank wanted to run, and others had the CPU."""
+        silence, before = self._starved.get(rank, (self._silence, 0.0))
+        total = seconds + (before if silence == self._silence else 0.0)
+        self._starved[rank] = (self._silence, total)
+        self._starved_s = max(self._starved_s, total)
+
+    def _begin_silence(self) -> None:
+        self._silence += 1
+        self._elapsed_s = self._starved_s = 0.0
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the last sign of progress."""
-        return self._silent_s
+        """Seconds since the last sign of progress. If the limit is learned, those in which the machine was too busy to
+        let a rank run count in part."""
+        if self._config.timeout_s is not None:
+            return self._elapsed_s
+        return self._elapsed_s - min(self._starved_s, _MOST_FORGIVEN * self._elapsed_s)
 
     @property
     def limit_s(self) -> float:
@@ -153,4 +181,4 @@ class Watchdog:
 
     @property
     def expired(self) -> bool:
-        return self._silent_s >= self.limit_s
+        return self.silent_s >= self.limit_s

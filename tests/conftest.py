@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+# What starts in another folder imports from here too: fork servers, Ray's workers.
+os.environ["PYTHONPATH"] = f"{Path(__file__).parent.parent}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
 os.environ["OMP_NUM_THREADS"] = "1"  # CPU kernels split sums by thread: one thread, one answer
 os.environ["RAY_AUTH_MODE"] = "disabled"  # no token file on a test machine
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # tests call nobody

@@ -50,6 +50,9 @@ class ClusterNodes:
     def cut_off(self, place: Place, seconds: float) -> None:
         raise AssertionError("the network of a cluster of somebody else is left alone")
 
+    def resize(self, places: Mapping[int, Place], size: int) -> None:
+        raise AssertionError("the nodes of a cluster of somebody else are left alone")
+
     def close(self) -> None:
         ray.shutdown()
 

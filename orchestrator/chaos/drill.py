@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty
 
-from orchestrator.chaos.faults import Fault, FaultKind
+from orchestrator.chaos.faults import NODE_KINDS, Fault, FaultKind
 from orchestrator.chaos.nodes import Nodes, Place
 from orchestrator.chaos.process import DrilledProcess
 from orchestrator.chaos.scores import Injection, Score, score
@@ -16,11 +16,14 @@ from orchestrator.checkpoint.catalog import CheckpointInfo, newest_stable
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import UnbrokenError
 from orchestrator.messages import Event
+from orchestrator.processes import birth
 
 PARTITION_S = 60.0
 """For how long a network is cut off."""
 SLOW_S = 10.0
 """For how long a store is slow."""
+_END_S = 15.0
+"""Seconds in which all processes of a run have to be gone when its command has ended."""
 
 
 class Watch:
@@ -58,7 +61,7 @@ class Watch:
                 self.highest = max(self.highest, self.step)
             case "saved" if fields.get("tier", "storage") == "storage":
                 self.saved = True
-            case "down" | "agent_lost" | "hang" | "regroup" | "controller_lost" | "outcome":
+            case "down" | "agent_lost" | "group_lost" | "hang" | "regroup" | "controller_lost" | "outcome":
                 self.training = False
 
 
@@ -69,9 +72,11 @@ class DrillPlan:
     faults: Sequence[Fault]
     run_url: str
     num_workers: int
-    """With fewer the next fault waits: a node that was lost is on its way back."""
+    """That it starts with."""
     patience_s: float
     """Longest time from a fault to the end of its recovery."""
+    sizes: tuple[int, int]
+    """Fewest and most workers that it may have."""
 
 
 @dataclass
@@ -111,6 +116,8 @@ class Drill:
         self._open: list[_Open] = []
         self._scores: dict[Fault, Score] = {fault: Score(fault=fault, injection=None) for fault in plan.faults}
         self._process: DrilledProcess | None = None
+        self._num_workers = plan.num_workers
+        self._births: dict[int, int | None] = {}
 
     def run(self) -> tuple[Sequence[Score], str | None]:
         """Train to the end. Returns what became of each fault, in their order, and why the run did not end well."""
@@ -120,6 +127,15 @@ class Drill:
         finally:
             self._process.end()
         return [self._scores[fault] for fault in self._plan.faults], error
+
+    def left_running(self) -> list[int]:
+        """Ids of the trainers and agents that have outlived the run. Of a run on this machine."""
+        end = time.monotonic() + _END_S
+        while found := [pid for pid, born in self._births.items() if born is not None and birth(pid) == born]:
+            if time.monotonic() > end:
+                break
+            time.sleep(0.2)
+        return found
 
     def _follow(self) -> str | None:
         while True:
@@ -142,6 +158,9 @@ class Drill:
 
     def _take(self, event: Event) -> None:
         self._watch.take(event)
+        if event.kind == "trainer":
+            for pid in (event.fields["pid"], event.fields["agent_pid"]):
+                self._births[pid] = birth(pid)
         for entry in list(self._open):
             entry.events.append(event)
             self._judge(entry)
@@ -171,12 +190,18 @@ class Drill:
         if not self._waiting or any(entry.injection.fault.kind is not FaultKind.NAN for entry in self._open):
             return
         fault = self._waiting[0]
-        whole = watch.training and len(watch.places) == watch.world_size >= self._plan.num_workers
-        if not whole or watch.step < fault.step or watch.step < watch.highest:
+        whole = watch.training and len(watch.places) == watch.world_size
+        if (
+            not whole
+            or watch.world_size < self._least_for(fault)
+            or watch.step < fault.step
+            or watch.step < watch.highest
+        ):
             return
         if fault.kind is FaultKind.CORRUPT_CHECKPOINT and not watch.saved:
             return
         place = watch.places[fault.rank % watch.world_size]
+        time.sleep(fault.moment * min(1.0, watch.step_s - watch.step_before_s))
         begun_s = time.time()
         try:
             detail = self._cause(fault, place)
@@ -186,6 +211,12 @@ class Drill:
         injection = Injection(fault=fault, time_s=begun_s, step=watch.step, attempt=watch.attempt, detail=detail)
         self._open.append(_Open(injection))
         self._say(f"{fault.kind} after step {watch.step}: {detail}")
+
+    def _least_for(self, fault: Fault) -> int:
+        """How many workers there have to be: with fewer, nodes that were lost are on their way back."""
+        if fault.kind is FaultKind.RESIZE:
+            return self._num_workers
+        return min(self._num_workers, self._plan.sizes[0] + (fault.kind in NODE_KINDS))
 
     def _cause(self, fault: Fault, place: Place) -> str:
         """Do it; what was done to what."""
@@ -218,8 +249,17 @@ class Drill:
                 return self._kill_driver()
             case FaultKind.CORRUPT_CHECKPOINT:
                 return self._corrupt()
+            case FaultKind.RESIZE:
+                before, self._num_workers = self._num_workers, self._other_size(fault)
+                nodes.resize(self._watch.places, self._num_workers)
+                return f"nodes for {self._num_workers} workers instead of {before}"
             case FaultKind.NAN:
                 raise AssertionError("it is in the data")
+
+    def _other_size(self, fault: Fault) -> int:
+        least, most = self._plan.sizes
+        others = [size for size in range(least, most + 1) if size != self._num_workers]
+        return others[fault.rank % len(others)]
 
     def _kill_driver(self) -> str:
         assert self._process is not None

@@ -16,11 +16,13 @@ from types import FrameType
 
 from orchestrator.chaos import namespaces
 from orchestrator.chaos.drill import Drill, DrillPlan
-from orchestrator.chaos.faults import NAN_POSITIONS, Fault, FaultKind, draw, poisoned
+from orchestrator.chaos.faults import NAN_POSITIONS, NODE_KINDS, Fault, FaultKind, draw, poisoned
 from orchestrator.chaos.nodes import LocalNodes, Nodes
 from orchestrator.chaos.process import DrilledProcess
-from orchestrator.chaos.scores import Scorecard
+from orchestrator.chaos.scores import Score, Scorecard
 from orchestrator.chaos.slow_store import SlowStore
+from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints
+from orchestrator.checkpoint.reader import verify
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig, run_url, to_yaml
 from orchestrator.errors import UnbrokenError
@@ -29,7 +31,6 @@ from orchestrator.tracking.config import TrackingConfig
 from trainers.errors import ConfigError
 
 _Say = Callable[[str], None]
-_NODE_KINDS = (FaultKind.KILL_NODE, FaultKind.DRAIN, FaultKind.PARTITION)
 _ENDPOINT = "AWS_ENDPOINT_URL_S3"
 _POISON = "orchestrator.chaos.poison"
 
@@ -64,23 +65,45 @@ def drill(config: RunConfig, request: DrillRequest, say: _Say) -> Scorecard:
         say(f"skipped: {kind}: {reason}")
     if not kinds:
         raise ConfigError(f"none of the faults can be caused here: {'; '.join(map(str, skipped.values()))}")
-    faults = draw(kinds, request.count or len(kinds), request.seed, config.train.num_steps, config.min_workers)
+    faults = draw(kinds, request.count or len(kinds), request.seed, config.train.num_steps, config.max_workers)
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     undisturbed, drilled = (copy_of(config, f"{role}-{stamp}") for role in ("undisturbed", "drilled"))
+    say(f"undisturbed run: {run_url(undisturbed)}")
+    say(f"drilled run: {run_url(drilled)}, {len(faults)} faults, seed {request.seed}")
+    scores, error, left_running = _run_both(undisturbed, drilled, request, faults, say)
+    same, proof = _compare(run_url(drilled), run_url(undisturbed)) if error is None else (None, error)
+    num_verified, damaged = _verify(run_url(drilled))
+    return Scorecard(
+        seed=request.seed,
+        drilled=run_url(drilled),
+        undisturbed=run_url(undisturbed),
+        scores=scores,
+        skipped=skipped,
+        same_bits=same,
+        proof=proof,
+        num_verified=num_verified,
+        damaged=damaged,
+        left_running=left_running,
+    )
+
+
+def _run_both(
+    undisturbed: RunConfig, drilled: RunConfig, request: DrillRequest, faults: Sequence[Fault], say: _Say
+) -> tuple[Sequence[Score], str | None, Sequence[int]]:
+    """What became of each fault, why the drilled run did not end well, and what outlived it."""
     with ExitStack() as stack:
         before = signal.signal(signal.SIGTERM, _terminated)
         stack.callback(signal.signal, signal.SIGTERM, before)
         folder = Path(tempfile.mkdtemp(prefix="unbroken-drill-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        say(f"undisturbed run: {run_url(undisturbed)}")
-        say(f"drilled run: {run_url(drilled)}, {len(faults)} faults, seed {request.seed}")
-        positions = poisoned(faults, request.seed, config.train.global_batch_size)
+        kinds = {fault.kind for fault in faults}
+        positions = poisoned(faults, request.seed, drilled.train.global_batch_size)
         variables = {NAN_POSITIONS: ",".join(map(str, positions))}
-        slow = SlowStore(_http_endpoint(config)) if FaultKind.SLOW_STORE in kinds else None
+        slow = SlowStore(_http_endpoint(drilled)) if FaultKind.SLOW_STORE in kinds else None
         if slow is not None:
             stack.callback(slow.close)
             variables[_ENDPOINT] = slow.endpoint
-        nodes = _open_nodes(config, request, faults, variables)
+        nodes = _open_nodes(drilled, request, faults, variables)
         stack.callback(nodes.close)
 
         def start(copy: RunConfig) -> DrilledProcess:
@@ -89,14 +112,21 @@ def drill(config: RunConfig, request: DrillRequest, say: _Say) -> Scorecard:
             preload = [_POISON] if FaultKind.NAN in kinds else []
             return DrilledProcess(path, preload, nodes.environment, path.with_suffix(".log"))
 
-        num_workers = _train_undisturbed(start(undisturbed), say)
-        plan = DrillPlan(
-            faults=faults, run_url=run_url(drilled), num_workers=num_workers, patience_s=request.patience_s
-        )
-        scores, error = Drill(plan, nodes, lambda: start(drilled), say, slow.slow_down if slow else None).run()
-    same, proof = _compare(run_url(drilled), run_url(undisturbed)) if error is None else (None, error)
-    urls = {"drilled": run_url(drilled), "undisturbed": run_url(undisturbed)}
-    return Scorecard(seed=request.seed, scores=scores, skipped=skipped, same_bits=same, proof=proof, **urls)
+        plan = _plan(drilled, request, faults, _train_undisturbed(start(undisturbed), say))
+        causing = Drill(plan, nodes, lambda: start(drilled), say, slow.slow_down if slow else None)
+        scores, error = causing.run()
+        left_running = causing.left_running() if request.cluster is None else []
+        return scores, error, left_running
+
+
+def _plan(config: RunConfig, request: DrillRequest, faults: Sequence[Fault], num_workers: int) -> DrillPlan:
+    return DrillPlan(
+        faults=faults,
+        run_url=run_url(config),
+        num_workers=num_workers,
+        patience_s=request.patience_s,
+        sizes=(config.min_workers, config.max_workers),
+    )
 
 
 def choose_kinds(config: RunConfig, request: DrillRequest) -> tuple[list[FaultKind], dict[FaultKind, str]]:
@@ -122,12 +152,14 @@ def _obstacle(kind: FaultKind, config: RunConfig, request: DrillRequest, named: 
     if request.cluster is not None:
         if kind is FaultKind.PARTITION:
             return "the network of a cluster that is yours is not touched"
-        if kind in (FaultKind.NAN, FaultKind.SLOW_STORE):
+        if kind in (FaultKind.NAN, FaultKind.SLOW_STORE, FaultKind.RESIZE):
             return "it needs nodes that the drill has started itself, without --address"
-        if kind in _NODE_KINDS and not named:
+        if kind in NODE_KINDS and not named:
             return f"it takes a node of your cluster; allow it with --faults {kind}"
-    elif kind in _NODE_KINDS and config.resources.gpu:
+    elif kind in NODE_KINDS and config.resources.gpu:
         return "several nodes on one machine cannot share its GPUs; drill on a cluster with --address"
+    elif kind is FaultKind.RESIZE and config.min_workers == config.max_workers:
+        return "the number of workers is fixed; workers={min: 1, max: 4} lets it change"
     elif kind is FaultKind.PARTITION:
         return namespaces.why_not()
     elif kind is FaultKind.SLOW_STORE and not _http_endpoint(config):
@@ -155,7 +187,7 @@ def _open_nodes(
         return request.cluster
     kinds = {fault.kind for fault in faults}
     cpus = max(1, math.ceil(config.resources.cpu))
-    several = any(kind in kinds for kind in _NODE_KINDS)
+    several = any(kind in kinds for kind in NODE_KINDS)
     return LocalNodes(
         num_nodes=config.max_workers if several else 0,
         cpus=cpus if several else max(1, math.ceil(config.max_workers * config.resources.cpu)),
@@ -188,6 +220,17 @@ def _compare(drilled: str, undisturbed: str) -> tuple[bool | None, str]:
         return False, f"first difference: {proof.first_difference}"
     checkpoints = f"{proof.num_tensors} tensors in {proof.num_checkpoints} checkpoints up to step {proof.last.step}"
     return True, f"{checkpoints}; fingerprint {proof.fingerprint}"
+
+
+def _verify(run: str) -> tuple[int, list[str]]:
+    """How many checkpoints are right in every byte; what is wrong with the others that a run could go on from."""
+    store, num_right, damaged = Store.open(run), 0, []
+    for info in list_checkpoints(store):
+        if info.state in (CheckpointState.STABLE, CheckpointState.DAMAGED):
+            problems = verify(store, info.ref) or ([info.detail] if info.state is CheckpointState.DAMAGED else [])
+            num_right += not problems
+            damaged += [f"{info.ref}: {'; '.join(problems)}"] if problems else []
+    return num_right, damaged
 
 
 def _terminated(number: int, _: FrameType | None) -> None:

@@ -33,7 +33,12 @@ class FaultKind(StrEnum):
     """Ray is told that the node of a rank will be taken away; when the run has left it, it is."""
     KILL_DRIVER = "kill-driver"
     """SIGKILL to the driver; then the same command is run again."""
+    RESIZE = "resize"
+    """Nodes are lost for good, or added, until there are as many as for another number of workers."""
 
+
+NODE_KINDS = frozenset({FaultKind.KILL_NODE, FaultKind.DRAIN, FaultKind.PARTITION, FaultKind.RESIZE})
+"""They need several nodes."""
 
 NAN_POSITIONS = "UNBROKEN_DRILL_NAN_POSITIONS"
 """Environment variable of the nodes: which samples `nan` has made, as positions in the run, separated by commas."""
@@ -47,7 +52,9 @@ class Fault:
     step: int
     """It happens when this step is complete, or as soon after as the fault before is over; `nan`: in this step."""
     rank: int
-    """Whose process or node it happens to; of no meaning for kinds that happen to the whole run."""
+    """Whose process or node it happens to; of `resize`, which number of workers; else of no meaning."""
+    moment: float = 0.0
+    """How far into the next step, 0 <= moment < 1."""
 
 
 def draw(kinds: Sequence[FaultKind], count: int, seed: int, num_steps: int, num_ranks: int) -> list[Fault]:
@@ -72,7 +79,8 @@ def draw(kinds: Sequence[FaultKind], count: int, seed: int, num_steps: int, num_
     source.shuffle(drawn)
     steps = sorted(source.sample(range(2, last + 1), count))
     return [
-        Fault(kind=kind, step=step, rank=source.randrange(num_ranks)) for kind, step in zip(drawn, steps, strict=True)
+        Fault(kind=kind, step=step, rank=source.randrange(num_ranks), moment=source.random())
+        for kind, step in zip(drawn, steps, strict=True)
     ]
 
 

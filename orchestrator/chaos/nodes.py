@@ -76,6 +76,10 @@ class Nodes(Protocol):
         """Cut the network of the node, and heal it after so long."""
         ...
 
+    def resize(self, places: Mapping[int, Place], size: int) -> None:
+        """Lose or add nodes, for as many workers; `places` has those that run now, each on a node of its own."""
+        ...
+
     def take_drained(self) -> None:
         """The run has left what was drained: take it away, if that is in our hands."""
         ...
@@ -164,6 +168,12 @@ class LocalNodes:
         assert self._network is not None, "kinds that need namespaces are skipped without them"
         self._network.cut_off(self._network.of_process(place.agent), seconds)
         self._add()
+
+    def resize(self, places: Mapping[int, Place], size: int) -> None:
+        for rank in range(size, len(places)):
+            kill_node_of(places[rank].agent)
+        for _ in range(len(places), size):
+            self._add()
 
     def close(self) -> None:
         for process in reversed(self._processes):

@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.chaos.faults import Fault, FaultKind
 from orchestrator.messages import Event
 
-_SIGNS = frozenset({"down", "agent_lost", "hang", "halting", "controller_lost", "attempt", "started"})
+_SIGNS = frozenset({"down", "agent_lost", "group_lost", "hang", "halting", "controller_lost", "attempt", "started"})
 _SIGNS_OF = {
     FaultKind.HANG: frozenset({"hang"}),
     FaultKind.NAN: frozenset({"bad_step"}),
@@ -114,11 +114,18 @@ class Scorecard:
     """Whether the two runs are bitwise the same; None: the drilled run did not get to its end."""
     proof: str
     """What was compared, or the first difference, or why there is nothing to compare."""
+    num_verified: int = 0
+    """Checkpoints of the drilled run in storage of which every byte was read back and is right."""
+    damaged: Sequence[str] = ()
+    """Checkpoints that are offered though they are not, and why."""
+    left_running: Sequence[int] = ()
+    """Ids of trainers and agents that outlived the run."""
 
     @property
     def passed(self) -> bool:
-        """Every fault happened, was noticed and recovered from, and it made no difference."""
-        return self.same_bits is True and all(score.passed for score in self.scores)
+        """Every fault happened, was noticed and recovered from, made no difference, and left nothing behind."""
+        clean = not self.damaged and not self.left_running
+        return self.same_bits is True and clean and all(score.passed for score in self.scores)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -130,6 +137,9 @@ class Scorecard:
             "skipped": dict(self.skipped),
             "bitwise_same": self.same_bits,
             "proof": self.proof,
+            "checkpoints_verified": self.num_verified,
+            "checkpoints_damaged": list(self.damaged),
+            "left_running": list(self.left_running),
         }
 
     def lines(self) -> list[str]:
@@ -141,6 +151,10 @@ class Scorecard:
         found += [f"skipped: {kind}: {reason}" for kind, reason in self.skipped.items()]
         answer = {True: "yes", False: "no", None: "not known"}[self.same_bits]
         found.append(f"bitwise the same as the undisturbed run: {answer} ({self.proof})")
+        found.append(f"checkpoints in storage that verify: {self.num_verified}; that do not: {len(self.damaged)}")
+        found += self.damaged
+        if self.left_running:
+            found.append(f"processes that outlived the run: {', '.join(map(str, self.left_running))}")
         recovered = sum(score.passed for score in self.scores)
         found.append(f"{recovered} of {len(self.scores)} faults noticed and recovered from; seed {self.seed}")
         return [line.rstrip() for line in found]

@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from orchestrator.checkpoint.backend import Backend, Unfinished
-from orchestrator.checkpoint.s3_transfers import S3Downloads
 from orchestrator.checkpoint.s3_requests import Body, S3Requests, allow_for
+from orchestrator.checkpoint.s3_transfers import S3Downloads
 from orchestrator.checkpoint.storage_failures import code
 
 T = TypeVar("T")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from orchestrator.commands.json_output import JSON, print_json
@@ -31,9 +29,10 @@ def chaos(
     Two runs are made of CONFIG, beside the one that it names: <run.name>-undisturbed-..., to which nothing happens, and
     <run.name>-drilled-..., which has the faults. Which fault happens after which step to which rank is drawn from the
     seed before anything starts. In the end there is a scorecard: when each fault was noticed, after how long the next
-    step was made, how many steps were lost, and whether both runs are bitwise the same.
+    step was made, how many steps were lost, whether both runs are bitwise the same, whether every checkpoint that is
+    left verifies, and whether a process is left running.
 
-    Exit code 0 if every fault was noticed and recovered from and the bits are the same, else 3.
+    Exit code 0 if every fault was noticed and recovered from and all of that is well, else 3.
 
     The Ray cluster is one of its own on this machine, with a node for each worker; it is ended in the end. With
     --address it is yours: then processes are killed, but nodes are lost or drained only if --faults names these kinds,
@@ -42,10 +41,11 @@ def chaos(
     \b
       unbroken chaos configs/digits.yaml train.num_steps=200 checkpoint.every_steps=20
       unbroken chaos configs/digits.yaml --seed 7 --faults kill-worker,hang,kill-driver --count 6
+      unbroken chaos configs/digits.yaml workers='{min: 1, max: 4}' --count 100 --seed 1
 
     \b
-    Kinds: kill-worker, kill-agent, kill-node, hang, partition, slow-store, corrupt-checkpoint, nan, drain, kill-driver.
-    Those that cannot be caused here are listed with the reason.
+    Kinds: kill-worker, kill-agent, kill-node, hang, partition, slow-store, corrupt-checkpoint, nan, drain, kill-driver,
+    resize. Those that cannot be caused here are listed with the reason.
     """
     from orchestrator.chaos.exercise import DrillRequest, drill
     from orchestrator.config import load_config
@@ -64,5 +64,4 @@ def chaos(
         print_json(card.as_json())
     else:
         click.echo("\n".join(card.lines()))
-    sys.stdout.flush()
     return 0 if card.passed else 3

@@ -6,7 +6,6 @@ import os
 import tempfile
 import threading
 import uuid
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.committing import BackgroundChores
 from orchestrator.coordinator import Coordinator
-from orchestrator.forkserver import ForkServer
+from orchestrator.forkserver import ForkServer, Keeper, open_fork_server
 from orchestrator.halting import HaltOrder
 from orchestrator.hub import Hub, connect
 from orchestrator.messages import Event, Outcome
@@ -41,32 +40,16 @@ FAULTS = Path(_FOLDER.name) / "faults.json"
 os.environ["UNBROKEN_TEST_FAULTS"] = str(FAULTS)
 
 
-class _KeptForkServer(ForkServer):
-    """Goes back to the shelf instead of ending, so that a test does not import torch anew."""
-
-    def __init__(self, preload: Sequence[str]) -> None:
-        super().__init__(preload)
-        self._preload = tuple(preload)
-        self._works = False
-
-    def fork(self, *handles: int) -> int:
-        pid = super().fork(*handles)
-        self._works = True
-        return pid
-
-    def close(self) -> None:
-        if self._works and self._process.poll() is None:
-            _SHELF[self._preload].append(self)
-        else:
-            super().close()
-
-
-_SHELF: defaultdict[tuple[str, ...], list[_KeptForkServer]] = defaultdict(list)
+_KEPT: dict[tuple[str, ...], tuple[str, Keeper]] = {}
 
 
 def _fork_server(preload: Sequence[str]) -> ForkServer:
-    kept = _SHELF[tuple(preload)]
-    return kept.pop() if kept else _KeptForkServer(preload)
+    """One for the whole session, as one for all groups of agents of a run: so that no test imports torch anew."""
+    if not set(PRELOAD) <= set(preload):
+        return ForkServer.start(preload)
+    if (key := tuple(preload)) not in _KEPT:
+        _KEPT[key] = (name := uuid.uuid4().hex, Keeper(name, preload))
+    return open_fork_server(_KEPT[key][0], preload)
 
 
 def make_spec(run: Path | str, config: Mapping[str, Any], every_steps: Any, **checkpoint: Any) -> RunSpec:

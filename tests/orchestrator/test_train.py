@@ -103,6 +103,10 @@ def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def test_trainers_agents_and_driver_killed(straight: Path, ray_folder: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path)
     driver = Driver(ray_folder, config, "checkpoint.every_steps=5")
@@ -113,6 +117,7 @@ def test_trainers_agents_and_driver_killed(straight: Path, ray_folder: Path, tmp
     os.kill(driver.agents[1], signal.SIGKILL)
     driver.until(r"the agent or its node is gone|attempt 3: ")
     driver.until("goes on from step")
+    assert parent(driver.trainers[0]) == parent(driver.trainers[1]), "both from the warm process of the node"
     for rank in (0, 1):
         os.kill(driver.agents[rank], signal.SIGKILL)
     driver.until("goes on from step")

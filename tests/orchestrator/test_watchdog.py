@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable
 
@@ -84,6 +85,100 @@ def test_an_evaluation_takes_the_time_it_takes() -> None:
     assert clock.dog.limit_s == 5.0, "an evaluation is no step time"
     clock.dog.entered(0, Phase.EVALUATING, clock.now)
     assert clock.wait(60.5), "but it may hang"
+
+
+class LoadedMachine:
+    """Two trainers on a machine that others keep busy too, by a seed, on a clock of its own; the hub is late too."""
+
+    def __init__(self, work_s: float, seed: int) -> None:
+        self.clock = Clock()
+        self._work_s = work_s
+        self._random = random.Random(seed)
+        self._calm_until, self._load = 0.0, 1.0
+        self.alarms = 0
+
+    def train(self, hours: float) -> None:
+        dog, end, steps = self.clock.dog, self.clock.now + 3600 * hours, 0
+        while self.clock.now < end:
+            if steps % 3000 == 0:  # a restart
+                dog.launched(self.clock.now)
+                for seconds in (3.0, 1.0, 10 * self._work_s):
+                    self.work(seconds)
+                    dog.moved(self.clock.now)
+            self.work(self._work_s * self._random.lognormvariate(0.0, 0.2), pauses=True)
+            dog.stepped(self.clock.now)
+            steps += 1
+            if steps % 50 == 0:
+                self._apart(Phase.SAVING, self._random.uniform(0.1, 2.0))
+            if steps % 400 == 0:
+                self._apart(Phase.STORING, self._random.uniform(0.0, 60.0))
+            if steps % 500 == 0:
+                self._apart(Phase.EVALUATING, 30 * self._work_s)
+
+    def work(self, seconds: float, pauses: bool = False) -> None:
+        """So much of the CPU, beside others who want it; and now and then a collection of garbage, or a slow disk."""
+        asleep = 0.0
+        if pauses:
+            seconds += self._random.uniform(0.3, 1.5) * (self._random.random() < 0.005)
+            asleep = self._random.uniform(1.0, 3.5) * (self._random.random() < 0.001)
+        if self.clock.now > self._calm_until:
+            self._load = self._random.choice([1.0, 1.0, 1.2, 3.0, 8.0, 24.0])
+            self._calm_until = self.clock.now + self._random.uniform(5.0, 120.0)
+        self.pass_time(asleep, 0.0)
+        self.pass_time(seconds * self._load, 1 - 1 / self._load)
+
+    def pass_time(self, seconds: float, hungry: float) -> None:
+        """Args: hungry: part of the time that the trainers want to run and are not let."""
+        clock, end, told = self.clock, self.clock.now + seconds, self.clock.now
+        while clock.now < end:
+            look_s = 0.25 * self._random.uniform(1.0, 1.0 + self._load / 4)
+            clock.now = min(end, clock.now + look_s)
+            if clock.now - told >= 0.5 or clock.now == end:
+                for rank in range(2):
+                    clock.dog.starved(rank, hungry * (clock.now - told))
+                told = clock.now
+            clock.dog.advance(clock.now)
+            if clock.dog.expired:
+                self.alarms += 1
+                clock.dog.alarmed()
+
+    def _apart(self, phase: Phase, seconds: float) -> None:
+        for rank in range(2):
+            self.clock.dog.entered(rank, phase, self.clock.now)
+        self.work(seconds)
+        for rank in range(2):
+            self.clock.dog.entered(rank, Phase.TRAINING, self.clock.now)
+
+
+@pytest.mark.parametrize("work_s", [0.1, 0.3, 1.0, 5.0])
+def test_two_hours_on_a_loaded_machine_are_no_alarm_and_a_stop_is_one(work_s: float) -> None:
+    machine = LoadedMachine(work_s, seed=2)
+    machine.train(hours=2.0)
+    assert machine.alarms == 0
+    clock = machine.clock
+    clock.dog.stepped(clock.now)
+    limit_s, since = clock.dog.limit_s, clock.now
+    assert 5.0 <= limit_s <= max(5.0, 8 * (5 * work_s * 2 + 5))
+    while not clock.dog.expired:  # asleep for good
+        clock.now += 0.25
+        clock.dog.starved(0, 0.0)
+        clock.dog.advance(clock.now)
+    assert clock.now - since <= limit_s + 0.25
+
+
+def test_who_hangs_while_computing_on_a_loaded_machine_is_found_too() -> None:
+    clock = Clock()
+    clock.step(0.1, times=5)
+    since = clock.now
+    while not clock.dog.expired:
+        clock.now += 0.25
+        clock.dog.starved(1, 0.25 * 23 / 24)
+        clock.dog.advance(clock.now)
+    assert 5.0 < clock.now - since <= 25.25
+    explicit = Clock(WatchdogConfig(timeout_s=2.0))
+    explicit.step(0.1, times=5)
+    explicit.dog.starved(1, 100.0)
+    assert explicit.wait(2.0), "what is set is meant"
 
 
 def test_a_suspended_machine_and_a_busy_coordinator_are_no_hang() -> None:

@@ -6,15 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
-from orchestrator.chaos.drill import Watch, flip_a_bit
+from orchestrator.chaos.drill import Drill, DrillPlan, Watch, flip_a_bit
 from orchestrator.chaos.exercise import DrillRequest, choose_kinds, copy_of
-from orchestrator.chaos.faults import FaultKind
+from orchestrator.chaos.faults import Fault, FaultKind
 from orchestrator.chaos.namespaces import why_not
+from orchestrator.chaos.nodes import Place
 from orchestrator.checkpoint.catalog import list_checkpoints, newest_stable
 from orchestrator.checkpoint.reader import verify
 from orchestrator.checkpoint.store import Store
@@ -31,7 +35,10 @@ def test_kinds_that_cannot_be_caused_are_skipped_with_the_reason(
     monkeypatch.setattr("orchestrator.chaos.namespaces.why_not", lambda: "network namespaces need root")
     config = load_config(write_config(tmp_path), ())
     kinds, skipped = choose_kinds(config, DrillRequest())
-    assert set(skipped) == {FaultKind.PARTITION, FaultKind.SLOW_STORE} and set(kinds) == {*FaultKind} - set(skipped)
+    assert set(skipped) == {FaultKind.PARTITION, FaultKind.SLOW_STORE, FaultKind.RESIZE}
+    assert set(kinds) == {*FaultKind} - set(skipped) and "workers={min: 1, max: 4}" in skipped[FaultKind.RESIZE]
+    elastic = load_config(write_config(tmp_path), ("workers={min: 1, max: 2}",))
+    assert FaultKind.RESIZE in choose_kinds(elastic, DrillRequest())[0]
     on_gpus = load_config(write_config(tmp_path), ("resources.gpu=1",))
     assert FaultKind.KILL_NODE in choose_kinds(on_gpus, DrillRequest())[1]
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
@@ -78,6 +85,47 @@ def test_watching_a_restart() -> None:
     assert (watch.attempt, watch.step, watch.training, watch.places) == (2, 1, False, {})
 
 
+class Told:
+    """In the place of a driver and of its nodes: tells what it was given, and notes what is done to it."""
+
+    pid = 1
+
+    def __init__(self, events: list[Event]) -> None:
+        self.events: SimpleQueue[Event | None] = SimpleQueue()
+        for event in (*events, None):
+            self.events.put(event)
+        self.sizes: list[tuple[int, int]] = []
+
+    def resize(self, places: Mapping[int, Place], size: int) -> None:
+        self.sizes.append((len(places), size))
+
+    def tend(self) -> None: ...
+    def end(self) -> int:
+        return 0
+
+    wait = end
+
+
+def life(attempt: int, world_size: int, steps: range) -> list[Event]:
+    """The events of one attempt, without its end."""
+    at = {"attempt": attempt}
+    ranks = [{"rank": rank, "pid": 0, "agent_pid": 0, "node": "n"} for rank in range(world_size)]
+    told = [("attempt", {**at, "world_size": world_size}), *[("trainer", {**at, **rank}) for rank in ranks]]
+    told += [("training", {**at, "step": steps.start - 1}), *[("step", {**at, "step": step}) for step in steps]]
+    return [Event(kind=kind, fields=fields, time_s=time.time() + 60) for kind, fields in told]
+
+
+def test_a_resize_is_to_another_size_and_waits_for_all_nodes() -> None:
+    faults = [Fault(kind=FaultKind.RESIZE, step=step, rank=rank) for step, rank in ((2, 4), (3, 2))]
+    # To 2 of 1, 2 and 4; when as many are there, not while there are fewer, to 4 of 1, 3 and 4.
+    events = [*life(1, 3, range(1, 4)), *life(2, 1, range(3, 6)), *life(3, 2, range(6, 9)), *life(4, 4, range(9, 12))]
+    told: Any = Told(events)
+    plan = DrillPlan(faults=faults, run_url="", num_workers=3, patience_s=60.0, sizes=(1, 4))
+    scores, error = Drill(plan, told, lambda: told, lambda _: None).run()
+    assert error is None and all(score.passed for score in scores)
+    assert told.sizes == [(3, 2), (2, 4)]
+
+
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     store = Store.open(make_run(tmp_path))
     newest = newest_stable(store)
@@ -103,6 +151,7 @@ def test_a_drill(tmp_path: Path) -> None:
     overrides = ("train.num_steps=80", "checkpoint.every_steps=4")
     card = unbroken_chaos(tmp_path, *overrides, "--faults", "kill-worker,corrupt-checkpoint,nan", "--seed", "9")
     assert card["passed"] and card["bitwise_same"] and len(card["faults"]) == 3
+    assert card["checkpoints_verified"] >= 2 and card["checkpoints_damaged"] == card["left_running"] == []
     noticed = {fault["fault"]["kind"]: fault["noticed_by"] for fault in card["faults"]}
     assert noticed == {"kill-worker": "down", "corrupt-checkpoint": "quarantined", "nan": "bad_step"}
     assert not (tmp_path / "run").exists(), "the run that the config names is left alone"

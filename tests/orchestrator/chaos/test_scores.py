@@ -90,6 +90,6 @@ def test_the_card_as_text_and_as_json() -> None:
     content = json.loads(json.dumps(shown.as_json()))
     assert content["passed"] is False and content["bitwise_same"] is True
     first, second = content["faults"]
-    assert first["fault"] == {"kind": "kill-worker", "step": 10, "rank": 1}
+    assert first["fault"] == {"kind": "kill-worker", "step": 10, "rank": 1, "moment": 0.0}
     assert (first["noticed_s"], first["recovered_s"], first["lost_steps"], first["passed"]) == (0.25, 0.75, 3, True)
     assert second["injection"] is None and content["skipped"] == {"partition": "network namespaces need root"}

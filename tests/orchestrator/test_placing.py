@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.control import count_workers
+from orchestrator.placing import count_workers
 
 pytestmark = pytest.mark.ray  # imports it
 
