@@ -23,7 +23,7 @@ from bench.peers.saves import Peers
 from bench.workload import pin
 from orchestrator import trainer_process
 from orchestrator.checkpoint.keys import shard_name
-from orchestrator.checkpoint.writer import prepare_shard
+from orchestrator.checkpoint.writer import hash_shard, lay_out_shard
 from orchestrator.checkpointer import SharedMemoryCheckpointer
 from orchestrator.snapshot_layout import layout, owned_tensors
 from trainers.progress import Progress
@@ -138,7 +138,7 @@ class _Ours:
 
     def hash(self, data: memoryview) -> Iterator[None]:
         """What the agent hashes in a save, as long as `verify` is `full`: before it is written, and as it is read."""
-        prepare_shard(shard_name(0, 1), self._chunks, data, {})
+        hash_shard(lay_out_shard(shard_name(0, 1), self._chunks, data, {}))
         xxhash.xxh3_128_hexdigest(data)
         yield
 
