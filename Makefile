@@ -1,5 +1,6 @@
 # make install: .venv with everything a user needs; make demo: kill a run and prove that it did not matter;
-# make test: all checks. Another interpreter: make install PYTHON=/path/to/python3.11
+# make test: all checks; make simulate: 10,000 lives of a run on a virtual store.
+# Another interpreter: make install PYTHON=/path/to/python3.11
 SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -8,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 /usr/bin/pyt
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 CODE := $(wildcard orchestrator trainers tests bench)
 
-.PHONY: install demo test bench lint clean
+.PHONY: install demo test simulate bench lint clean
 
 install: $(VENV)/.installed
 
@@ -17,6 +18,10 @@ demo: $(VENV)/.installed
 
 test: lint
 	$(PY) -m pytest
+
+SEEDS ?= 10000
+simulate: $(VENV)/.installed-test
+	UNBROKEN_SIMULATION_SEEDS=$(SEEDS) $(PY) -m pytest tests/orchestrator/checkpoint/test_simulation.py -k violates
 
 bench: $(VENV)/.installed-bench
 	$(PY) -m bench

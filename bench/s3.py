@@ -31,7 +31,7 @@ from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.checkpoint.reader import Destination, read_rows
 from orchestrator.checkpoint.s3_requests import OPTIONS
 from orchestrator.checkpoint.store import Store
-from orchestrator.checkpoint.writer import CommitInfo, commit, prepare_shard, store_shard
+from orchestrator.checkpoint.writer import CommitInfo, commit, hash_shard, lay_out_shard, store_shard
 from tests.s3.server import BUCKET, KEY, SECRET, S3Server
 from trainers.progress import Progress
 from trainers.shards import Chunk, TensorSpec
@@ -171,8 +171,10 @@ class _Checkpoint:
             scalars={},
             health={"ok": True},
         )
-        shard = prepare_shard(shard_name(0, 1), self._chunks, self._data, {})
-        store_shard(self._store, CheckpointRef(self._step, self._attempt), shard)
+        shard = lay_out_shard(shard_name(0, 1), self._chunks, self._data, {})
+        with ThreadPoolExecutor(1) as hasher:  # beside it, as an agent does
+            hasher.submit(lambda: shard.hashed.set_result(hash_shard(shard)))
+            store_shard(self._store, CheckpointRef(self._step, self._attempt), shard)
         self._manifest = commit(self._store, [shard.receipt], info)
 
     def restore(self) -> None:

@@ -23,7 +23,7 @@ from bench.peers.saves import Peers
 from bench.workload import pin
 from orchestrator import trainer_process
 from orchestrator.checkpoint.keys import shard_name
-from orchestrator.checkpoint.writer import prepare_shard
+from orchestrator.checkpoint.writer import hash_shard, lay_out_shard
 from orchestrator.checkpointer import SharedMemoryCheckpointer
 from orchestrator.snapshot_layout import layout, owned_tensors
 from trainers.progress import Progress
@@ -138,7 +138,7 @@ class _Ours:
 
     def hash(self, data: memoryview) -> Iterator[None]:
         """What the agent hashes in a save, as long as `verify` is `full`: before it is written, and as it is read."""
-        prepare_shard(shard_name(0, 1), self._chunks, data, {})
+        hash_shard(lay_out_shard(shard_name(0, 1), self._chunks, data, {}))
         xxhash.xxh3_128_hexdigest(data)
         yield
 
@@ -154,13 +154,17 @@ class _Bound:
         self._copy()  # its pages are there from now on
 
     def turns(self) -> dict[str, Turn]:
-        return {"memcpy": self.copy, "memcpy, xxh3, write": self.store, "read, xxh3": self.load}
+        return {"memcpy": self.copy, "xxh3": self.hash, "memcpy, xxh3, write": self.store, "read, xxh3": self.load}
 
     def _copy(self) -> None:
         np.copyto(np.frombuffer(self.target, np.uint8), np.frombuffer(self._source, np.uint8))
 
     def copy(self, scratch: Path) -> Iterator[None]:
         self._copy()
+        yield
+
+    def hash(self, scratch: Path) -> Iterator[None]:
+        xxhash.xxh3_128_hexdigest(self.target)
         yield
 
     def store(self, scratch: Path) -> Iterator[None]:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -23,7 +22,7 @@ from orchestrator.memory_restore import fill_from_memory
 from orchestrator.messages import Begin, Restored
 from orchestrator.saving import Chunks, Overwriting, Paused, SaveEnded, Skipped, Snapshot
 from orchestrator.sections import CheckpointConfig, TierName
-from orchestrator.snapshot_layout import layout, owned_tensors, snapshot_bytes
+from orchestrator.snapshot_layout import layout, owned_rows, owned_tensors, snapshot_bytes, targets
 from orchestrator.watchdog import Phase
 from trainers.errors import StateMismatchError
 from trainers.fingerprint import format_fingerprint
@@ -82,6 +81,8 @@ class SharedMemoryCheckpointer:
         self._names: list[str] = []
         self._chunks = Chunks()
         """Where the tensors of these names lie in a snapshot."""
+        self._targets: list[torch.Tensor] | None = None
+        """Their places in the buffer."""
         self.stopping = False
         """The next save is the last of this process: it has to outlive the memory of the nodes."""
 
@@ -149,18 +150,15 @@ class SharedMemoryCheckpointer:
         owned = owned_tensors(state)
         names = [local.spec.name for local in owned]
         if names != self._names:  # within one process a name stands for the same rows
-            self._names, self._chunks = names, layout(owned)
+            self._names, self._chunks, self._targets = names, layout(owned), None
         chunks, size_bytes = self._chunks, self._chunks[-1].end if owned else 0
         self._agent.send(Overwriting())
-        target = np.frombuffer(self._room(size_bytes), np.uint8)
-        for chunk, local in zip(chunks, owned, strict=True):
-            start, stop = local.owned_rows()
-            rows = local.tensor.detach()[start:stop] if local.tensor.ndim else local.tensor.detach()
-            data = rows.contiguous().view(-1).view(torch.uint8)
-            if data.device.type == "cpu":
-                np.copyto(target[chunk.begin : chunk.end], data.numpy())
-            else:
-                torch.from_numpy(target[chunk.begin : chunk.end]).copy_(data)
+        rows, buffer = owned_rows(owned), self._room(size_bytes)
+        if self._targets is None:
+            self._targets = targets(chunks, rows, buffer)
+        # One call for all: one a tensor takes a tenth longer, with numpy's arrays a quarter.
+        if rows:
+            torch._foreach_copy_(self._targets, rows)
         self._pending, self._undecided = state.progress, True
         self._agent.send(
             Snapshot(
@@ -225,6 +223,7 @@ class SharedMemoryCheckpointer:
             size_bytes = max(1, size_bytes, os.fstat(self._buffer_handle).st_size)
             os.ftruncate(self._buffer_handle, size_bytes)
             self._buffer = mmap.mmap(self._buffer_handle, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            self._targets = None
         return self._buffer
 
 

@@ -154,8 +154,9 @@ class Opener:
         """Once for each group of agents; what an earlier group found is remembered by the peers."""
         if self._probed:
             return
-        if records := self._records_in_memory():
-            self._store.conditional_create = records[-1]["conditional_create"]
+        known = next((r for r in reversed(self._records_in_memory()) if "conditional_create" in r), None)
+        if known is not None:
+            self._store.conditional_create = known["conditional_create"]
         else:
             facts = probe(self._store)
             self._event("store", kind=facts.kind, conditional_create=facts.conditional_create, warning=facts.warning)

@@ -12,7 +12,13 @@ from functools import partial
 from multiprocessing.connection import Pipe
 
 from orchestrator.checkpoint.keys import CheckpointRef, shard_name
-from orchestrator.checkpoint.writer import ChunkReceipt, Shard, prepare_shard, store_shard
+from orchestrator.checkpoint.writer import (
+    ChunkReceipt,
+    Shard,
+    hash_shard,
+    lay_out_shard,
+    store_shard,
+)
 from orchestrator.errors import DamagedCheckpointError, StorageError, UnbrokenError
 from orchestrator.retries import Retries
 from orchestrator.saving import MemorySnapshot, Receipt, SaveDelayed, SaveFailed, Snapshot
@@ -55,6 +61,7 @@ class ShardWriter:
         self._snapshots: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._shards: queue.SimpleQueue[tuple[_Job, Shard]] = queue.SimpleQueue()
         self._retries = Retries(0.0)
+        self._map: mmap.mmap | None = None
         self.connection, self._results = Pipe(duplex=False)
         """Delivers a `Receipt` or `SaveFailed` for each snapshot, and before that a `SaveDelayed` if a try failed."""
         # Two, so that a snapshot is hashed at once, even while the upload of one that failed hangs.
@@ -77,14 +84,32 @@ class ShardWriter:
         while True:
             job = self._snapshots.get()
             try:
-                shard = self._prepare(job)
+                shard = self._lay_out(job)
             except Exception as error:  # whatever it is, the save has failed and the trainer waits to hear so
-                if not job.held.hashed.done():
-                    job.held.hashed.set_exception(error)
                 for tier in job.held.snapshot.tiers:
                     self._fail(job, error, tier)
             else:
-                self._shards.put((job, shard))
+                self._shards.put((job, shard))  # it is written while it is hashed
+                self._hash_shard(job, shard)
+                del shard  # lets go of the buffer
+
+    def _hash_shard(self, job: _Job, shard: Shard) -> None:
+        hashed = job.held.hashed
+        try:
+            receipt = hash_shard(shard)
+            if not hashed.done():
+                hashed.set_result(receipt.chunks)
+            elif [chunk.hash for chunk in hashed.result()] != [chunk.hash for chunk in receipt.chunks]:
+                # What is hashed anew would pass for sound ever after.
+                raise DamagedCheckpointError(
+                    f"rank {self._rank}: the snapshot of {job.held.snapshot.progress} changed in memory"
+                )
+        except Exception as error:  # as above: raised again where the shard is to be verified
+            if not hashed.done():
+                hashed.set_exception(error)
+            shard.hashed.set_exception(error)
+        else:
+            shard.hashed.set_result(receipt)
 
     def _write(self) -> None:
         while True:
@@ -111,17 +136,23 @@ class ShardWriter:
         progress = job.held.snapshot.progress
         self._results.send(SaveFailed(attempt=job.attempt, progress=progress, tier=tier, error=why))
 
-    def _prepare(self, job: _Job) -> Shard:
+    def _lay_out(self, job: _Job) -> Shard:
         snapshot = job.held.snapshot
-        # Unmapped when nothing refers to it; to close it here fails while an error's trace holds views.
-        data = memoryview(mmap.mmap(self._buffer, snapshot.size_bytes, prot=mmap.PROT_READ))
-        shard = prepare_shard(shard_name(self._rank, self._world_size), snapshot.chunks, data, self._metadata(job))
-        if not job.held.hashed.done():
-            job.held.hashed.set_result(shard.receipt.chunks)
-        elif [chunk.hash for chunk in job.held.hashed.result()] != [chunk.hash for chunk in shard.receipt.chunks]:
-            # What is hashed anew would pass for sound ever after.
-            raise DamagedCheckpointError(f"rank {self._rank}: the snapshot of {snapshot.progress} changed in memory")
-        return shard
+        try:
+            data = self._mapped(snapshot.size_bytes)
+            return lay_out_shard(shard_name(self._rank, self._world_size), snapshot.chunks, data, self._metadata(job))
+        except Exception as error:
+            if not job.held.hashed.done():
+                job.held.hashed.set_exception(error)
+            raise
+
+    def _mapped(self, size_bytes: int) -> memoryview:
+        """The snapshot. Mapped once, as long as it does not grow: page by page that takes longer than to hash it."""
+        if self._map is None or len(self._map) < size_bytes:
+            # The old one is unmapped when nothing refers to it; to close it fails while an error's trace holds views.
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            self._map = mmap.mmap(self._buffer, size_bytes, flags=flags, prot=mmap.PROT_READ)
+        return memoryview(self._map)[:size_bytes]
 
     def _store_shard(self, job: _Job, shard: Shard, tier: TierName) -> None:
         progress = job.held.snapshot.progress

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+
+import torch
 
 from orchestrator.saving import Chunks
 from trainers.shards import DTYPE_BYTES, Chunk
@@ -29,6 +32,20 @@ def layout(owned: Sequence[LocalTensor]) -> Chunks:
         offset = local.row_offset + start
         chunks.append(Chunk(spec=local.spec, row_offset=offset, num_rows=stop - start, begin=begin, end=end))
     return Chunks(chunks)
+
+
+def owned_rows(owned: Sequence[LocalTensor]) -> list[torch.Tensor]:
+    """What is copied into a snapshot, on whatever device it is."""
+    tensors = [local.tensor.detach() for local in owned]
+    places = zip(tensors, owned, strict=True)
+    return [tensor[slice(*local.owned_rows())] if tensor.ndim else tensor for tensor, local in places]
+
+
+def targets(chunks: Chunks, rows: Sequence[torch.Tensor], buffer: mmap.mmap) -> list[torch.Tensor]:
+    """Where each of `rows` is copied to. To make them takes as long as to copy a megabyte."""
+    whole = torch.frombuffer(buffer, dtype=torch.uint8)
+    places = zip(chunks, rows, strict=True)
+    return [whole[chunk.begin : chunk.end].view(tensor.dtype).view(tensor.shape) for chunk, tensor in places]
 
 
 def snapshot_bytes(state: TrainState) -> int:

@@ -59,7 +59,7 @@ def partial_fingerprint(spec: TensorSpec, row_offset: int, data: memoryview | np
     num_rows, rest = divmod(len(raw), spec.row_bytes)
     assert rest == 0 and 0 <= row_offset <= row_offset + num_rows <= spec.num_rows, (spec, row_offset, len(raw))
     if spec.row_bytes >= _WIDE_ROW_BYTES:
-        return _sum_of_rows(raw.data, spec.row_bytes, row_offset)
+        return _sum_of_rows(raw.reshape(num_rows, spec.row_bytes), row_offset)
     element_bytes = DTYPE_BYTES[spec.dtype]
     first_position = row_offset * (spec.row_bytes // element_bytes)
     return _sum_of_elements(raw.view(_ELEMENT_DTYPES[element_bytes]), first_position)
@@ -75,11 +75,9 @@ def format_fingerprint(fingerprint: int) -> str:
     return f"{fingerprint:016x}"
 
 
-def _sum_of_rows(raw: memoryview, row_bytes: int, row_offset: int) -> int:
-    total = 0
-    for row, begin in enumerate(range(0, len(raw), row_bytes), start=row_offset):
-        total += xxhash.xxh3_64_intdigest(raw[begin : begin + row_bytes], row)
-    return total & _MASK
+def _sum_of_rows(rows: np.ndarray, row_offset: int) -> int:
+    seeds = range(row_offset, row_offset + len(rows))
+    return sum(map(xxhash.xxh3_64_intdigest, rows, seeds)) & _MASK
 
 
 def _sum_of_elements(elements: np.ndarray, first_position: int) -> int:

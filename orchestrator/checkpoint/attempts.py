@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.checkpoint import keys, records
 from orchestrator.checkpoint.store import Store
-from orchestrator.errors import AlreadyExistsError, SupersededError
+from orchestrator.errors import AlreadyExistsError, StorageError, SupersededError, UnbrokenError
 
 
 def claim_attempt(store: Store, info: Mapping[str, Any]) -> int:
@@ -37,8 +37,12 @@ def newest_attempt(store: Store) -> int:
 
 
 def read_attempts(store: Store) -> list[dict[str, Any]]:
-    """What every attempt stored at its claim, oldest first."""
-    return [records.load(store, keys.attempt_key(attempt)) for attempt in sorted(_claimed(store))]
+    """What every attempt stored at its claim, oldest first; of a damaged one, the number alone.
+
+    That number is what fences. The rest is for reports and budgets: a flipped bit in it must not keep a run from going
+    on.
+    """
+    return [_read(store, attempt) for attempt in sorted(_claimed(store))]
 
 
 def check_not_superseded(store: Store, attempt: int) -> None:
@@ -50,6 +54,15 @@ def check_not_superseded(store: Store, attempt: int) -> None:
     newest = newest_attempt(store)
     if newest > attempt:
         raise SupersededError(f"attempt {attempt} of {store.url} is superseded by attempt {newest}; it stops here")
+
+
+def _read(store: Store, attempt: int) -> dict[str, Any]:
+    try:
+        return records.load(store, keys.attempt_key(attempt))
+    except StorageError:
+        raise
+    except UnbrokenError:
+        return {"attempt": attempt}
 
 
 def _claimed(store: Store) -> list[int]:

@@ -7,7 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from orchestrator.checkpoint.backend import Backend, Unfinished
 
@@ -34,14 +34,12 @@ class LocalFolder(Backend):
         return found
 
     def write(self, path: str, parts: Sequence[memoryview]) -> None:
-        with _complete_file(path, parts) as temporary:
+        with _complete_file(path, parts) as temporary, _durable_name(path):
             os.replace(temporary, path)
-            _make_name_durable(path)
 
     def create_once(self, path: str, data: bytes, timeout_s: float) -> None:
-        with _complete_file(path, [data]) as temporary:
+        with _complete_file(path, [data]) as temporary, _durable_name(path):
             os.link(temporary, path)  # unlike rename, fails if the name is taken
-            _make_name_durable(path)
 
     def size(self, path: str) -> int:
         return os.stat(path).st_size
@@ -102,11 +100,22 @@ def _is_temporary(name: str) -> bool:
     return len(name) == 37 and name.startswith(".") and name.endswith(".tmp")
 
 
-def _make_name_durable(path: str) -> None:
+@contextmanager
+def _durable_name(path: str) -> Iterator[None]:
+    """What is named within is so for good.
+
+    Raises:
+        OSError: before it is named; afterwards one without a number, as it is unknown what a power cut would leave.
+    """
     folder = os.path.dirname(path)
-    for directory in (folder, os.path.dirname(folder)):  # the folder may be new too
-        descriptor = os.open(directory, os.O_RDONLY)
+    with ExitStack() as stack:
+        descriptors = []
+        for directory in (folder, os.path.dirname(folder)):  # the folder may be new too
+            descriptors.append(os.open(directory, os.O_RDONLY))
+            stack.callback(os.close, descriptors[-1])
+        yield
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            for descriptor in descriptors:
+                os.fsync(descriptor)
+        except OSError as error:
+            raise OSError(f"{folder} could not be made durable: {error}") from error

@@ -6,12 +6,13 @@ import asyncio
 import email.utils
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from orchestrator.checkpoint.backend import Backend, Unfinished
-from orchestrator.checkpoint.s3_requests import Body, S3Requests, allow_for
-from orchestrator.checkpoint.s3_transfers import S3Downloads
+from orchestrator.checkpoint.s3_requests import S3Requests, allow_for
+from orchestrator.checkpoint.s3_transfers import S3Transfers
 from orchestrator.checkpoint.storage_failures import code
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ class S3Objects(Backend):
     def __init__(self, connect: Callable[[], Any], deadline_s: float) -> None:
         """Args: connect: makes an s3fs filesystem with `s3_requests.OPTIONS`."""
         self._requests = S3Requests(connect, deadline_s)
-        self._downloads = S3Downloads(self._requests)
+        self._transfers = S3Transfers(self._requests)
 
     def read(self, path: str, begin: int | None, end: int | None, timeout_s: float) -> bytes:
         bucket, key = _split(path)
@@ -59,14 +60,18 @@ class S3Objects(Backend):
             self.size(path)  # there is no empty range; the object may be missing all the same
             return 0
         with _missing_found(path):
-            return self._downloads.read_into(*_split(path), begin, outs, timeout_s)
+            return self._transfers.read_into(*_split(path), begin, outs, timeout_s)
 
     def write(self, path: str, parts: Sequence[memoryview]) -> None:
         size = sum(map(len, parts))
         part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
         pieces = list(_cut(parts, part_bytes)) or [[]]
-        upload = self._put(path, pieces[0]) if len(pieces) == 1 else self._put_in_parts(path, pieces)
-        self._run(path, upload)
+        bucket, key = _split(path)
+        with _missing_found(path):
+            if len(pieces) == 1:
+                self._transfers.send("put_object", pieces[0], lambda: False, Bucket=bucket, Key=key)
+            else:
+                self._put_in_parts(bucket, key, pieces)
 
     def create_once(self, path: str, data: bytes, timeout_s: float) -> None:
         """One conditional request, not repeated: the caller has to look at what happened first."""
@@ -153,42 +158,36 @@ class S3Objects(Backend):
         with _missing_found(path):
             return self._requests.run(coroutine)
 
-    async def _put(self, path: str, parts: Sequence[memoryview]) -> None:
-        bucket, key = _split(path)
-        body = Body(parts)
-        await self._requests.repeat(
-            lambda client, _: client.put_object(Bucket=bucket, Key=key, Body=body.rewound()), num_bytes=len(body)
-        )
-
-    async def _put_in_parts(self, path: str, pieces: Sequence[Sequence[memoryview]]) -> None:
-        bucket, key = _split(path)
-        began = await self._requests.repeat(lambda client, _: client.create_multipart_upload(Bucket=bucket, Key=key))
+    def _put_in_parts(self, bucket: str, key: str, pieces: Sequence[Sequence[memoryview]]) -> None:
+        run, repeat = self._requests.run, self._requests.repeat
+        began = run(repeat(lambda client, _: client.create_multipart_upload(Bucket=bucket, Key=key)))
         upload = {"Bucket": bucket, "Key": key, "UploadId": began["UploadId"]}
-        free = asyncio.Semaphore(_PARTS_AT_ONCE)
-
-        async def send(number: int, piece: Sequence[memoryview]) -> dict[str, Any]:
-            async with free:
-                body = Body(piece)
-                sent = await self._requests.repeat(
-                    lambda client, _: client.upload_part(**upload, PartNumber=number, Body=body.rewound()),
-                    num_bytes=len(body),
-                )
-            return {"PartNumber": number, "ETag": sent["ETag"]}
-
         try:
-            async with asyncio.TaskGroup() as group:
-                sending = [group.create_task(send(number, piece)) for number, piece in enumerate(pieces, 1)]
-            parts = {"Parts": [task.result() for task in sending]}
-            await self._complete(path, upload, parts, sum(len(view) for piece in pieces for view in piece))
-        except BaseException as error:
+            parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(self._send(upload, pieces), 1)]
+            run(self._complete(upload, {"Parts": parts}, sum(len(view) for piece in pieces for view in piece)))
+        except BaseException:
             with suppress(Exception):  # what is left over costs money until `abort_unfinished` finds it
-                await self._requests.once(lambda client, _: client.abort_multipart_upload(**upload), 5.0)
-            if isinstance(error, BaseExceptionGroup):
-                first = error.exceptions[0]
-                raise first from first.__cause__
+                run(self._requests.once(lambda client, _: client.abort_multipart_upload(**upload), 5.0))
             raise
 
-    async def _complete(self, path: str, upload: dict[str, str], parts: dict[str, Any], size: int) -> None:
+    def _send(self, upload: dict[str, str], pieces: Sequence[Sequence[memoryview]]) -> list[str]:
+        """The tags of the parts. If one of them fails for good, the others end soon."""
+        failures: list[BaseException] = []
+
+        def send(number: int, piece: Sequence[memoryview]) -> str:
+            try:
+                return self._transfers.send("upload_part", piece, lambda: bool(failures), **upload, PartNumber=number)
+            except BaseException as error:
+                failures.append(error)
+                raise
+
+        with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="s3-upload") as pool:
+            sending = [pool.submit(send, number, piece) for number, piece in enumerate(pieces, 1)]
+        if failures:
+            raise failures[0]  # the others have ended because of it
+        return [future.result() for future in sending]
+
+    async def _complete(self, upload: dict[str, str], parts: dict[str, Any], size: int) -> None:
         try:
             await self._requests.repeat(
                 lambda client, _: client.complete_multipart_upload(**upload, MultipartUpload=parts)
@@ -197,8 +196,8 @@ class S3Objects(Backend):
             if code(error) != "NoSuchUpload":
                 raise
             # An earlier try did it, and its answer got lost. What it made is read back by the caller.
-            bucket, key = _split(path)
-            found = await self._requests.repeat(lambda client, _: client.head_object(Bucket=bucket, Key=key))
+            place = {"Bucket": upload["Bucket"], "Key": upload["Key"]}
+            found = await self._requests.repeat(lambda client, _: client.head_object(**place))
             if found["ContentLength"] != size:
                 raise
 

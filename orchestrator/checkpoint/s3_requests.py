@@ -11,7 +11,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from orchestrator.checkpoint.storage_failures import DeadlineError, diagnose
@@ -42,7 +42,6 @@ OPTIONS: dict[str, Any] = {
 
 _SLOWEST_BYTES_PER_S = 1 << 20  # a transfer gets so much more time than a small request
 _TRIES = 3  # a store that does not answer is asked so often before the deadline
-_SEND_BYTES = 256 << 10
 
 
 class S3Requests:
@@ -65,10 +64,16 @@ class S3Requests:
         finally:
             future.cancel()  # when interrupted; else it is done
 
-    def _connected(self) -> Any:
-        # A fork has no thread to serve the connection, and shares the poll set of its sockets with the parent: closing
-        # one there makes the parent wait for ever.
+    def check_owner(self) -> None:
+        """Whether this is the process that made it.
+
+        A fork has no thread to serve the connection, and shares the poll set of its sockets with the parent: closing
+        one there makes the parent wait for ever.
+        """
         assert self._pid == os.getpid(), f"this store belongs to process {self._pid}; open one in {os.getpid()}"
+
+    def _connected(self) -> Any:
+        self.check_owner()
         with self._lock:
             if self._filesystem is None:
                 self._filesystem = self._connect()
@@ -84,9 +89,9 @@ class S3Requests:
                 pause_s = tries.failed(error)
             await asyncio.sleep(pause_s)
 
-    def repeat_here(self, request: Callable[[float], T], timeout_s: float) -> T:
-        """The same for what blocks the calling thread; told the seconds that it may take."""
-        tries = self._tries(timeout_s, 0)
+    def repeat_here(self, request: Callable[[float], T], *, num_bytes: int = 0, timeout_s: float | None = None) -> T:
+        """The same for what blocks the calling thread; told the seconds that it may take, beside `transfer_s`."""
+        tries = self._tries(timeout_s, num_bytes)
         while True:
             try:
                 return request(tries.next_s())
@@ -96,9 +101,14 @@ class S3Requests:
 
     def _tries(self, timeout_s: float | None, num_bytes: int) -> _Tries:
         time_s = (self._deadline_s if timeout_s is None else timeout_s) + transfer_s(num_bytes)
-        return _Tries(time_s, self._deadline_s / _TRIES)
+        return _Tries(time_s, self.try_s)
 
-    async def sign(self, operation: str, valid_s: int, **parameters: str) -> str:
+    @property
+    def try_s(self) -> float:
+        """Seconds that one try of a small request may take."""
+        return self._deadline_s / _TRIES
+
+    async def sign(self, operation: str, valid_s: int, **parameters: Any) -> str:
         """A URL that stands for a request of ours, sent by whomever."""
         client = await self._filesystem.set_session()
         return await client.generate_presigned_url(operation, Params=parameters, ExpiresIn=valid_s)
@@ -142,48 +152,8 @@ class _Tries:
         return pause_s
 
 
-class Body:
-    """The body of a request, sent from where it lies: botocore takes it for a file, aiohttp iterates over it."""
-
-    def __init__(self, views: Sequence[memoryview]) -> None:
-        self._views = views
-        self._at = 0
-
-    def rewound(self) -> Body:
-        """Another reader of the same bytes: aiohttp consumes what it sends."""
-        return Body(self._views)
-
-    def __len__(self) -> int:
-        return sum(map(len, self._views))
-
-    async def __aiter__(self) -> AsyncIterator[memoryview]:
-        for view in self._views:
-            for begin in range(0, len(view), _SEND_BYTES):
-                yield view[begin : begin + _SEND_BYTES]
-
-    def read(self, size: int = -1) -> bytes:
-        """Only for a checksum, where a bucket demands one."""
-        end = len(self) if size < 0 else min(len(self), self._at + size)
-        data = b"".join(view[max(0, self._at - at) : end - at] for view, at in self._placed() if end > at)
-        self._at = end
-        return data
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self)}[whence]
-        return self._at
-
-    def _placed(self) -> Iterator[tuple[memoryview, int]]:
-        at = 0
-        for view in self._views:
-            yield view, at
-            at += len(view)
-
-
 def _do_not_ask_first(params: dict[str, Any], **_: Any) -> None:
-    """botocore has a file's upload wait for `100 Continue`, and a store that never says it would hold us."""
+    """botocore has an upload wait for `100 Continue`, and a store that never says it would hold us."""
     params["headers"].pop("Expect", None)
 
 

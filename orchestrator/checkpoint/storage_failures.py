@@ -37,6 +37,8 @@ _CLOCK = "the clock of this machine is too far from the store's; set it (NTP)"
 _REGION = "the bucket is in another region; set AWS_DEFAULT_REGION"
 _FULL = f"no space left; free some, {_CHOOSE}"
 _READ_ONLY = f"it is read-only; make it writable, {_CHOOSE}"
+_TOO_LARGE = f"larger than a file may be here; raise the limit (ulimit -f), {_CHOOSE}"
+_TOO_MANY = "too many open files; raise the limit (ulimit -n)"
 _UNREACHABLE = "the endpoint is unreachable; check AWS_ENDPOINT_URL_S3 and the network"
 _TLS = "no secure connection; check AWS_ENDPOINT_URL_S3 (http or https) and AWS_CA_BUNDLE"
 
@@ -82,6 +84,9 @@ _BY_CLASS = {
 _BY_ERRNO = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
+    errno.EFBIG: _TOO_LARGE,
+    errno.EMFILE: _TOO_MANY,
+    errno.ENFILE: _TOO_MANY,
     errno.EROFS: _READ_ONLY,
     errno.EACCES: _DENIED,
     errno.EPERM: _DENIED,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from trainers.fingerprint import combine, format_fingerprint, partial_fingerprin
 from trainers.progress import Progress
 from trainers.shards import Chunk, TensorSpec
 
-_BLOCK_BYTES = 128 << 10  # stays in a core's cache: three hashes take little more time than one
+_BLOCK_BYTES = 256 << 10  # stays in a core's cache: three hashes take little more time than one
 _SAMPLE_BYTES = 64 << 10
 
 
@@ -69,15 +70,23 @@ class CommitInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A rank's file, hashed and ready to be stored. Holds no copy of the data."""
+    """A rank's file, ready to be stored. Holds no copy of the data."""
 
+    name: str
     header: bytes
     data: memoryview
-    receipt: ShardReceipt
+    chunks: Sequence[Chunk]
+    hashed: Future[ShardReceipt] = field(default_factory=Future)
+    """It may be written, but not verified, before this is there."""
+
+    @property
+    def receipt(self) -> ShardReceipt:
+        """Waits until it is hashed; raises what kept it from that."""
+        return self.hashed.result()
 
 
-def prepare_shard(name: str, chunks: Sequence[Chunk], data: memoryview, metadata: Mapping[str, str]) -> Shard:
-    """Hash a rank's chunks as the safetensors file that they will be.
+def lay_out_shard(name: str, chunks: Sequence[Chunk], data: memoryview, metadata: Mapping[str, str]) -> Shard:
+    """A rank's chunks as the safetensors file that they will be.
 
     Args:
         name: `keys.shard_name(rank, world_size)`.
@@ -87,29 +96,35 @@ def prepare_shard(name: str, chunks: Sequence[Chunk], data: memoryview, metadata
         metadata: the file's `__metadata__`.
     """
     data = data.cast("B")
-    header = safetensors_header(chunks, len(data), metadata)
+    return Shard(name=name, header=safetensors_header(chunks, len(data), metadata), data=data, chunks=chunks)
+
+
+def hash_shard(shard: Shard) -> ShardReceipt:
+    """Hash all of it."""
+    header = shard.header
     file_hash = xxhash.xxh3_128(header)
-    receipts = tuple(_receipt(chunk, data[chunk.begin : chunk.end], len(header), file_hash) for chunk in chunks)
+    receipts = tuple(_receipt(chunk, shard.data, len(header), file_hash) for chunk in shard.chunks)
     file = FileEntry(
-        name=name,
-        size_bytes=len(header) + len(data),
+        name=shard.name,
+        size_bytes=len(header) + len(shard.data),
         hash=file_hash.hexdigest(),
         header_hash=xxhash.xxh3_128_hexdigest(header),
         header_bytes=len(header),
     )
-    return Shard(header=header, data=data, receipt=ShardReceipt(file=file, chunks=receipts))
+    return ShardReceipt(file=file, chunks=receipts)
 
 
 def store_shard(store: Store, ref: CheckpointRef, shard: Shard, verify: Verify = "full") -> None:
     """Write a shard, read it back and verify it. May be repeated after any error.
 
     Args:
+        shard: what it should have been when it is read back; may still be being hashed while it is written.
         verify: how much is read back, as `CheckpointConfig.verify` says.
 
     Raises:
         StorageError: writing failed, or the store returned other bytes.
     """
-    key = ref.file(shard.receipt.file.name)
+    key = ref.file(shard.name)
     store.write(key, [shard.header, shard.data])
     _read_back(store, key, shard, verify)
 
@@ -166,9 +181,10 @@ def safetensors_header(chunks: Sequence[Chunk], data_bytes: int, metadata: Mappi
     return len(text).to_bytes(8, "little") + text
 
 
-def _receipt(chunk: Chunk, data: memoryview, header_bytes: int, file_hash: xxhash.xxh3_128) -> ChunkReceipt:
+def _receipt(chunk: Chunk, shard: memoryview, header_bytes: int, file_hash: xxhash.xxh3_128) -> ChunkReceipt:
     """Takes the chunk's hash and fingerprint, and adds it to the file's hash, while a block of rows is in the cache."""
     spec, chunk_hash, fingerprints = chunk.spec, xxhash.xxh3_128(), []
+    data = shard[chunk.begin : chunk.end]
     num_rows = max(1, _BLOCK_BYTES // max(1, spec.row_bytes))
     for row in range(0, chunk.num_rows, num_rows):
         block = data[row * spec.row_bytes : (row + num_rows) * spec.row_bytes]

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
+from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.store import Store
 from orchestrator.saving import Receipt, SaveDelayed, SaveFailed, Snapshot
 from orchestrator.sections import CheckpointConfig
@@ -67,6 +69,30 @@ def test_what_nobody_waits_for_is_not_tried_again(tmp_path, buffer):
     assert isinstance(hear(writer), SaveDelayed)
     writer.drop()
     assert isinstance(hear(writer), SaveFailed)
+
+
+def test_what_keeps_a_shard_from_being_hashed_fails_the_save(tmp_path, buffer, monkeypatch):
+    def broken(shard):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("orchestrator.shard_writer.hash_shard", broken)
+    writer, snapshot = make_writer(tmp_path, buffer, deadline_s=0.0), held()
+    writer.submit(7, snapshot)
+    failed = hear(writer)
+    assert isinstance(failed, SaveFailed) and "no room" in failed.error
+    assert snapshot.recall(pending=False).chunks == ()  # and no trainer takes it for sound
+
+
+def test_a_snapshot_that_grows_is_mapped_anew(tmp_path, buffer):
+    writer = make_writer(tmp_path, buffer, deadline_s=0.0)
+    writer.submit(7, held())
+    first = hear(writer)
+    os.pwrite(buffer, bytes(range(200)), 0)
+    grown = replace(CHUNK, spec=replace(CHUNK.spec, shape=(200,)), num_rows=200, end=200)
+    writer.submit(8, HeldSnapshot(snapshot=replace(held().snapshot, chunks=(grown,), size_bytes=200)))
+    second = hear(writer)
+    assert isinstance(first, Receipt) and isinstance(second, Receipt)
+    assert (tmp_path / "run" / CheckpointRef(4, 8).shard(0, 1)).read_bytes().endswith(bytes(range(200)))
 
 
 def test_a_snapshot_that_changed_in_memory_is_not_stored_a_second_time(tmp_path, buffer):

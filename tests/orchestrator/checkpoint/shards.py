@@ -1,4 +1,4 @@
-"""A shard written in one go, as a rank does that meets no trouble."""
+"""A shard hashed and written in one go, as a rank does that meets no trouble."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from collections.abc import Mapping, Sequence
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.policy import Verify
 from orchestrator.checkpoint.store import Store
-from orchestrator.checkpoint.writer import ShardReceipt, prepare_shard, store_shard
+from orchestrator.checkpoint.writer import Shard, ShardReceipt, hash_shard, lay_out_shard, store_shard
 from trainers.shards import Chunk
+
+
+def prepare_shard(name: str, chunks: Sequence[Chunk], data: memoryview, metadata: Mapping[str, str]) -> Shard:
+    shard = lay_out_shard(name, chunks, data, metadata)
+    shard.hashed.set_result(hash_shard(shard))
+    return shard
 
 
 def write_shard(

@@ -41,6 +41,7 @@ from orchestrator.shard_writer import store_patiently
 from tests.orchestrator.checkpoint.agent_group import WORLD_SIZE, AgentGroup
 from tests.orchestrator.checkpoint.invariants import Invariants, Violation
 from tests.orchestrator.checkpoint.serial_reads import serial_reads
+from tests.orchestrator.checkpoint.shards import prepare_shard
 from tests.orchestrator.checkpoint.states import make_info
 from tests.orchestrator.checkpoint.virtual_store import NO_FAULTS, Faults, Process, VirtualTime, World, virtual_store
 from trainers.errors import ConfigError
@@ -190,7 +191,7 @@ class Simulation(Invariants):
         for rank in range(WORLD_SIZE):
             chunk = Chunk(spec=SPEC, row_offset=rank * 2, num_rows=2, begin=0, end=4)
             part = memoryview(data)[rank * 4 :][:4]
-            shard = writer.prepare_shard(keys.shard_name(rank, WORLD_SIZE), [chunk], part, {})
+            shard = prepare_shard(keys.shard_name(rank, WORLD_SIZE), [chunk], part, {})
             store_patiently(lambda shard=shard: writer.store_shard(store, ref, shard), pause, lambda _: None)
             receipts.append(shard.receipt)
         ended = carry_out(store, CommitJob(shards=receipts, info=info, tier="storage"), pause)

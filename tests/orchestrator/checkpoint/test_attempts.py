@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.checkpoint.attempts import check_not_superseded, claim_attempt, newest_attempt, read_attempts
-from orchestrator.errors import SupersededError, UnbrokenError
+from orchestrator.errors import StorageError, SupersededError
 from tests.orchestrator.checkpoint.test_store import run_threads
 
 
@@ -39,9 +39,15 @@ def test_foreign_files_are_no_attempts(store):
     assert claim_attempt(store, {}) == 42
 
 
-def test_a_damaged_claim_keeps_its_number_and_is_named(store):
+def test_a_damaged_claim_keeps_its_number_and_stops_nobody(store, monkeypatch):
     claim_attempt(store, {})
     store.write("attempts/0001.json", [b"{"])
-    assert newest_attempt(store) == 1
-    with pytest.raises(UnbrokenError, match="is damaged"):
+    assert newest_attempt(store) == 1 and read_attempts(store) == [{"attempt": 1}]
+    assert claim_attempt(store, {}) == 2
+
+    def unreachable(*_):
+        raise OSError("unreachable")
+
+    monkeypatch.setattr(store.backend, "read", unreachable)
+    with pytest.raises(StorageError):  # which says nothing about the claim
         read_attempts(store)

@@ -177,6 +177,20 @@ def test_the_litter_of_a_killed_writer_goes_after_a_day(tmp_path):
     assert fresh.exists() and not old.exists() and run.steps == [1]
 
 
+def test_a_pass_reads_only_what_has_changed_since_the_last_one(store, monkeypatch):
+    run, read = Run(store, 4, last=2), []
+    real = store.read
+    monkeypatch.setattr(store, "read", lambda key, *span: read.append(key) or real(key, *span))
+    run.prune()
+    assert sorted(read) == [ref.manifest for ref in run.refs]
+    read.clear()
+    quarantine(store, run.refs[3], "rotten", run.attempt)
+    run.prune()
+    assert run.refs[2].manifest not in read and run.refs[3].quarantine in read
+    run.prune(GRACE_S)
+    assert [removal.ref for removal in run.removed] == run.refs[:1], "2 and 3 are the newest two that are sound"
+
+
 def test_keep_everything(store):
     run = Run(store, 12, last=None, grace_s=0.0)
     assert run.prune() is None and len(run.steps) == 12

@@ -52,6 +52,7 @@ CASES = [
     (TimeoutError(), "no answer in time", False, True),
     (OSError(errno.ENOSPC, "No space left on device"), "no space left; free some", True, False),
     (OSError(errno.EDQUOT, "Disk quota exceeded"), "no space left; free some", True, False),
+    (OSError(errno.EFBIG, "File too large"), "raise the limit (ulimit -f)", True, False),
     (OSError(errno.EROFS, "Read-only file system"), "it is read-only; make it writable", True, False),
     (PermissionError(errno.EACCES, "Permission denied"), "permission denied; allow", True, False),
     (PermissionError("AccessDenied"), "permission denied; allow", True, False),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 import uuid
 
@@ -229,6 +230,27 @@ class TestLocal:
         with pytest.raises(StorageError, match="no space left"):
             store.create("a", b"new")
         assert os.listdir(tmp_path) == []
+
+    def test_a_create_that_cannot_be_made_durable_names_nothing(self, tmp_path, monkeypatch):
+        store = Store.open(str(tmp_path))
+        monkeypatch.setattr(os, "open", failing(OSError(errno.EMFILE, "Too many open files")))
+        with pytest.raises(StorageError, match="ulimit -n"):
+            store.create("a", b"new")
+        assert os.listdir(tmp_path) == []
+
+    def test_a_create_is_not_said_to_have_failed_when_its_name_is_there(self, tmp_path, monkeypatch):
+        store, fsync = Store.open(str(tmp_path)), os.fsync
+
+        def fails_for_folders(descriptor):
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fails_for_folders)
+        store.create("a", b"new")
+        with pytest.raises(AlreadyExistsError):
+            store.create("a", b"other")
+        assert store.read("a") == b"new"
 
     def test_a_killed_writer_s_litter_is_not_listed(self, tmp_path):
         store = Store.open(str(tmp_path))
