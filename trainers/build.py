@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from trainers.compilation import compile_blocks
 from trainers.config import TrainerConfig
 from trainers.data.batch import Batch
 from trainers.data.files import FilesAt, local_files
@@ -55,6 +56,8 @@ def build(
     model = empty_model(config.model, config.seed)
     latent_shape = check_fits(model, source, config)
     frozen = open_frozen(config.model, config.conditioning, device)
+    if config.model.compile:
+        compile_blocks(model, device)
     whole = shard_model(model, config.parallel, topology, mesh, rounds, config.train.precision == "bf16")
     load_initial_weights(config.model, config.seed, model, whole)
     parameters = [parameter for parameter in whole if parameter.parameter.requires_grad]

@@ -75,6 +75,11 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         self.samples.check_weights(list(self.ema))
+        if self.model.compile and self.data.buckets is not None:
+            raise ConfigError(
+                "model.compile=true would compile again in the middle of the run, for every shape of data.buckets; set"
+                " it to false, or remove data.buckets"
+            )
         if self.objective.contrastive and self.train.microbatch_size < 2:
             raise ConfigError(
                 f"objective.contrastive={self.objective.contrastive} pairs the samples of a microbatch, and"

@@ -19,6 +19,7 @@ from trainers.errors import ConfigError
 from trainers.lora import LoraConfig, add_adapters, is_adapter
 from trainers.pretrained import FileWeights, PretrainedFolder, open_pretrained, weight_files
 from trainers.rng import Stream, derive_seed
+from trainers.units import compilable_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,17 @@ class ModelConfig:
     """Train low-rank adapters instead of the weights themselves; null: the weights."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time, same numbers."""
+    compile: bool | str = False
+    """true: torch.compile of the model's blocks, for faster steps after a first one that takes a minute or so. Other
+    kernels, so other numbers than without; but the same for every number of workers, and after every restart."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.compile, str):
+            raise ConfigError(
+                f"compile={self.compile} is not true or false, and there are no modes: max-autotune takes the kernels"
+                " that were fastest when tried, so noise would decide numbers; reduce-overhead replays CUDA graphs over"
+                " memory that FSDP frees; set compile=true"
+            )
         if self.pretrained is None:
             if self.class_name is None:
                 raise ConfigError("class_name is missing; name a model class of diffusers, or set pretrained")
@@ -70,13 +80,15 @@ class ModelConfig:
         return open_pretrained(self.pretrained, self.subfolder, self.variant) if self.pretrained else None
 
     def classes(self) -> list[str]:
-        """`library:class` of the network and of its pipeline's parts, for whoever wants them imported early."""
-        folder = self.folder()
+        """What builds the model, for whoever wants it imported early: `library:class` of the network and of its
+        pipeline's parts, and the compiler if it is compiled."""
+        folder, compiler = self.folder(), ["torch._inductor.compile_fx"] if self.compile else []
         if folder is None:
-            return [f"diffusers:{self.class_name}"]
+            return [f"diffusers:{self.class_name}", *compiler]
         return [
             f"diffusers:{folder.class_name}",
             *(f"{library}:{name}" for library, name in sorted(folder.libraries())),
+            *compiler,
         ]
 
 
@@ -194,6 +206,8 @@ def _construct(config: ModelConfig, seed: int) -> nn.Module:
         if not getattr(model, "_supports_gradient_checkpointing", False):
             raise ConfigError(f"model.gradient_checkpointing=true is not supported by {cls.__name__}; set it to false")
         cast(Any, model).enable_gradient_checkpointing()
+    if config.compile and not compilable_blocks(model):
+        raise ConfigError(f"model.compile=true: {cls.__name__} has no blocks to compile; set it to false")
     return model
 
 

@@ -1,4 +1,4 @@
-"""How a model is cut into the units that FSDP gathers and frees together."""
+"""How a model is cut: into the units that FSDP gathers and frees together, and into its blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def sharding_units(model: nn.Module) -> list[list[nn.Module]]:
     A unit is a block: an element of a ModuleList that hangs on the model, or a child that itself holds a ModuleList
     (a UNet's mid_block). What is small and single (time embedding, first and last convolution) stays with the root.
     """
-    units = [[emb] for emb in _called_from_outside(model)]
+    units = [[part] for part in called_from_outside(model)]
     for child in model.children():
         if isinstance(child, nn.ModuleList):
             units += [[block] for block in _blocks(child)]
@@ -35,7 +35,28 @@ def _blocks(container: nn.ModuleList) -> list[nn.Module]:
     return blocks
 
 
-def _called_from_outside(model: nn.Module) -> list[nn.Module]:
+def compilable_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of `model` that are not made of blocks themselves: of a transformer its layers; of a UNet the residual
+    blocks and the layers of its attention, not its stages.
+
+    A block of which the root calls a part directly is none: with FSDP's hook inside there is no graph of it.
+    """
+    apart = {id(part) for part in called_from_outside(model)}
+    found = _innermost(model)
+    for child in model.children():
+        if not isinstance(child, nn.ModuleList):
+            found += _innermost(child)
+    return [block for block in found if not any(id(part) in apart for part in block.modules())]
+
+
+def _innermost(module: nn.Module) -> list[nn.Module]:
+    """The blocks in the lists that hang on `module`; what wraps a single layer (up and down sampling) is none."""
+    lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
+    blocks = [block for blocks in lists for block in _blocks(blocks) if len(list(block.children())) > 1]
+    return [inner for block in blocks for inner in _innermost(block) or [block]]
+
+
+def called_from_outside(model: nn.Module) -> list[nn.Module]:
     """Parts of a block that the root calls directly, past the hook of the block that would gather their weights.
 
     DiTTransformer2DModel and Transformer2DModel call `transformer_blocks[0].norm1.emb` from their own forward; as a

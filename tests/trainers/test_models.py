@@ -8,7 +8,7 @@ from torch import nn
 from trainers.conditioning import Condition, call_model
 from trainers.errors import ConfigError
 from trainers.models import ModelConfig, build_model, model_class, null_label
-from trainers.units import sharding_units
+from trainers.units import compilable_blocks, sharding_units
 
 UNET = {
     "sample_size": 8,
@@ -113,14 +113,22 @@ def test_learned_sigma_keeps_the_prediction():
     assert torch.equal(out, model(noisy, timesteps, labels).sample[:, :1])
 
 
+def blocks(model):
+    found = {id(module): name for name, module in model.named_modules()}
+    return sorted(found[id(block)] for block in compilable_blocks(model))
+
+
 def names(model):
     found = {id(module): name for name, module in model.named_modules()}
     return [[found[id(module)] for module in unit] for unit in sharding_units(model)]
 
 
 def test_units_of_unets():
-    blocks = [["down_blocks.0"], ["down_blocks.1"], ["mid_block"], ["up_blocks.0"], ["up_blocks.1"]]
-    assert sorted(names(unet())) == blocks
+    stages = [["down_blocks.0"], ["down_blocks.1"], ["mid_block"], ["up_blocks.0"], ["up_blocks.1"]]
+    assert sorted(names(unet())) == stages
+    found = blocks(unet())
+    assert {"down_blocks.0.resnets.0", "down_blocks.1.attentions.0", "mid_block.resnets.1"} <= set(found)
+    assert not any("samplers" in name for name in found)
     conditional = diffusers.UNet2DConditionModel(
         block_out_channels=(8, 16),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -130,11 +138,14 @@ def test_units_of_unets():
         attention_head_dim=4,
         cross_attention_dim=8,
     )
-    assert sorted(names(conditional)) == blocks
+    assert sorted(names(conditional)) == stages
+    assert "down_blocks.0.attentions.0.transformer_blocks.0" in blocks(conditional)
+    assert "down_blocks.0.attentions.0" not in blocks(conditional)
 
 
 def test_the_part_of_dit_that_its_root_calls_comes_first():
     assert names(dit()) == [["transformer_blocks.0.norm1.emb"], ["transformer_blocks.0"], ["transformer_blocks.1"]]
+    assert blocks(dit()) == ["transformer_blocks.1"]
 
 
 def test_units_of_other_transformers():
@@ -148,6 +159,7 @@ def test_units_of_other_transformers():
         pooled_projection_dim=8,
     )
     assert names(sd3) == [["transformer_blocks.0"], ["transformer_blocks.1"]]
+    assert blocks(sd3) == ["transformer_blocks.0", "transformer_blocks.1"]
     flux = diffusers.FluxTransformer2DModel(
         in_channels=4,
         num_layers=1,
@@ -159,6 +171,7 @@ def test_units_of_other_transformers():
         axes_dims_rope=(2, 2, 4),
     )
     assert names(flux) == [["transformer_blocks.0"], ["single_transformer_blocks.0"], ["single_transformer_blocks.1"]]
+    assert blocks(flux) == sorted(name for (name,) in names(flux))
 
 
 def test_units_of_an_unknown_model():
