@@ -3,7 +3,7 @@
 `python -m bench readme`: write README and plots anew from the results that are stored. `--quick` tries the benchmarks
 out on small models and keeps nothing.
 
-Rows, in the order in which they run; all of them take about 55 minutes:
+Rows, in the order in which they run; all of them take about an hour:
 """
 
 from __future__ import annotations

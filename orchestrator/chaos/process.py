@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,6 +13,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from orchestrator.messages import Event
+
+_STACK = re.compile(r"\[0x[0-9a-f]+\]|\*\*\* StackTrace")
 
 
 class DrilledProcess:
@@ -49,8 +52,10 @@ class DrilledProcess:
         return self._process.wait()
 
     def last_words(self) -> str:
+        """Its last line; when Ray's own code has ended it, the one before the addresses on the stack."""
         lines = self._log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        said = [line for line in lines if not _STACK.search(line)]
+        return said[-1] if said else "it said nothing"
 
     def _read(self) -> None:
         try:

@@ -180,4 +180,4 @@ def test_a_node_whose_imports_fail_ends_the_run_with_the_trace(tmp_path: Path) -
     assert outcome.ending is Ending.GAVE_UP
     assert "its imports fail: ModuleNotFoundError: No module named 'no_such_module'" in outcome.message
     assert "3 times start" in outcome.message
-    assert len(script.of("attempt")) == 3 and "in _serve" in script.of("failure")[0]["details"]
+    assert len(script.of("attempt")) == 3 and "in _import" in script.of("failure")[0]["details"]
