@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from trainers.compilation import compile_blocks
 from trainers.config import TrainerConfig
@@ -56,10 +57,7 @@ def build(
     model = empty_model(config.model, config.seed)
     latent_shape = check_fits(model, source, config)
     frozen = open_frozen(config.model, config.conditioning, device)
-    if config.model.compile:
-        compile_blocks(model, device)
-    whole = shard_model(model, config.parallel, topology, mesh, rounds, config.train.precision == "bf16")
-    load_initial_weights(config.model, config.seed, model, whole)
+    whole = _shard(config, model, topology, mesh, rounds)
     parameters = [parameter for parameter in whole if parameter.parameter.requires_grad]
     state = TrainState(
         model=model,
@@ -89,6 +87,17 @@ def build(
         latent_shape=latent_shape,
     )
     return state, _with_threads(_with_networks(task), state)
+
+
+def _shard(
+    config: TrainerConfig, model: torch.nn.Module, topology: Topology, mesh: DeviceMesh, rounds: Rounds
+) -> list[LocalParameter]:
+    """This rank's rows of every parameter, with the weights that the run begins at. Collective: all ranks."""
+    if config.model.compile:
+        compile_blocks(model, torch.device(mesh.device_type))
+    whole = shard_model(model, config.parallel, topology, mesh, rounds, config.train.precision == "bf16")
+    load_initial_weights(config.model, config.seed, model, whole)
+    return whole
 
 
 def _parts(config: TrainerConfig, source: Source, trace: StepTrace) -> tuple[GuardedSource, GuardedSource | None]:
