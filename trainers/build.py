@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -74,11 +75,9 @@ def build(
         progress=Progress(),
         frozen=_hash_of_untrained(whole, topology) | _unchanging(config, frozen, source),
     )
-    trained_on, held_out = _parts(config, source, trace)
     task = Task(
         config=config,
-        source=trained_on,
-        validation=held_out,
+        **_parts(config, source, trace),
         trace=trace,
         objective=Objective(config.objective),
         rounds=rounds,
@@ -91,12 +90,12 @@ def build(
     return state, _with_threads(_with_networks(task), state)
 
 
-def _parts(config: TrainerConfig, source: Source, trace: StepTrace) -> tuple[GuardedSource, GuardedSource | None]:
-    """What is trained on, and what is held out, if anything is."""
+def _parts(config: TrainerConfig, source: Source, trace: StepTrace) -> dict[str, Any]:
+    """The task's `source`, which is trained on, and its `validation`, what is held out, if anything is."""
     trained_on, held_out = split(config.validation, config.seed, len(source))
     skip = config.data.on_broken == "skip"
     validation = None if held_out is None else GuardedSource(source, trace, held_out, skip_broken=skip)
-    return GuardedSource(source, trace, trained_on, skip_broken=skip), validation
+    return {"source": GuardedSource(source, trace, trained_on, skip_broken=skip), "validation": validation}
 
 
 def _with_networks(task: Task) -> Task:
