@@ -72,11 +72,11 @@ def build(
         progress=Progress(),
         frozen=_hash_of_untrained(whole, topology) | _unchanging(config, frozen, source),
     )
-    trained_on, held_out = _parts(config, source, trace)
+    trained_on, validation = _parts(config, source, trace)
     task = Task(
         config=config,
         source=trained_on,
-        validation=held_out,
+        validation=validation,
         trace=trace,
         objective=Objective(config.objective),
         rounds=rounds,
