@@ -182,6 +182,7 @@ def test_trainers_begin_from_the_memory_of_nodes(straight: Path, tmp_path: Path,
     script = Script(("saved", {"step": 8}, [1]))
     spec: Any = make_spec(run, config(), 1000, tiers=tiers)
     assert run_agents(spec, 2, script, ring=nodes.ring()).ending is Ending.FINISHED
+    assert len(script.of("failure")) == 1, script.of("failure")
     first, second = script.of("attempt")
     assert (first["tier"], first["restore"], first["memory"]) == ("peer", copied, None)
     # A kill may land some steps after it is asked for, and in the middle of a snapshot, which is then of no use.

@@ -31,7 +31,7 @@ STEPS, EVERY = 100, 10
 COMMAND = f"{sys.executable} -m orchestrator"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster() -> Iterator[JobCluster]:
     cluster = JobCluster(num_nodes=3)
     yield cluster
