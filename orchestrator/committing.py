@@ -113,8 +113,15 @@ class BackgroundChores:
                 self._store(work)
                 continue
             job, retries = work
-            pause = retries.pause if job.tier == "storage" else lambda: False
-            self._send.send(carry_out(self._stores.of(job.tier), job, pause))
+            store = self._stores.of(job.tier)
+            if job.tier == "storage":
+                self._send.send(carry_out(store, job, retries.pause, self._delayed))
+            else:  # there is a next time soon, and storage must not wait
+                self._send.send(carry_out(store, job, lambda: False))
+
+    def _delayed(self, job: CommitJob, error: Exception) -> None:
+        fields = {"rank": 0, "step": job.info.progress.step, "error": str(error)}  # rank 0's agent commits for all
+        self._notify(Event(kind="save_delayed", fields=fields, time_s=time.time()))
 
     def _store(self, picture: Picture) -> None:
         """Once: a picture is not worth holding up a checkpoint."""
@@ -129,19 +136,31 @@ class BackgroundChores:
             self._notify(Event(kind="samples", fields=fields, time_s=time.time()))
 
 
-def carry_out(store: Store, job: CommitJob, pause: Callable[[], bool]) -> CommitEnded:
+def carry_out(
+    store: Store,
+    job: CommitJob,
+    pause: Callable[[], bool],
+    delayed: Callable[[CommitJob, Exception], None] = lambda job, error: None,
+) -> CommitEnded:
     """Commit, again and again as long as `pause` says so.
 
     A commit whose outcome is unknown is repeated like one that failed: creating the same manifest a second time looks
     first. If nobody knows to the end, the error says so; the files stay, and whatever took effect is found by listing.
+
+    Args:
+        delayed: told why the first try failed.
     """
     ended = CommitEnded(attempt=job.info.attempt, progress=job.info.progress, tier=job.tier)
+    first = True
     while True:
         try:
             manifest = commit(store, job.shards, job.info)
         except SupersededError as error:
             return replace(ended, error=str(error), superseded=True)
         except (StorageError, UnknownOutcomeError) as error:
+            if first:
+                delayed(job, error)
+            first = False
             if not pause():
                 return replace(ended, error=str(error))
         except Exception as error:  # not to be repeated; a bug here fails the save, and must not go unnoticed

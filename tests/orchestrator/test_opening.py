@@ -160,8 +160,10 @@ def test_a_commit_is_tried_again_and_looks_first(store: Store, monkeypatch: pyte
             raise error
 
     monkeypatch.setattr(Store, "create", unlucky)
-    ended = carry_out(store, group.chores.jobs[0], lambda: True)
+    delayed: list[str] = []
+    ended = carry_out(store, group.chores.jobs[0], lambda: True, lambda job, error: delayed.append(str(error)))
     assert ended.error is None and outcomes == [] and stable_steps(store) == [5]
+    assert delayed == ["unreachable"], "said once"
 
 
 def roll_back(group: Group) -> None:
