@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, Protocol, cast
 
@@ -19,7 +20,7 @@ from orchestrator.checkpoint.writer import CommitInfo, ShardReceipt, commit
 from orchestrator.errors import StorageError, SupersededError, UnbrokenError, UnknownOutcomeError
 from orchestrator.messages import Event
 from orchestrator.pruning import BackgroundPruner
-from orchestrator.retries import Retries
+from orchestrator.retries import Retries, patiently
 from orchestrator.run_spec import RunSpec
 from orchestrator.sections import TierName
 from orchestrator.stores import Stores
@@ -151,19 +152,11 @@ def carry_out(
         delayed: told why the first try failed.
     """
     ended = CommitEnded(attempt=job.info.attempt, progress=job.info.progress, tier=job.tier)
-    first = True
-    while True:
-        try:
-            manifest = commit(store, job.shards, job.info)
-        except SupersededError as error:
-            return replace(ended, error=str(error), superseded=True)
-        except (StorageError, UnknownOutcomeError) as error:
-            if first:
-                delayed(job, error)
-            first = False
-            if not pause():
-                return replace(ended, error=str(error))
-        except Exception as error:  # not to be repeated; a bug here fails the save, and must not go unnoticed
-            return replace(ended, error=str(error) if isinstance(error, UnbrokenError) else repr(error))
-        else:
-            return replace(ended, size_bytes=sum(file.size_bytes for file in manifest.files))
+    again = (StorageError, UnknownOutcomeError)
+    try:
+        manifest = patiently(partial(commit, store, job.shards, job.info), pause, partial(delayed, job), again)
+    except SupersededError as error:
+        return replace(ended, error=str(error), superseded=True)
+    except Exception as error:  # a bug here fails the save, and must not go unnoticed
+        return replace(ended, error=str(error) if isinstance(error, UnbrokenError) else repr(error))
+    return replace(ended, size_bytes=sum(file.size_bytes for file in manifest.files))

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from orchestrator.errors import StorageError, UnbrokenError
+
+T = TypeVar("T")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 30.0
 
@@ -26,3 +32,29 @@ class Retries:
     def end(self) -> None:
         """No further try."""
         self._ended.set()
+
+
+def patiently(
+    do: Callable[[], T],
+    pause: Callable[[], bool],
+    delayed: Callable[[UnbrokenError], None],
+    errors: tuple[type[UnbrokenError], ...] = (StorageError,),
+) -> T:
+    """What `do` returns, which is tried again and again as long as `pause` says so.
+
+    Args:
+        delayed: told why, if the first try fails and there is another one, or was to be.
+        errors: after which it is tried again.
+
+    Raises what the last try raised.
+    """
+    first = True
+    while True:
+        try:
+            return do()
+        except errors as error:
+            if first:
+                delayed(error)
+            first = False
+            if not pause():
+                raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import queue
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,8 +18,8 @@ from orchestrator.checkpoint.writer import (
     lay_out_shard,
     store_shard,
 )
-from orchestrator.errors import DamagedCheckpointError, StorageError, UnbrokenError
-from orchestrator.retries import Retries
+from orchestrator.errors import DamagedCheckpointError, UnbrokenError
+from orchestrator.retries import Retries, patiently
 from orchestrator.saving import MemorySnapshot, Receipt, SaveDelayed, SaveFailed, Snapshot
 from orchestrator.sections import CheckpointConfig, TierName
 from orchestrator.stores import Stores
@@ -157,14 +156,14 @@ class ShardWriter:
     def _store_shard(self, job: _Job, shard: Shard, tier: TierName) -> None:
         progress = job.held.snapshot.progress
 
-        def delayed(error: StorageError) -> None:
+        def delayed(error: UnbrokenError) -> None:
             self._results.send(SaveDelayed(attempt=job.attempt, progress=progress, error=str(error)))
 
         ref, store = CheckpointRef(progress.samples_seen, job.attempt), self._stores.of(tier)
         if tier == "peer":
             store_shard(store, ref, shard, self._config.verify)  # there is a next time soon, and storage must not wait
         else:
-            store_patiently(partial(store_shard, store, ref, shard, self._config.verify), job.retries.pause, delayed)
+            patiently(partial(store_shard, store, ref, shard, self._config.verify), job.retries.pause, delayed)
 
     def _metadata(self, job: _Job) -> dict[str, str]:
         """For people who find the file alone."""
@@ -176,26 +175,3 @@ class ShardWriter:
             "samples_seen": str(progress.samples_seen),
             "rank": f"{self._rank} of {self._world_size}",
         }
-
-
-def store_patiently(
-    store_it: Callable[[], None], pause: Callable[[], bool], delayed: Callable[[StorageError], None]
-) -> None:
-    """Store something, again and again as long as `pause` says so.
-
-    Args:
-        delayed: told why, if the first try fails and there is another one, or was to be.
-
-    Raises:
-        StorageError: of the last try.
-    """
-    first = True
-    while True:
-        try:
-            return store_it()
-        except StorageError as error:
-            if first:
-                delayed(error)
-            first = False
-            if not pause():
-                raise

@@ -37,7 +37,7 @@ from orchestrator.errors import (
     UnbrokenError,
     UnknownOutcomeError,
 )
-from orchestrator.shard_writer import store_patiently
+from orchestrator.retries import patiently
 from tests.orchestrator.checkpoint.agent_group import WORLD_SIZE, AgentGroup
 from tests.orchestrator.checkpoint.invariants import Invariants, Violation
 from tests.orchestrator.checkpoint.serial_reads import serial_reads
@@ -192,7 +192,7 @@ class Simulation(Invariants):
             chunk = Chunk(spec=SPEC, row_offset=rank * 2, num_rows=2, begin=0, end=4)
             part = memoryview(data)[rank * 4 :][:4]
             shard = prepare_shard(keys.shard_name(rank, WORLD_SIZE), [chunk], part, {})
-            store_patiently(lambda shard=shard: writer.store_shard(store, ref, shard), pause, lambda _: None)
+            patiently(lambda shard=shard: writer.store_shard(store, ref, shard), pause, lambda _: None)
             receipts.append(shard.receipt)
         ended = carry_out(store, CommitJob(shards=receipts, info=info, tier="storage"), pause)
         if ended.error is not None:
