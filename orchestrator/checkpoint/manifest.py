@@ -27,6 +27,7 @@ from typing import Any
 
 import xxhash
 
+from orchestrator.checkpoint.collector import collector_paused
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.errors import DamagedCheckpointError, RunMismatchError
 from trainers.progress import Progress
@@ -132,6 +133,7 @@ class Manifest:
         return body + _DIGEST_LEAD + xxhash.xxh3_128_hexdigest(body).encode() + _DIGEST_TAIL
 
     @classmethod
+    @collector_paused()
     def from_bytes(cls, data: bytes, where: str) -> Manifest:
         """The manifest in a file's bytes; `where` names the file in errors.
 

@@ -17,6 +17,7 @@ from functools import partial
 import xxhash
 
 from orchestrator.checkpoint.catalog import load_manifest
+from orchestrator.checkpoint.collector import collector_paused
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.manifest import ChunkEntry, FileEntry, Manifest
 from orchestrator.checkpoint.store import Store
@@ -131,6 +132,7 @@ def verify(store: Store, ref: CheckpointRef, advance: Callable[[int], None] = la
     return problems
 
 
+@collector_paused()
 def plan(manifest: Manifest, wanted: Sequence[Destination]) -> dict[int, list[_Piece]]:
     """The pieces to read from each file. Those of a chunk that is read whole know how it is checked.
 

@@ -13,6 +13,7 @@ import xxhash
 
 from orchestrator.checkpoint import keys, records
 from orchestrator.checkpoint.attempts import check_not_superseded
+from orchestrator.checkpoint.collector import collector_paused
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.manifest import ChunkEntry, FileEntry, Manifest, TensorEntry
 from orchestrator.checkpoint.policy import Verify
@@ -248,6 +249,7 @@ class _Joined:
         return self._header[wanted.start : wanted.stop] + bytes(data)
 
 
+@collector_paused()
 def _manifest(receipts: Sequence[ShardReceipt], info: CommitInfo) -> Manifest:
     receipts = sorted(receipts, key=lambda receipt: receipt.file.name)
     found: dict[TensorSpec, list[tuple[ChunkEntry, int]]] = {}
