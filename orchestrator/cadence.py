@@ -19,6 +19,8 @@ FIRST_STEPS = 10
 """Interval until a save has been measured."""
 _ASSUMED_S = 3 * 3600.0
 """Without any failure so far it is as if there had been one in this time."""
+_KEPT = 0.1
+"""Of that assumption, after the first failure: a run that fails every minute should not need dozens to believe it."""
 _WINDOW = 9
 _STEPS = 100
 _WORTH_IT = 1.2
@@ -64,7 +66,8 @@ def best_interval(measured: Measured, least: int, most: int) -> Interval:
     order; the form for availability is from arXiv 2410.18124.
     """
     save_s, restart_s = measured.save_s, measured.restart_s
-    between_s = (measured.trained_s + _ASSUMED_S) / (measured.failures + 1)
+    assumed = _KEPT if measured.failures else 1
+    between_s = (measured.trained_s + assumed * _ASSUMED_S) / (measured.failures + assumed)
     seconds = save_s + math.sqrt(2 * (between_s + restart_s) * save_s + save_s**2)
     steps = min(most, max(least, 1, round(max(seconds, measured.persist_s) / measured.step_s)))
     bound = ""
@@ -74,7 +77,7 @@ def best_interval(measured: Measured, least: int, most: int) -> Interval:
         bound += f", kept within {least} to {most} steps"
     text = (
         f"C={_s(save_s)} a save, R={_s(restart_s)} a restart, M={_s(between_s)} between failures"
-        f" ({measured.failures} in {_s(measured.trained_s)}, and one assumed in {_s(_ASSUMED_S)}):"
+        f" ({measured.failures} in {_s(measured.trained_s)}, and {assumed} assumed in {_s(assumed * _ASSUMED_S)}):"
         f" C + sqrt(2 (M + R) C + C^2) = {_s(seconds)}{bound}; at {_s(measured.step_s)} a step: every {steps} steps"
     )
     return Interval(steps=steps, arithmetic=text)

@@ -31,11 +31,11 @@ def measured(**changes: Any) -> Measured:
 @pytest.mark.parametrize(
     ("changes", "seconds"),
     [
-        # C + sqrt(2 (M + R) C + C^2), worked out by hand; M = (trained + 3 h) / (failures + 1)
+        # C + sqrt(2 (M + R) C + C^2), worked out by hand; M = trained + 3 h, or (trained + 0.3 h) / (failures + 0.1)
         ({}, 0.05 + math.sqrt(2 * 10801 * 0.05 + 0.0025)),
         ({"trained_s": 21 * HOURS, "failures": 7}, 0.05 + math.sqrt(2 * 10801 * 0.05 + 0.0025)),
         ({"trained_s": 21 * HOURS, "failures": 0}, 0.05 + math.sqrt(2 * 86401 * 0.05 + 0.0025)),
-        ({"trained_s": 3200.0, "failures": 199}, 0.05 + math.sqrt(2 * 71 * 0.05 + 0.0025)),
+        ({"trained_s": 120.0, "failures": 2}, 0.05 + math.sqrt(2 * (1200 / 2.1 + 1) * 0.05 + 0.0025)),
         ({"save_s": 2.0}, 2.0 + math.sqrt(2 * 10801 * 2.0 + 4.0)),
         ({"restart_s": 600.0}, 0.05 + math.sqrt(2 * 11400 * 0.05 + 0.0025)),
         ({"persist_s": 100.0}, 100.0),  # one save in flight at a time
