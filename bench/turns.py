@@ -10,6 +10,8 @@ import numpy as np
 from bench.arm import Arm
 
 _WARM_UP_STEPS = 5
+_SETTLE_S = 2.0
+"""After an arm is let go on: its daemons make up for the time in which they were stopped."""
 
 
 def warm_up(arms: Sequence[Arm], timeout_s: float = 300) -> None:
@@ -39,9 +41,9 @@ def _one_turn(arm: Arm, steps: int) -> list[float]:
     arm.thaw()
     # A line may have been on its way when the arm was stopped: what counts is when the step ended.
     began, ends = time.time(), []
-    while len(ends) < steps + 1:  # the first step was cut in two by the stop
+    while len(ends) < steps + 1:  # the first end only begins the next step
         line = arm.wait_for(lambda line: line["kind"] == "step" and line.get("rank", 0) == 0)[-1]
-        if line["time_s"] > began:
+        if line["time_s"] > began + _SETTLE_S:
             ends.append(line["time_s"])
     arm.freeze()
     return np.diff(ends).tolist()

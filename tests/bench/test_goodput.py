@@ -61,16 +61,22 @@ def test_a_run_is_read_from_what_it_says():
     lines += [line("step", 110.3, 21), line("training", 111.0, 10), line("step", 111.5, 11), line("step", 112.0, 12)]
     lines += [line("step", 131.0, 13)]  # after the end
     run = read(lines, killed_s=[110.2], began_s=102.5, wall_s=20.0)
-    assert (run.useful_steps, run.step_s, run.stalls_s) == (12 - 5, 0.5, [0.1])
+    assert (run.useful_steps, run.steps, run.step_s, run.stalls_s) == (12 - 5, 18, 0.5, [0.1])
     assert run.recoveries_s == [pytest.approx(1.3)], "the step that was under way is no recovery"
     assert run.goodput == 7 * 0.5 / 20
     never = read(lines[:17], killed_s=[110.2], began_s=102.5, wall_s=20.0)
     assert never.recoveries_s == [pytest.approx(12.3)], "it lasts to the end at least"
 
 
+def test_a_save_costs_all_the_time_that_nothing_else_explains():
+    run = Run(100.0, step_s=0.5, steps=181, stalls_s=[0.1] * 10, recoveries_s=[5.0])
+    assert run.save_s == pytest.approx((100 - 180 * 0.5 - 5.0) / 10)
+    assert replace(run, steps=199).save_s == 0.1, "its pause at least"
+
+
 def test_the_best_interval_is_short_where_saves_cost_little_and_kills_are_many():
     kills = [Kill(at_s, 0) for at_s in (20.0, 55.0, 90.0, 125.0)]
-    cheap = Run(150.0, step_s=0.5, stalls_s=[0.001], recoveries_s=[1.0])
-    dear = Run(150.0, step_s=0.5, stalls_s=[2.0], recoveries_s=[1.0])
+    cheap = Run(150.0, step_s=0.5, steps=299, stalls_s=[0.001], recoveries_s=[1.0])
+    dear = Run(150.0, step_s=0.5, steps=295, stalls_s=[2.0], recoveries_s=[1.0])
     (most, often), (less, rarely) = best_interval(cheap, kills), best_interval(dear, kills)
     assert often < rarely and less < most < 1
