@@ -44,7 +44,11 @@ class BareLoop:
         self._distributed = _sharded(self.model) if strategy == "fsdp" else DistributedDataParallel(self.model)
         lr = config["optimizer"]["lr"]
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0, foreach=True
+            self.model.parameters(),
+            lr=lr,
+            betas=(0.9, 0.999),
+            weight_decay=0.0,
+            fused=True,  # the fastest of its ways
         )
         self._images, self._labels = digits(config["data"]["image_size"])
         self._schedule = DDPMScheduler(num_train_timesteps=1000)

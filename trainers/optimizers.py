@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from trainers.errors import ConfigError
+from trainers.fused_adam import FusedAdam
 from trainers.parallel import LocalParameter
 
 
@@ -136,9 +137,11 @@ def make_optimizer(parameters: Sequence[LocalParameter], config: OptimizerConfig
 
 
 def _construct(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    # The same operations on every element either way. A CPU has no launches to save, but caches: parameter by parameter
-    # what one operation leaves there is what the next one needs.
+    # A CPU has no launches to save, but caches: parameter by parameter what one operation leaves there is what the next
+    # one needs, and with all operations in one pass it is read once.
     on_cpu = all(tensor.is_cpu for group in groups for tensor in group["params"])
+    if on_cpu and config.name in ("adamw", "adam"):
+        return FusedAdam(groups, decoupled=config.name == "adamw", lr=config.lr, betas=config.betas, eps=config.eps)
     common: dict[str, Any] = {"lr": config.lr, "foreach": not on_cpu}
     match config.name:
         case "adamw":

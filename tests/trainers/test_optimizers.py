@@ -11,7 +11,7 @@ from trainers.errors import ConfigError
 from trainers.optimizers import OptimizerConfig, ParameterGroup, make_optimizer
 from trainers.parallel import LocalParameter
 
-SHAPES = {"norm.weight": (6,), "linear.weight": (6, 4), "linear.bias": (6,), "head.weight": (5, 4)}
+SHAPES = {"norm.weight": (6,), "linear.weight": (6, 4), "linear.bias": (6,), "head.weight": (7, 20)}
 CASES: dict[str, tuple[dict[str, Any], type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw": ({"name": "adamw", "betas": (0.8, 0.95)}, torch.optim.AdamW, {"betas": (0.8, 0.95)}),
     "adam": ({"name": "adam", "eps": 1e-6}, torch.optim.Adam, {"eps": 1e-6}),
@@ -63,23 +63,30 @@ def train(config: OptimizerConfig, held: list[LocalParameter], rows: slice = sli
     return optimizer
 
 
+def whole_vectors(tensor: torch.Tensor) -> torch.Tensor:
+    """Flat, with zeros at the end: torch's fused kernel rounds what is left over after whole vectors in another way."""
+    return torch.nn.functional.pad(tensor.flatten(), (0, -tensor.numel() % 16))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_equals_torch_bitwise_and_keeps_its_moments(case):
     settings, cls, options = CASES[case]
     config = OptimizerConfig(lr=0.01, weight_decay=0.1, **settings)
     held = parameters(values(0))
     ours = train(config, held)
-    reference = [torch.nn.Parameter(tensor) for tensor in values(0).values()]
-    theirs: Any = cls(reference, lr=0.01, weight_decay=0.1, foreach=True, **options)
+    reference = [torch.nn.Parameter(whole_vectors(tensor)) for tensor in values(0).values()]
+    way = "fused" if case in ("adamw", "adam") else "foreach"
+    theirs: Any = cls(reference, **{"lr": 0.01, "weight_decay": 0.1, way: True, **options})
     for step in range(5):
         for parameter, grad in zip(reference, values(100 + step).values(), strict=True):
-            parameter.grad = grad
+            parameter.grad = whole_vectors(grad)
         theirs.step()
     for mine, other in zip(held, reference, strict=True):
-        assert torch.equal(mine.local, other)
+        size = mine.local.numel()
+        assert torch.equal(mine.local.flatten(), other[:size])
         moments = {key: value for key, value in ours.state[mine.local].items() if key != "step"}
         assert moments.keys() == MOMENTS[case] == set(config.moments)
-        assert all(torch.equal(value, theirs.state[other][key]) for key, value in moments.items())
+        assert all(torch.equal(value.flatten(), theirs.state[other][key][:size]) for key, value in moments.items())
 
 
 @pytest.mark.parametrize("case", CASES)
