@@ -60,9 +60,9 @@ class StopOnOrder:
         elif progress.step < self._num_steps:  # at the last step the run ends anyway
             assert isinstance(order, Gate), order
             self._agent.send(AtGate(progress=progress))
-            # An earlier order may still lie there; the one that answers the gate is for a later step than this.
             while not isinstance(order := self._orders.recv(), StopAt):
-                continue
+                # For a more urgent order. If the first gate was settled before that came, nothing else is answered.
+                self._agent.send(AtGate(progress=progress))
             self._stop_at = order.step
 
 
