@@ -68,6 +68,7 @@ def test_what_an_error_means(error, line, certain, retry):
     found = diagnose(error)
     assert line in found.line and "\n" not in found.line
     assert (found.certain, found.retry) == (certain, retry)
+    assert found.renew == ("credentials" in line)
 
 
 def test_after_the_deadline_the_last_error_says_why():
