@@ -109,6 +109,7 @@ class Supervisor:
                     raise ConnectionError(f"rank {self._rank}: rank 0 has been silent for {SILENT_LIMIT_S:g} s")
         finally:
             self._heartbeat.close()
+            self._writer.close()
             if self._fork_server is not None:
                 self._fork_server.close()
             self._coordinator.close()
