@@ -84,7 +84,9 @@ _BY_CLASS = {
     "InvalidEndpointURLError": _UNREACHABLE,
     "SSLError": _TLS,
 }
-_RENEWED = {_KEYS, _EXPIRED, _NO_CREDENTIALS, _REFUSED}
+_UNSAID = {"400": "refused without a word, which may mean that the credentials have expired; renew them"}
+"""To a HEAD, whose answer has no body, by its status; what says more has a code of its own."""
+_RENEWED = {_KEYS, _EXPIRED, _NO_CREDENTIALS, _REFUSED, *_UNSAID.values()}
 _BY_ERRNO = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
@@ -152,8 +154,7 @@ def _of_answer(response: dict[str, Any], error: BaseException) -> Failure:
     name = str(response["Error"].get("Code", ""))
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     message = " ".join(str(response["Error"].get("Message") or error).split())
-    if name in _BY_CODE or str(status) in _BY_CODE:
-        meaning = _BY_CODE.get(name) or _BY_CODE[str(status)]
+    if meaning := _BY_CODE.get(name) or _UNSAID.get(name) or _BY_CODE.get(str(status)):
         return Failure(line=f"{meaning} ({name}: {message})", renew=meaning in _RENEWED)
     retry = name in _REPEATABLE_CODES or status in _REPEATABLE_STATUS
     certain = (400 <= status < 500 and status not in _UNCERTAIN_STATUS) or status == 501  # not implemented

@@ -30,6 +30,7 @@ CASES = [
     (Answer(403, "InvalidAccessKeyId"), "wrong credentials; correct AWS_ACCESS_KEY_ID", True, False),
     (Answer(403, "SignatureDoesNotMatch"), "wrong credentials; correct AWS_ACCESS_KEY_ID", True, False),
     (Answer(400, "ExpiredToken"), "credentials have expired; renew them", True, False),
+    (Answer(400, "400"), "the credentials have expired; renew them", True, False),
     (Answer(403, "AccessDenied"), "permission denied; allow", True, False),
     (Answer(403, "403"), "or the credentials are wrong", True, False),
     (Answer(403, "RequestTimeTooSkewed"), "clock of this machine is too far from the store's; set it", True, False),
