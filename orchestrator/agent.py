@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
@@ -25,7 +26,6 @@ from orchestrator.run_spec import RunSpec
 from orchestrator.stores import Stores
 from orchestrator.supervisor import Supervisor
 from orchestrator.tracking.recorder import Recorder
-from orchestrator.tracking.sinks import Sink
 
 _Wire = tuple[tuple[str, int], bytes, PeerRing | None]
 """Where the hub listens, the key to it, and the memory of the nodes."""
@@ -49,25 +49,21 @@ def agent(arguments: dict[str, Any]) -> None:
     mailbox, directory = arguments["mailbox"], arguments["directory"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    sinks: list[Sink] = []
-    wire = _start_hub(spec, world_size, mailbox, directory, sinks) if rank == 0 else None
-    address, key, ring = cast(_Wire, ray.train.collective.broadcast_from_rank_zero(wire))
-    node = ray.get_runtime_context().get_node_id()
-    try:
+    with ExitStack() as closing:
+        wire = _start_hub(spec, world_size, mailbox, directory, closing) if rank == 0 else None
+        address, key, ring = cast(_Wire, ray.train.collective.broadcast_from_rank_zero(wire))
+        node = ray.get_runtime_context().get_node_id()
         wire, forks = connect(address, key, rank), partial(open_fork_server, shared_name(spec.session, node))
         outcome = Supervisor(spec, rank, world_size, wire, node, forks, ring=home(ring)).run()
-    finally:
-        for sink in sinks:
-            sink.close()
     if outcome.ending is Ending.REGROUP:
         raise RegroupError(outcome.message)
 
 
-def _start_hub(spec: RunSpec, world_size: int, mailbox: Any, directory: Any, sinks: list[Sink]) -> _Wire:
+def _start_hub(spec: RunSpec, world_size: int, mailbox: Any, directory: Any, closing: ExitStack) -> _Wire:
     """Start the coordinator on rank 0.
 
     Args:
-        sinks: gets what is to be closed in the end.
+        closing: gets what is to be closed in the end.
     """
     host = ray.util.get_node_ip_address()
     hub = Hub(host, key := secrets.token_bytes(32), world_size)
@@ -78,14 +74,15 @@ def _start_hub(spec: RunSpec, world_size: int, mailbox: Any, directory: Any, sin
 
     def notify(event: Event) -> None:
         tell(event)
-        for sink in sinks:
-            sink.take(event)
+        recorder.take(event)
 
-    sinks.append(Recorder(spec.run_url, spec.session, report=tell))
+    recorder = Recorder(spec.run_url, spec.session, report=tell)
+    closing.callback(recorder.close)
     stores = Stores.open(spec.run_url, home(ring))
     if ring is not None:
         notify(Event(kind="peers", fields={"num_nodes": len(ring.peers)}, time_s=time.time()))
     chores = BackgroundChores(spec, stores, notify)
+    closing.callback(chores.close)
     hub.start(lambda send: Coordinator(spec, stores, world_size, host, send, notify, chores), chores.results)
     take_orders(mailbox, hub.order)
     return hub.address, key, ring

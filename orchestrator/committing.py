@@ -83,7 +83,7 @@ class BackgroundChores:
         self._notify = notify
         self._deadline_s = spec.checkpoint.deadline_s
         self._retries = Retries(0.0)
-        self._jobs: queue.SimpleQueue[tuple[CommitJob, Retries] | Picture] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[CommitJob, Retries] | Picture | None] = queue.SimpleQueue()
         self.results, self._send = cast(tuple[Connection, Connection], Pipe(duplex=False))
         """Delivers a `CommitEnded` for each job."""
         config = spec.checkpoint
@@ -107,9 +107,15 @@ class BackgroundChores:
     def prune(self, attempt: int, tier: TierName) -> None:
         self._pruners[tier].request(attempt)
 
+    def close(self) -> None:
+        """End the threads when they are done with what is under way; nobody waits for that."""
+        self._retries.end()
+        self._jobs.put(None)
+        for pruner in self._pruners.values():
+            pruner.close()
+
     def _work(self) -> None:
-        while True:
-            work = self._jobs.get()
+        while (work := self._jobs.get()) is not None:
             if isinstance(work, Picture):
                 self._store(work)
                 continue

@@ -63,6 +63,7 @@ class Hub:
         self._silences: dict[int, Silence] = {}
         self._look_at = 0.0
         self._lost = False
+        self._over = threading.Event()
         self._orders, self._order = Pipe(duplex=False)
         self._ordering = threading.Lock()
 
@@ -118,6 +119,7 @@ class Hub:
                 agent.close()
             self._agents = {}
             self._listener.close()
+            self._over.set()
 
     def _admit(self) -> None:
         try:
@@ -158,8 +160,7 @@ class Hub:
 
     def _beat(self) -> None:
         """Tell the agents that this process runs, also while the coordinator waits for storage."""
-        while not self._lost:
+        while not self._over.wait(BEAT_S):
             for agent in list(self._agents.values()):
                 with contextlib.suppress(OSError):  # closed, or about to be found closed
                     agent.send(Beat())
-            time.sleep(BEAT_S)

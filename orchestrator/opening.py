@@ -154,7 +154,7 @@ class Opener:
         """Once for each group of agents; what an earlier group found is remembered by the peers."""
         if self._probed:
             return
-        known = next((r for r in reversed(self._records_in_memory()) if "conditional_create" in r), None)
+        known = next((r for r in self._records_in_memory() if "conditional_create" in r), None)
         if known is not None:
             self._store.conditional_create = known["conditional_create"]
         else:
@@ -163,9 +163,9 @@ class Opener:
         self._probed = True
 
     def _records_in_memory(self) -> list[dict[str, Any]]:
-        """What the attempts of this driver said at their claim, as far as the nodes remember."""
+        """What the attempts of this driver said at their claim, as far as the nodes remember, newest first."""
         try:
-            return read_attempts(self._peer) if self._peer is not None else []
+            return list(read_attempts(self._peer)) if self._peer is not None else []
         except UnbrokenError:  # no memory is left: there is storage
             return []
 
@@ -220,7 +220,7 @@ class Opener:
     def _check_progress_since(self, newest: str | None) -> None:
         """Groups of agents that die one after the other leave nothing in memory; count them in storage."""
         stalled = 0
-        for record in reversed(self._records_in_memory() or read_attempts(self._store)):
+        for record in self._records_in_memory() or read_attempts(self._store):
             if record.get("session") != self._spec.session or record.get("from") != newest:
                 break
             stalled += 1

@@ -55,16 +55,18 @@ class PastReader:
 
     def _read(self, attempt: int, step: int, exclusions: Exclusions) -> None:
         try:
-            store = Store.open(self._spec.run_url)
-            events, rows = read_events(store), RowsReader(store, METRICS).rows(_ENOUGH_ROWS)
-        except UnbrokenError as error:
-            self._event("past_unread", error=str(error))
-            return
+            self.past = self._found(attempt, step, exclusions)
+        except Exception as error:  # a damaged row may say anything; who trains must hear that nothing is compared
+            why = str(error) if isinstance(error, UnbrokenError) else f"{type(error).__name__}: {error}"
+            self._event("past_unread", error=why)
+
+    def _found(self, attempt: int, step: int, exclusions: Exclusions) -> Past:
+        store = Store.open(self._spec.run_url)
+        events, rows = read_events(store), RowsReader(store, METRICS).rows(_ENOUGH_ROWS)
         before = [event for event in events if event.fields.get("attempt", 0) < attempt]
         book = account(before)
-        steps = binding_steps(rows, before, step, self._spec, exclusions)
-        self.past = Past(
-            steps=steps,
+        return Past(
+            steps=binding_steps(rows, before, step, self._spec, exclusions),
             trained_s=book.wall_s - book.seconds[Bucket.DOWN],
             failures=sum(recovery.cause not in _NO_FAILURES for recovery in book.recoveries),
         )

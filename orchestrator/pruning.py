@@ -23,11 +23,17 @@ class BackgroundPruner:
         self._notify = notify
         self._attempt = 0
         self._requested = threading.Event()
+        self._closed = False
         threading.Thread(target=self._work, name="pruner", daemon=True).start()
 
     def request(self, attempt: int) -> None:
         """Prune soon, on behalf of `attempt`. Returns at once."""
         self._attempt = attempt
+        self._requested.set()
+
+    def close(self) -> None:
+        """No pass after the one under way; nobody waits for that."""
+        self._closed = True
         self._requested.set()
 
     def _work(self) -> None:
@@ -36,6 +42,8 @@ class BackgroundPruner:
         while True:
             self._requested.wait(wait_s)
             self._requested.clear()
+            if self._closed:
+                return
             wait_s = None
             try:
                 pruner = pruner or Pruner(self._open_store(), self._keep)

@@ -57,8 +57,8 @@ class ShardWriter:
         self._rank = rank
         self._world_size = world_size
         self._config = config
-        self._snapshots: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._shards: queue.SimpleQueue[tuple[_Job, Shard]] = queue.SimpleQueue()
+        self._snapshots: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._shards: queue.SimpleQueue[tuple[_Job, Shard] | None] = queue.SimpleQueue()
         self._retries = Retries(0.0)
         self._map: mmap.mmap | None = None
         self.connection, self._results = Pipe(duplex=False)
@@ -79,9 +79,13 @@ class ShardWriter:
         """Do not try the last one again: nobody waits for it any more."""
         self._retries.end()
 
+    def close(self) -> None:
+        """End the threads when they are done with what is under way; nobody waits for that."""
+        self.drop()
+        self._snapshots.put(None)
+
     def _hash(self) -> None:
-        while True:
-            job = self._snapshots.get()
+        while (job := self._snapshots.get()) is not None:
             try:
                 shard = self._lay_out(job)
             except Exception as error:  # whatever it is, the save has failed and the trainer waits to hear so
@@ -91,6 +95,7 @@ class ShardWriter:
                 self._shards.put((job, shard))  # it is written while it is hashed
                 self._hash_shard(job, shard)
                 del shard  # lets go of the buffer
+        self._shards.put(None)
 
     def _hash_shard(self, job: _Job, shard: Shard) -> None:
         hashed = job.held.hashed
@@ -111,8 +116,8 @@ class ShardWriter:
             shard.hashed.set_result(receipt)
 
     def _write(self) -> None:
-        while True:
-            job, shard = self._shards.get()
+        while (work := self._shards.get()) is not None:
+            job, shard = work
             for tier in job.held.snapshot.tiers:
                 try:
                     self._store_shard(job, shard, tier)
@@ -128,7 +133,7 @@ class ShardWriter:
                             scalars=job.held.snapshot.scalars,
                         )
                     )
-            del shard  # lets go of the buffer
+            del work, shard  # lets go of the buffer
 
     def _fail(self, job: _Job, error: Exception, tier: TierName) -> None:
         why = str(error) if isinstance(error, UnbrokenError) else repr(error)

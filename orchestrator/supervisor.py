@@ -109,6 +109,7 @@ class Supervisor:
                     raise ConnectionError(f"rank {self._rank}: rank 0 has been silent for {SILENT_LIMIT_S:g} s")
         finally:
             self._heartbeat.close()
+            self._writer.close()
             if self._fork_server is not None:
                 self._fork_server.close()
             self._coordinator.close()
@@ -157,7 +158,7 @@ class Supervisor:
                 self._writer.drop()  # another rank's shard may have failed while this one's is tried again
                 self._tell(self._trainer, message)
             case Rendezvous():
-                self._tell(self._trainer, message)
+                self._tell(self._orders, message)  # on the other pipe the end of a save may come before it
 
     def _launch(self, launch: Launch) -> None:
         self._attempt, self._exit, self._kill, self._pending, self._work = launch.attempt, None, None, None, None

@@ -60,9 +60,9 @@ class StopOnOrder:
         elif progress.step < self._num_steps:  # at the last step the run ends anyway
             assert isinstance(order, Gate), order
             self._agent.send(AtGate(progress=progress))
-            # An earlier order may still lie there; the one that answers the gate is for a later step than this.
             while not isinstance(order := self._orders.recv(), StopAt):
-                continue
+                # For a more urgent order. If the first gate was settled before that came, nothing else is answered.
+                self._agent.send(AtGate(progress=progress))
             self._stop_at = order.step
 
 
@@ -97,14 +97,18 @@ class PipeSink:
             self._agent.send(message)
 
 
-def _join(agent: Connection, begin: Begin) -> None:
-    """Form the process group; rank 0's trainer serves the store, so that every attempt has a fresh one."""
+def _join(agent: Connection, orders: Connection, begin: Begin) -> None:
+    """Form the process group; rank 0's trainer serves the store, so that every attempt has a fresh one.
+
+    Args:
+        orders: delivers the `Rendezvous`.
+    """
     timeout = timedelta(minutes=30)
     served = None
     if begin.rank == 0:
         served = dist.TCPStore("0.0.0.0", 0, begin.world_size, is_master=True, wait_for_workers=False, timeout=timeout)
         agent.send(Listening(port=served.port))
-    meeting = agent.recv()
+    meeting = orders.recv()
     assert isinstance(meeting, Rendezvous), meeting
     store = served or dist.TCPStore(meeting.host, meeting.port, begin.world_size, is_master=False, timeout=timeout)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -117,13 +121,13 @@ def main(pipe: int, buffer: int, orders: int, stacks: int, trace_memory: int) ->
     Args:
         pipe: file descriptor of the connection to the agent.
         buffer: file descriptor of the agent's shared memory for snapshots.
-        orders: file descriptor of the connection that orders to stop come on.
+        orders: file descriptor of the connection that says where to meet, and orders to stop.
         stacks: file descriptor of the agent's memory for the stacks of a process that hangs.
         trace_memory: that of its memory for a `StepTrace`.
     """
     faulthandler.enable()
     faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
-    agent, trace, quarantine = Connection(pipe), None, False
+    agent, orders_from, trace, quarantine = Connection(pipe), Connection(orders), None, False
     begin = agent.recv()
     assert isinstance(begin, Begin), begin
     try:
@@ -132,14 +136,14 @@ def main(pipe: int, buffer: int, orders: int, stacks: int, trace_memory: int) ->
         trace = StepTrace(config.train.microbatch_size, memoryview(mmap.mmap(trace_memory, 0)))
         torch.set_num_threads(config.parallel.cpu_threads)
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        _join(agent, begin)
+        _join(agent, orders_from, begin)
         agent.send(Reached(stage="process group"))
         state, task = build(config, device, trace, data_files)
         state.exclusions = begin.exclusions
         agent.send(Reached(stage="built"))
         checkpointer = SharedMemoryCheckpointer(agent, buffer, begin, config.train.num_steps)
         schedule = SaveSchedule(checkpointer, begin.checkpoint, config.train.num_steps)
-        control = StopOnOrder(schedule, config.train.num_steps, agent, Connection(orders))
+        control = StopOnOrder(schedule, config.train.num_steps, agent, orders_from)
         stopped = None
         try:
             train(state, task, control, checkpointer, PipeSink(agent, trace, begin.rank))

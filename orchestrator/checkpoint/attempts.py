@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from orchestrator.checkpoint import keys, records
@@ -36,13 +36,13 @@ def newest_attempt(store: Store) -> int:
     return max(_claimed(store), default=0)
 
 
-def read_attempts(store: Store) -> list[dict[str, Any]]:
-    """What every attempt stored at its claim, oldest first; of a damaged one, the number alone.
+def read_attempts(store: Store) -> Iterator[dict[str, Any]]:
+    """What every attempt stored at its claim, newest first, each read when it is asked for: a long run has thousands.
 
-    That number is what fences. The rest is for reports and budgets: a flipped bit in it must not keep a run from going
-    on.
+    Of a damaged one there is the number alone. That is what fences. The rest is for reports and budgets: a flipped bit
+    in it must not keep a run from going on.
     """
-    return [_read(store, attempt) for attempt in sorted(_claimed(store))]
+    return (_read(store, attempt) for attempt in sorted(_claimed(store), reverse=True))
 
 
 def check_not_superseded(store: Store, attempt: int) -> None:

@@ -42,6 +42,7 @@ OPTIONS: dict[str, Any] = {
 
 _SLOWEST_BYTES_PER_S = 1 << 20  # a transfer gets so much more time than a small request
 _TRIES = 3  # a store that does not answer is asked so often before the deadline
+_CREDENTIALS_S = 30.0  # to get credentials from whoever gives them, and to make what uses them
 
 
 class S3Requests:
@@ -61,8 +62,17 @@ class S3Requests:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._connected().loop)
         try:
             return future.result()
+        except Exception as error:
+            self._renew(error)
+            raise
         finally:
             future.cancel()  # when interrupted; else it is done
+
+    def _renew(self, error: Exception) -> None:
+        """Connect anew if credentials were refused: a connection keeps what it once read from a file."""
+        if diagnose(error).renew:
+            with self._lock:
+                self._filesystem = None
 
     def check_owner(self) -> None:
         """Whether this is the process that made it.
@@ -96,6 +106,7 @@ class S3Requests:
             try:
                 return request(tries.next_s())
             except Exception as error:
+                self._renew(error)
                 pause_s = tries.failed(error)
             time.sleep(pause_s)
 
@@ -110,8 +121,10 @@ class S3Requests:
 
     async def sign(self, operation: str, valid_s: int, **parameters: Any) -> str:
         """A URL that stands for a request of ours, sent by whomever."""
-        client = await self._filesystem.set_session()
-        return await client.generate_presigned_url(operation, Params=parameters, ExpiresIn=valid_s)
+        filesystem = self._connected()
+        async with asyncio.timeout(_CREDENTIALS_S):
+            client = await filesystem.set_session()
+            return await client.generate_presigned_url(operation, Params=parameters, ExpiresIn=valid_s)
 
     def certificates(self) -> str | bool:
         """The file of those that are trusted, from AWS_CA_BUNDLE or AWS's configuration; True: the usual ones."""
@@ -119,7 +132,9 @@ class S3Requests:
 
     async def once(self, request: Request[T], time_s: float, num_bytes: int = 0) -> T:
         """The answer to one request."""
-        client = await self._filesystem.set_session()  # the same one again, as long as it is open
+        filesystem = self._connected()  # held to the end: it closes its connections when nobody holds it
+        async with asyncio.timeout(_CREDENTIALS_S):
+            client = await filesystem.set_session()  # the same one again, as long as it is open
         if client is not self._client:
             client.meta.events.register_last("before-call.s3", _do_not_ask_first)
             self._client = client

@@ -80,6 +80,8 @@ class S3Transfers:
             if answer.status_code == 416:
                 return 0  # it begins at or after the end
             if answer.status_code not in (200, 206):
+                with self._lock:
+                    self._urls.clear()  # what refuses one signature may refuse them all
                 raise http.error(answer, "GetObject")
             size = int(answer.headers["content-length"])
             if size > wanted or (answer.status_code == 200 and begin):

@@ -21,6 +21,8 @@ class Failure:
     """The request was refused or never sent. Otherwise it may have taken effect, or may do so later."""
     retry: bool = False
     """The same request may succeed in a moment."""
+    renew: bool = False
+    """Other credentials may be let in."""
 
 
 class DeadlineError(OSError):
@@ -33,6 +35,7 @@ _KEYS = "wrong credentials; correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _EXPIRED = "the credentials have expired; renew them"
 _NO_CREDENTIALS = "no valid credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or attach a role"
 _DENIED = f"permission denied; allow reading, writing, listing and deleting below it, {_CHOOSE}"
+_REFUSED = f"{_DENIED} (or the credentials are wrong)"
 _CLOCK = "the clock of this machine is too far from the store's; set it (NTP)"
 _REGION = "the bucket is in another region; set AWS_DEFAULT_REGION"
 _FULL = f"no space left; free some, {_CHOOSE}"
@@ -57,7 +60,7 @@ _BY_CODE = {
     "AllAccessDisabled": _DENIED,
     "AccountProblem": _DENIED,
     "Forbidden": _DENIED,
-    "403": f"{_DENIED} (or the credentials are wrong)",  # the answer to a HEAD has no body that could say more
+    "403": _REFUSED,  # the answer to a HEAD has no body that could say more
     "RequestTimeTooSkewed": _CLOCK,
     "RequestInTheFuture": _CLOCK,
     "AuthorizationHeaderMalformed": _REGION,
@@ -81,6 +84,9 @@ _BY_CLASS = {
     "InvalidEndpointURLError": _UNREACHABLE,
     "SSLError": _TLS,
 }
+_UNSAID = {"400": "refused without a word, which may mean that the credentials have expired; renew them"}
+"""To a HEAD, whose answer has no body, by its status; what says more has a code of its own."""
+_RENEWED = {_KEYS, _EXPIRED, _NO_CREDENTIALS, _REFUSED, *_UNSAID.values()}
 _BY_ERRNO = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
@@ -123,7 +129,7 @@ def diagnose(error: BaseException) -> Failure:
     classes = {cls.__name__ for cls in type(error).__mro__}
     text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
     for name in classes & _BY_CLASS.keys():
-        return Failure(line=f"{_BY_CLASS[name]} ({text})")
+        return Failure(line=f"{_BY_CLASS[name]} ({text})", renew=_BY_CLASS[name] in _RENEWED)
     if classes & _NEVER_SENT:
         return Failure(line=f"{_UNREACHABLE} ({text})", retry=True)
     if isinstance(error, TimeoutError):
@@ -148,9 +154,8 @@ def _of_answer(response: dict[str, Any], error: BaseException) -> Failure:
     name = str(response["Error"].get("Code", ""))
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     message = " ".join(str(response["Error"].get("Message") or error).split())
-    if name in _BY_CODE or str(status) in _BY_CODE:
-        meaning = _BY_CODE.get(name) or _BY_CODE[str(status)]
-        return Failure(line=f"{meaning} ({name}: {message})")
+    if meaning := _BY_CODE.get(name) or _UNSAID.get(name) or _BY_CODE.get(str(status)):
+        return Failure(line=f"{meaning} ({name}: {message})", renew=meaning in _RENEWED)
     retry = name in _REPEATABLE_CODES or status in _REPEATABLE_STATUS
     certain = (400 <= status < 500 and status not in _UNCERTAIN_STATUS) or status == 501  # not implemented
     return Failure(line=f"the store answered {status} {name}: {message}", certain=certain, retry=retry)

@@ -40,6 +40,7 @@ FAULTS = Path(_FOLDER.name) / "faults.json"
 os.environ["UNBROKEN_TEST_FAULTS"] = str(FAULTS)
 
 
+_THREADS = {"hub", "hub-beat", "heartbeat", "shard-hasher", "shard-writer", "committer", "pruner"}
 _KEPT: dict[tuple[str, ...], tuple[str, Keeper]] = {}
 
 
@@ -83,6 +84,7 @@ def run_agents(
     Args:
         order: given when the first event of this kind happens.
     """
+    others = set(threading.enumerate())
     hub = Hub("127.0.0.1", key := b"test", world_size)
     orders = [order] if order else []
 
@@ -107,5 +109,10 @@ def run_agents(
     for thread in threads:
         thread.join(timeout_s)
         assert not thread.is_alive(), f"no outcome after {timeout_s} s"
+    chores.close()
+    for thread in set(threading.enumerate()) - others:
+        if thread.name in _THREADS:
+            thread.join(60)
+            assert not thread.is_alive(), f"{thread.name} outlives its agent"
     assert len({outcome.ending for outcome in outcomes.values()}) == 1, outcomes
     return outcomes[0]

@@ -7,6 +7,7 @@ import sys
 from multiprocessing.connection import Connection
 
 sys.modules["orchestrator.trainer_process"] = sys.modules[__name__]
+os.spawnlp(os.P_NOWAIT, "true", "true")  # as some packages do when they are imported
 
 
 def main(pipe: int) -> int:

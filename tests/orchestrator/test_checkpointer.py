@@ -15,7 +15,7 @@ import torch
 
 from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpointer import LaggingError, SaveSchedule, SharedMemoryCheckpointer
-from orchestrator.liveness import Entered, StopAt
+from orchestrator.liveness import AtGate, Entered, Gate, StopAt
 from orchestrator.messages import Begin
 from orchestrator.saving import Overwriting, Paused, SaveEnded, Snapshot
 from orchestrator.sections import CheckpointConfig, Tier
@@ -113,6 +113,16 @@ def test_the_save_before_a_stop_is_made_and_outlives_the_nodes(closing: list[Tra
     trainer.save(step)
     (snapshot,) = [message for message in trainer.told() if isinstance(message, Snapshot)]
     assert snapshot.tiers == (("peer", "storage") if step == 6 else ("storage",))
+
+
+def test_who_stands_at_the_gate_answers_every_order_to_come_there(closing: list[Trainer]) -> None:
+    """Two orders, one after the other: the answer to the first may have been used up before the second came."""
+    trainer = start(closing)
+    for order in (Gate(attempt=1), Gate(attempt=1), StopAt(attempt=1, step=7)):
+        trainer.orders.send(order)
+    assert trainer.poll(6) == Directive()
+    assert trainer.told() == 2 * [AtGate(progress=Progress(6, 6))]
+    assert trainer.poll(7) == Directive(save=True, stop=True)
 
 
 def test_the_memory_for_the_first_snapshot_is_there_before_training(closing: list[Trainer]) -> None:

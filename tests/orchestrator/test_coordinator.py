@@ -71,7 +71,7 @@ def test_old_checkpoints_are_pruned_after_a_commit_and_only_then(store: Store) -
     assert group.prunings == []
     group.coordinator.handle(1, group.receipt(1, 5))
     assert group.prunings == [1] and group.last(SaveEnded) == SaveEnded(progress=Progress(5, 50))
-    assert read_attempts(store)[0]["keep"] == {"last": 10, "every_steps": None, "best": None, "grace_s": 600.0}
+    assert next(read_attempts(store))["keep"] == {"last": 10, "every_steps": None, "best": None, "grace_s": 600.0}
     claim_attempt(store, {})
     group.save(10)
     assert group.prunings == [1]
@@ -215,6 +215,15 @@ def test_groups_of_agents_that_die_without_progress_end_the_run(store: Store) ->
         assert group.coordinator.outcome is None
     assert Group(store).join().last(Outcome).ending is Ending.GAVE_UP
     assert Group(store, session="another driver").join().coordinator.outcome is None
+
+
+def test_a_run_of_many_attempts_begins_as_quickly_as_any(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(9):
+        claim_attempt(store, {"session": "earlier"})
+    read, keys = Store.read, []
+    monkeypatch.setattr(Store, "read", lambda store, key, *place: keys.append(key) or read(store, key, *place))
+    assert Group(store).join().attempt == 10
+    assert [key for key in keys if key.startswith("attempts/")] == ["attempts/0009.json"]
 
 
 def test_a_superseded_attempt_stops_at_its_commit(store: Store) -> None:

@@ -101,6 +101,17 @@ def test_reading_it(tmp_path: Path) -> None:
     assert (past.failures, past.trained_s) == (1, 7.0)
 
 
+def test_a_row_that_makes_no_sense_is_told(tmp_path: Path) -> None:
+    store, reported = Store.open(str(tmp_path)), []
+    started = event_row(event("started", versions=VERSIONS), "session", "abcdef01", 1)
+    store.write(f"{EVENTS}/{RowsRef(1, 1, 'abcdef01', 0)}", [encode([started])])
+    store.write(f"{METRICS}/{RowsRef(1, 2, 'abcdef01', 0)}", [encode([row(1, 5) | {"step": "5"}])])
+    reader = PastReader(make_spec(store.url), lambda kind, **fields: reported.append((kind, fields["error"])))
+    reader._read(2, 0, Exclusions())
+    ((kind, error),) = reported
+    assert kind == "past_unread" and error.startswith("TypeError") and reader.past is None
+
+
 def test_a_first_attempt_has_no_past(tmp_path: Path) -> None:
     reader = PastReader(make_spec(str(tmp_path)), lambda kind, **fields: None)
     reader.begin(1, 0, Exclusions())

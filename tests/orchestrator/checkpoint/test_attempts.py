@@ -14,10 +14,10 @@ def store(any_store):
 
 
 def test_attempts_count_from_one_and_keep_what_was_said(store):
-    assert newest_attempt(store) == 0 and read_attempts(store) == []
+    assert newest_attempt(store) == 0 and list(read_attempts(store)) == []
     assert [claim_attempt(store, {"host": host}) for host in "ab"] == [1, 2]
     assert newest_attempt(store) == 2
-    assert [(claim["attempt"], claim["host"]) for claim in read_attempts(store)] == [(1, "a"), (2, "b")]
+    assert [(claim["attempt"], claim["host"]) for claim in read_attempts(store)] == [(2, "b"), (1, "a")]
 
 
 def test_racing_claimers_with_equal_info_get_different_numbers(store):
@@ -42,7 +42,7 @@ def test_foreign_files_are_no_attempts(store):
 def test_a_damaged_claim_keeps_its_number_and_stops_nobody(store, monkeypatch):
     claim_attempt(store, {})
     store.write("attempts/0001.json", [b"{"])
-    assert newest_attempt(store) == 1 and read_attempts(store) == [{"attempt": 1}]
+    assert newest_attempt(store) == 1 and list(read_attempts(store)) == [{"attempt": 1}]
     assert claim_attempt(store, {}) == 2
 
     def unreachable(*_):
@@ -50,4 +50,4 @@ def test_a_damaged_claim_keeps_its_number_and_stops_nobody(store, monkeypatch):
 
     monkeypatch.setattr(store.backend, "read", unreachable)
     with pytest.raises(StorageError):  # which says nothing about the claim
-        read_attempts(store)
+        list(read_attempts(store))

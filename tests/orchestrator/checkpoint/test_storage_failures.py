@@ -30,6 +30,7 @@ CASES = [
     (Answer(403, "InvalidAccessKeyId"), "wrong credentials; correct AWS_ACCESS_KEY_ID", True, False),
     (Answer(403, "SignatureDoesNotMatch"), "wrong credentials; correct AWS_ACCESS_KEY_ID", True, False),
     (Answer(400, "ExpiredToken"), "credentials have expired; renew them", True, False),
+    (Answer(400, "400"), "the credentials have expired; renew them", True, False),
     (Answer(403, "AccessDenied"), "permission denied; allow", True, False),
     (Answer(403, "403"), "or the credentials are wrong", True, False),
     (Answer(403, "RequestTimeTooSkewed"), "clock of this machine is too far from the store's; set it", True, False),
@@ -68,6 +69,7 @@ def test_what_an_error_means(error, line, certain, retry):
     found = diagnose(error)
     assert line in found.line and "\n" not in found.line
     assert (found.certain, found.retry) == (certain, retry)
+    assert found.renew == ("credentials" in line)
 
 
 def test_after_the_deadline_the_last_error_says_why():

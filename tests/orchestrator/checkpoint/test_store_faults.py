@@ -10,6 +10,7 @@ import pytest
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import AlreadyExistsError, MissingObjectError, StorageError, UnknownOutcomeError
 from tests.s3.fault_proxy import Fault, Kind
+from tests.s3.server import KEY, SECRET
 from tests.s3.stores import BIG, MB, abort_all, opened, unfinished
 
 pytestmark = pytest.mark.s3
@@ -214,6 +215,24 @@ class TestCreate:
         with pytest.raises(StorageError, match="permission denied"):
             store.create("new", b"mine")
         assert s3_proxy.fired(Kind.ANSWER) == 1
+
+
+@pytest.mark.parametrize("operation", ["write", "read_into", "list"])
+def test_credentials_that_are_renewed_in_their_file_are_found(s3_server, s3_url, tmp_path, monkeypatch, operation):
+    """As those of a session are, every few hours. botocore reads such a file once."""
+    store, call = Store.open(s3_url), OPERATIONS[operation][0]
+    store.write("old", [b"old"])
+    credentials = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    store = Store.open(s3_url)
+    file = f"[default]\naws_access_key_id = {{}}\naws_secret_access_key = {SECRET}\n"
+    credentials.write_text(file.format("revoked"))
+    with pytest.raises(StorageError, match="wrong credentials"):
+        call(store)
+    credentials.write_text(file.format(KEY))
+    call(store)
 
 
 def test_a_custom_endpoint_with_a_name_is_addressed_by_path(s3_server, s3_url, monkeypatch):
