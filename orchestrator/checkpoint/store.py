@@ -34,6 +34,8 @@ from trainers.errors import ConfigError
 Buffer = bytes | bytearray | memoryview
 
 DEADLINE_S = 60.0
+REACH_S = 10.0
+"""For which `Store.reach` waits."""
 _CREATE_TRIES = 3
 _SETTLE_S = 2.0  # in which a request that another process has begun should have taken effect
 
@@ -78,6 +80,21 @@ class Store:
         except (ImportError, ValueError) as error:
             raise ConfigError(f"storage={url!r} cannot be opened: {error}") from error
         return Store(url, root.rstrip("/"), FsspecObjects(protocol, filesystem), deadline_s)
+
+    @staticmethod
+    def reach(url: str, deadline_s: float = DEADLINE_S) -> Store:
+        """As `open`, for a command that a person waits for: somebody has answered there, soon.
+
+        Raises:
+            ConfigError: as `open` does.
+            StorageError: nobody answers.
+        """
+        store = Store.open(url, deadline_s)
+        try:
+            store.backend.reach(store._root, REACH_S)
+        except Exception as error:  # as in `_translated`
+            raise StorageError(f"cannot reach {store.url}: {diagnose(error).line}") from error
+        return store
 
     def read(self, key: str, begin: int | None = None, end: int | None = None) -> bytes:
         """The bytes `begin : end` of an object, or all of them; fewer if the object is shorter.
