@@ -9,6 +9,7 @@ What the commit of a checkpoint stands on:
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ class Store:
         """
         protocol = url.split("://", 1)[0] if "://" in url else "file"
         if protocol in ("file", "local"):
-            root = str(Path(url.split("://", 1)[-1]).expanduser().absolute())
+            root = str(Path(os.path.expanduser(url.split("://", 1)[-1])).absolute())
             return Store(root, root, LocalFolder(), deadline_s)
         root = url.split("://", 1)[1].rstrip("/")
         url = f"{protocol}://{root}"

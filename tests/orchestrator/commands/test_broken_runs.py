@@ -102,6 +102,7 @@ def test_what_is_no_run_is_told_in_one_line(whole: Path, tmp_path: Path, monkeyp
     ("line", "code", "words"),
     [
         ("status s3://", 2, "storage='s3://' names no bucket"),
+        ("status ~nobody-of-this-name/x", 2, "no run at"),
         ("status nope://x", 2, "cannot be opened"),
         ("sample RUN file/grid.png", 2, "cannot write to file"),
         ("sample RUN . --num 1", 2, "File '.' is a directory"),
