@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import click
@@ -74,6 +75,7 @@ class _Cli(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs = {"prog_name": "unbroken", **kwargs, "standalone_mode": False}
+        _reopen_closed_streams()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal without our blocks, a name that is no UTF-8
         try:
@@ -88,6 +90,15 @@ class _Cli(click.Group):
         for stream in (sys.stdout, sys.stderr):
             _flush(stream)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _reopen_closed_streams() -> None:
+    """Where one is closed (`>&-`), the next file that is opened takes its number, and what is printed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            nowhere = open(os.devnull, mode)
+            os.set_inheritable(nowhere.fileno(), True)  # a child's output goes there too
+            setattr(sys, name, nowhere)
 
 
 def _reader_is_gone(stream: TextIO) -> bool:
@@ -154,6 +165,10 @@ def main(debug: bool) -> None:
 
     A RUN is a folder or URL, <storage>/<run.name>: runs/digits, s3://bucket/prefix/digits.
     """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise click.UsageError("the working directory has been removed; change to another one") from None
 
 
 for command in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -47,6 +48,8 @@ class RunConfig(TrainerConfig):
         super().__post_init__()
         if not self.storage:
             raise ConfigError('storage="" is empty; give a folder or a URL such as s3://bucket/prefix')
+        if re.match(r"\w+:/(?!/)", self.storage_url):
+            raise ConfigError(f"storage={self.storage_url} lacks a slash; a URL is written s3://bucket/prefix")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed} is out of range; give 0 <= seed < 2**63")
         tier = self.checkpoint.storage
@@ -193,6 +196,8 @@ def _read(path: Path) -> DictConfig:
         tree = OmegaConf.create(text)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; give the path of a YAML file") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}; name keys with letters") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text; give a YAML file") from None
     except yaml.YAMLError as error:
@@ -223,6 +228,9 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
 
 
 def _merge(tree: DictConfig, overrides: DictConfig) -> DictConfig:
+    for key, value in flatten(OmegaConf.to_container(overrides)):  # pyright: ignore[reportArgumentType]
+        if value == {} and OmegaConf.select(tree, key, throw_on_resolution_failure=False):
+            raise ConfigError(f"override '{key}={{}}' changes nothing: a section keeps its other keys; edit the file")
     try:
         merged = OmegaConf.merge(tree, overrides)
     except (OmegaConfBaseException, TypeError, ValueError) as error:

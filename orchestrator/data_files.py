@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +17,11 @@ from trainers.errors import ConfigError
 class StoreFiles:
     """Files below a URL. Connections do not survive a fork: open it in the process that reads."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, opened: Callable[[str], Store] = Store.open) -> None:
         """Raises ConfigError: no such protocol, or credentials in the URL."""
         self.root = url
         try:
-            self._store = Store.open(url)
+            self._store = opened(url)
         except ConfigError as error:
             raise ConfigError(str(error).replace("storage=", "data.path=", 1)) from error
 
@@ -72,6 +73,15 @@ def _absolute(path: Any) -> Any:
 
 def data_files(path: str) -> Files:
     """`FilesAt` for local paths and URLs."""
+    return _files(path, Store.open)
+
+
+def reached_data_files(path: str) -> Files:
+    """The same for a command that a person waits for: see `Store.reach`."""
+    return _files(path, Store.reach)
+
+
+def _files(path: str, opened: Callable[[str], Store]) -> Files:
     if path.startswith("file://"):
         return LocalFiles(path.removeprefix("file://"))
-    return StoreFiles(path) if "://" in path else local_files(path)
+    return StoreFiles(path, opened) if "://" in path else local_files(path)

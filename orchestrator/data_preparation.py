@@ -56,7 +56,7 @@ class Preparation:
             ConfigError: nothing can be encoded, or `out` holds what was made of something else.
         """
         self._config, self._out, self._shard_size = plain_data(config), out, shard_size
-        self._store = Store.open(out)
+        self._store = Store.reach(out)
         _check(config)
         self._source: Source = open_source(config.data, data_files)
         with torch.device("meta"):  # its shapes are enough

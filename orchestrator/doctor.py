@@ -91,7 +91,7 @@ def _memory(config: RunConfig, size: StateSize) -> Check:
 
 def _storage(config: RunConfig, size: StateSize) -> Iterator[Check]:
     storage = run_url(config).rpartition("/")[0]  # not the run's own folder, which would then exist
-    store = Store.open(storage, _DEADLINE_S)
+    store = Store.reach(storage, _DEADLINE_S)
     free = store.free_bytes()
     if free is not None:
         yield _disk(free, size.total)

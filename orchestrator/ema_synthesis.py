@@ -122,7 +122,7 @@ def open_synthesis(url: str, sigma_rel: float, step: int | None = None) -> Synth
         RunNotFoundError: there is no run.
         ConfigError: no such width or checkpoint, or the run has no power profiles that go together.
     """
-    store = Store.open(url)
+    store = Store.reach(url)
     config = config_of(store)
     manifest = select_checkpoint(store, step).manifest
     assert manifest is not None

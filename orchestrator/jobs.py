@@ -6,6 +6,8 @@ import asyncio
 import logging
 import os
 import time
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, get_excludes_from_ignore_files
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_nodes
 
@@ -27,6 +30,7 @@ _MAX_NODES = 10_000
 _SILENCE_S = 15.0
 """Seconds without a line of the log after which we ask whether the job still lives."""
 _AGAIN_S = 1.0
+_ANSWER_S = 10.0
 _RUN, _CONFIG, _GRACE = "unbroken_run", "unbroken_config", "unbroken_grace_s"
 
 
@@ -105,6 +109,7 @@ class Cluster:
         for name in ("dashboard_sdk", "job.sdk"):
             logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         with _translated(address), _preferred(address):
+            _ask(address)  # Ray itself would wait for minutes where nothing answers
             client: Any = JobSubmissionClient(address)
         return Cluster(address, client, lambda: _num_nodes(address))
 
@@ -219,6 +224,16 @@ def ignore_rules(folder: Path) -> list[Callable[[Path], bool]]:
     return get_excludes_from_ignore_files(folder, include_gitignore=True, logger=silent)
 
 
+def _ask(address: str) -> None:
+    """Return when it has answered anything. Raises OSError: it does not."""
+    try:
+        urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=_ANSWER_S).close()
+    except urllib.error.HTTPError as error:
+        error.close()  # an answer too
+    except urllib.error.URLError as error:
+        raise (error.reason if isinstance(error.reason, OSError) else error) from None
+
+
 def _num_nodes(address: str) -> int:
     with _preferred(address):
         return len(list_nodes(address=address, filters=[("state", "=", "ALIVE")], limit=_MAX_NODES))
@@ -258,9 +273,16 @@ def _translated(address: str) -> Iterator[None]:
         yield
     except (AssertionError, ClusterError):
         raise
-    except OSError as error:  # as are those of requests; aiohttp's for a connection too
+    except AuthenticationError as error:
+        reason = error.message.splitlines()[0].partition(". ")[0]
         raise ClusterError(
-            f"no job server answers at {address} ({type(error).__name__}); give the address of the cluster's dashboard:"
+            f"the job server at {address} asks for the token of its cluster ({reason}); set"
+            " RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, here too"
+        ) from error
+    except OSError as error:  # as are those of requests; aiohttp's for a connection too
+        reason = error.strerror or type(error).__name__
+        raise ClusterError(
+            f"no job server answers at {address} ({reason}); give the address of the cluster's dashboard:"
             " --address http://HOST:8265. On Kubernetes: kubectl port-forward service/<cluster>-head-svc 8265"
         ) from error
     except Exception as error:  # Ray raises RuntimeError for all that its server refuses, with the server's own trace

@@ -20,12 +20,19 @@ def join(address: str, logging_level: int = logging.WARNING) -> None:
     """Connect this process to the cluster at `address`: host:port, ray://host:port, or `auto`.
 
     Raises:
-        ClusterError: there is none.
+        ClusterError: there is none, or it asks for a token.
     """
     try:
         _ask(address)  # Ray itself would try for minutes, and tell it in pages
         ray.init(address=address, log_to_driver=False, logging_level=logging_level)
     except (OSError, OverflowError, RayError, ValueError) as error:  # ConnectionError is an OSError
+        if (
+            "AuthenticationError" in f"{type(error).__name__} {error.__cause__}"
+        ):  # Ray's text has the first error's trace
+            raise ClusterError(
+                f"the Ray cluster at {address} asks for its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or"
+                " RAY_AUTH_TOKEN_PATH, here too"
+            ) from error
         reason = getattr(error, "strerror", None) or str(error).partition(". ")[0] or type(error).__name__
         raise ClusterError(
             f"no Ray cluster answers at {address} ({' '.join(reason.split())}); give the address of its head, such as"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from orchestrator.data_files import data_files
+from orchestrator.data_files import data_files, reached_data_files
 from trainers.conditioning import call_model
 from trainers.config import TrainerConfig
 from trainers.data.sources import open_source
@@ -14,15 +14,18 @@ from trainers.fitting import blank_condition, check_fits, data_shape
 from trainers.models import empty_model
 
 
-def check_trainable(config: TrainerConfig) -> None:
+def check_trainable(config: TrainerConfig, *, patient: bool = False) -> None:
     """Build the model without memory for its weights, open the data, and let the model see the shape of one sample.
+
+    Args:
+        patient: wait for data that is far away as long as a training does, not as long as a person does.
 
     Raises:
         ConfigError: unknown model, refused arguments, missing data, or a model that does not fit the data.
     """
     with torch.device("meta"):  # shapes only: no memory and no arithmetic, however large the model
         model = empty_model(config.model, config.seed)
-    source = open_source(config.data, data_files)
+    source = open_source(config.data, data_files if patient else reached_data_files)
     channels, height, width = check_fits(model, source, config) or data_shape(source, config)
     size = config.data.image_size
     shapes = source.buckets.shapes if source.buckets else ((size, size),)

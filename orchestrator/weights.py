@@ -116,7 +116,7 @@ def open_model(url: str, step: int | None = None) -> SavedModel:
         RunNotFoundError: there is no run.
         ConfigError: there is no such checkpoint.
     """
-    store = Store.open(url)
+    store = Store.reach(url)
     config = config_of(store)
     manifest = select_checkpoint(store, step).manifest
     assert manifest is not None

@@ -29,6 +29,10 @@ class Backend(ABC):
     pieces_at_once = 4
     """so many at a time."""
 
+    def reach(self, path: str, timeout_s: float) -> None:
+        """Return when the store has answered anything, be it an error."""
+        return None  # only a store on a network may be far
+
     @abstractmethod
     def read(self, path: str, begin: int | None, end: int | None, timeout_s: float) -> bytes: ...
 

@@ -74,6 +74,9 @@ def load(store: Store) -> RunRecord:
             f" {', '.join(sorted(newer))}; update unbroken"
         )
     try:
-        return RunRecord(**document)
+        record = RunRecord(**document)
+        if not isinstance(record.config, Mapping):
+            raise TypeError("its config is no section")
+        return record
     except TypeError as error:
         raise UnbrokenError(f"{store.url}/{keys.RUN_RECORD} is damaged ({error}); restore this file by hand") from error

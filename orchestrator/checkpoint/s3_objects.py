@@ -33,6 +33,16 @@ class S3Objects(Backend):
         self._requests = S3Requests(connect, deadline_s)
         self._transfers = S3Transfers(self._requests)
 
+    def reach(self, path: str, timeout_s: float) -> None:
+        bucket, _ = _split(path)
+        try:
+            self._requests.run(
+                self._requests.repeat(lambda client, _: client.head_bucket(Bucket=bucket), timeout_s=timeout_s)
+            )
+        except Exception as error:
+            if not code(error):
+                raise
+
     def read(self, path: str, begin: int | None, end: int | None, timeout_s: float) -> bytes:
         bucket, key = _split(path)
         wanted: dict[str, str] = {}

@@ -138,9 +138,12 @@ class S3Requests:
         if client is not self._client:
             client.meta.events.register_last("before-call.s3", _do_not_ask_first)
             self._client = client
-        async with asyncio.timeout(time_s) as limit:
-            allow_for(limit, num_bytes)
-            return await request(client, limit)
+        try:
+            async with asyncio.timeout(time_s) as limit:
+                allow_for(limit, num_bytes)
+                return await request(client, limit)
+        except TimeoutError as error:
+            raise TimeoutError(client.meta.endpoint_url) from error
 
 
 class _Tries:

@@ -42,7 +42,8 @@ _FULL = f"no space left; free some, {_CHOOSE}"
 _READ_ONLY = f"it is read-only; make it writable, {_CHOOSE}"
 _TOO_LARGE = f"larger than a file may be here; raise the limit (ulimit -f), {_CHOOSE}"
 _TOO_MANY = "too many open files; raise the limit (ulimit -n)"
-_UNREACHABLE = "the endpoint is unreachable; check AWS_ENDPOINT_URL_S3 and the network"
+_CHECK = "check AWS_ENDPOINT_URL_S3 and the network"
+_UNREACHABLE = f"the endpoint is unreachable; {_CHECK}"
 _TLS = "no secure connection; check AWS_ENDPOINT_URL_S3 (http or https) and AWS_CA_BUNDLE"
 
 _BY_CODE = {
@@ -133,7 +134,8 @@ def diagnose(error: BaseException) -> Failure:
     if classes & _NEVER_SENT:
         return Failure(line=f"{_UNREACHABLE} ({text})", retry=True)
     if isinstance(error, TimeoutError):
-        return Failure(line="no answer in time", certain=False, retry=True)
+        where = f" from {error}; {_CHECK}" if str(error).startswith("http") else ""  # of S3, and not of a file system
+        return Failure(line=f"no answer in time{where}", certain=False, retry=True)
     if isinstance(error, OSError) and error.errno in _BY_ERRNO:
         return Failure(line=f"{_BY_ERRNO[error.errno]} ({text})")
     if isinstance(error, PermissionError):

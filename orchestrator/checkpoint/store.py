@@ -9,6 +9,7 @@ What the commit of a checkpoint stands on:
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from trainers.errors import ConfigError
 Buffer = bytes | bytearray | memoryview
 
 DEADLINE_S = 60.0
+REACH_S = 10.0
+"""For which `Store.reach` waits."""
 _CREATE_TRIES = 3
 _SETTLE_S = 2.0  # in which a request that another process has begun should have taken effect
 
@@ -65,7 +68,7 @@ class Store:
         """
         protocol = url.split("://", 1)[0] if "://" in url else "file"
         if protocol in ("file", "local"):
-            root = str(Path(url.split("://", 1)[-1]).expanduser().absolute())
+            root = str(Path(os.path.expanduser(url.split("://", 1)[-1])).absolute())
             return Store(root, root, LocalFolder(), deadline_s)
         root = url.split("://", 1)[1].rstrip("/")
         url = f"{protocol}://{root}"
@@ -78,6 +81,21 @@ class Store:
         except (ImportError, ValueError) as error:
             raise ConfigError(f"storage={url!r} cannot be opened: {error}") from error
         return Store(url, root.rstrip("/"), FsspecObjects(protocol, filesystem), deadline_s)
+
+    @staticmethod
+    def reach(url: str, deadline_s: float = DEADLINE_S) -> Store:
+        """As `open`, for a command that a person waits for: somebody has answered there, soon.
+
+        Raises:
+            ConfigError: as `open` does.
+            StorageError: nobody answers.
+        """
+        store = Store.open(url, deadline_s)
+        try:
+            store.backend.reach(store._root, REACH_S)
+        except Exception as error:  # as in `_translated`
+            raise StorageError(f"cannot reach {store.url}: {diagnose(error).line}") from error
+        return store
 
     def read(self, key: str, begin: int | None = None, end: int | None = None) -> bytes:
         """The bytes `begin : end` of an object, or all of them; fewer if the object is shorter.

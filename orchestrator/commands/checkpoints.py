@@ -247,7 +247,7 @@ def _open_run(run: str) -> Store:
     from orchestrator.checkpoint import run_record
     from orchestrator.checkpoint.store import Store
 
-    store = Store.open(run)
+    store = Store.reach(run)
     run_record.load(store)
     return store
 

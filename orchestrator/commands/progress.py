@@ -22,6 +22,7 @@ def bar(label: str, total: float, unit: str) -> Iterator[Callable[[float], None]
     amount = DownloadColumn() if unit == "bytes" else TextColumn(f"{{task.completed:.0f}} of {{task.total:.0f}} {unit}")
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    still = not console.is_terminal or console.is_dumb_terminal
+    with Progress(*columns, console=console, disable=still, transient=True) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.advance(task, done)

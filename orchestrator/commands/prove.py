@@ -25,7 +25,7 @@ def prove(run_a: str, run_b: str, as_json: bool) -> int:
     from orchestrator.checkpoint.store import Store
     from orchestrator.prove import prove as compare
 
-    proof = compare(Store.open(run_a), Store.open(run_b))
+    proof = compare(Store.reach(run_a), Store.reach(run_b))
     if as_json:
         print_json({"equal": proof.equal, **asdict(proof)})
     elif proof.first_difference is None:

@@ -134,7 +134,7 @@ def resume(run: str, overrides: tuple[str, ...], here: bool, working_dir: str | 
     from orchestrator.preflight import check_trainable
     from orchestrator.run_identity import config_of
 
-    store = Store.open(run)
+    store = Store.reach(run)
     found = config_of(store)
     storage, _, name = store.url.rpartition("/")
     with tempfile.TemporaryDirectory(prefix="unbroken-") as folder:

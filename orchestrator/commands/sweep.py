@@ -94,7 +94,7 @@ def _step(config: RunConfig) -> int:
     from orchestrator.checkpoint.store import Store
     from orchestrator.config import run_url
 
-    newest = newest_stable(Store.open(run_url(config)))
+    newest = newest_stable(Store.reach(run_url(config)))
     return newest.manifest.progress.step if newest and newest.manifest else 0
 
 

@@ -32,7 +32,7 @@ def sync(run: str, folder: str | None, as_json: bool) -> None:
     from orchestrator.tracking.journal import NAME
     from trainers.errors import ConfigError
 
-    store = Store.open(run)
+    store = Store.reach(run)
     record = run_record.load(store)
     where = Path(folder) if folder else local_folder(config_of(store).tracking, store.url, record.run_id)
     if not (where / NAME).exists():

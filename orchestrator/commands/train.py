@@ -38,9 +38,24 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
     from orchestrator.preflight import check_trainable
 
     loaded = load_config(config, overrides)
-    check_trainable(loaded)
+    _warn_of_silence(loaded)
+    check_trainable(loaded, patient=True)
 
     train_here(loaded)
+
+
+def _warn_of_silence(config: RunConfig) -> None:
+    """Say early what is waited for: whoever starts a training may be there, or may be a machine, which is patient."""
+    from orchestrator.checkpoint.store import Store
+    from orchestrator.config import run_url
+    from orchestrator.errors import StorageError
+
+    for url in (run_url(config), config.data.path or ""):
+        if url.startswith(("s3://", "s3a://")):
+            try:
+                Store.reach(url)
+            except StorageError as error:
+                click.echo(f"warning: {error}; waiting for it", err=True)
 
 
 def train_here(config: RunConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from orchestrator.checkpoint import run_record
 from orchestrator.checkpoint.catalog import newest_stable
 from orchestrator.checkpoint.keys import EVENTS, RUN_RECORD
+from orchestrator.checkpoint.storage_failures import DeadlineError
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import RunMismatchError, RunNotFoundError, StorageError, UnbrokenError
 from orchestrator.tracking.overview import Present, State
@@ -28,7 +29,7 @@ class Glance:
 
     url: str
     state: str
-    """As `unbroken status` says it, or `damaged`, or `of another version`."""
+    """As `unbroken status` says it, or `damaged`, `unreadable` or `of another version`."""
     step: int = 0
     num_steps: int = 0
     newest_stable: str | None = None
@@ -37,7 +38,7 @@ class Glance:
     since_s: float | None = None
     """Unix time of the last sign of life; None: there was none."""
     why: str = ""
-    """The reason of an end, or what is damaged; empty otherwise."""
+    """The reason of an end, or why it cannot be read; empty otherwise."""
 
 
 def glance_at_runs(url: str) -> Iterator[Glance]:
@@ -48,7 +49,7 @@ def glance_at_runs(url: str) -> Iterator[Glance]:
         StorageError: the store could not be read.
     """
     try:
-        names = Store.open(url).list("")
+        names = Store.reach(url).list("")
     except StorageError as error:
         if isinstance(error.__cause__, NotADirectoryError):
             raise RunNotFoundError(f"{url} is a file; give the folder or URL that has runs in it") from error
@@ -62,22 +63,24 @@ def glance(url: str, now_s: float | None = None) -> Glance | None:
     """The run at `url`; None if there is none.
 
     Raises:
-        StorageError: the store could not be read.
+        StorageError: the store does not answer any more.
     """
     store = Store.open(url)
     try:
         config: Mapping[str, Any] = run_record.load(store).config
         newest = newest_stable(store)
+        present = _present(store, time.time() if now_s is None else now_s)
     except RunNotFoundError:
         return None
-    except StorageError:
-        raise
+    except StorageError as error:
+        if isinstance(error.__cause__, DeadlineError):
+            raise
+        return Glance(url=store.url, state="unreadable", why=str(error))  # a folder of somebody else, for example
     except UnbrokenError as error:
         if not store.exists(RUN_RECORD):
             return None  # an export
         state = "of another version" if isinstance(error, RunMismatchError) else "damaged"
         return Glance(url=store.url, state=state, why=str(error))
-    present = _present(store, time.time() if now_s is None else now_s)
     at = newest.manifest.progress.step if newest and newest.manifest else None
     return Glance(
         url=store.url,

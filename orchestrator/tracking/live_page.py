@@ -42,14 +42,14 @@ class Terminal(Console):
 
 def show(looks: Iterable[Overview], terminal: Terminal) -> None:
     """Draw one look over the other; where that cannot be, write a line whenever something is new."""
-    if terminal.is_terminal:
+    if terminal.is_terminal and not terminal.is_dumb_terminal:
         with Live(console=terminal, auto_refresh=False) as live:
             for seen in looks:
                 live.update(_fitting(seen, terminal), refresh=True)
         return
     said = None
     for seen in looks:
-        if (line := f"{seen.state}  {_progress(seen)}") != said:
+        if (line := "  ".join((str(seen.state), *_progress(seen)))) != said:
             terminal.print(line, soft_wrap=True)
         said = line
 
@@ -58,7 +58,7 @@ def page(seen: Overview, width: int, most_lines: int = MOST_LINES) -> Renderable
     """Args: most_lines: of checkpoints, and of events."""
     bar = ProgressBar(total=max(1, seen.num_steps), completed=seen.step, width=_bar(width))
     parts: list[RenderableType] = [_heading(seen), Padding(bar, 0)]  # without padding the bar is no line of its own
-    parts += [Text(_progress(seen)), *_losses(seen, width), Text(), *_goodput(seen, width)]
+    parts += [*map(Text, _rows(_progress(seen), width)), *_losses(seen, width), Text(), *_goodput(seen, width)]
     parts += [*_checkpoints(seen, width, most_lines), *_events(seen, width, most_lines)]
     parts += [Text(line, style="bold red") for line in seen.damaged]
     return Group(*parts)
@@ -87,7 +87,7 @@ def _heading(seen: Overview) -> RenderableType:
     return text
 
 
-def _progress(seen: Overview) -> str:
+def _progress(seen: Overview) -> list[str]:
     goodput, rate, eta_s = seen.goodput, seen.steps_per_s, seen.eta_s
     share = f" ({seen.step / seen.num_steps:.0%})" if seen.num_steps else ""
     facts = [f"step {seen.step:,} of {seen.num_steps:,}{share}"]
@@ -98,8 +98,16 @@ def _progress(seen: Overview) -> str:
     if seen.world_size:
         facts.append(f"{seen.world_size} worker{'s' * (seen.world_size > 1)}")
     facts.append(f"attempt {goodput.attempts}")
-    facts.append(f"restarts {len(goodput.recoveries)}, lost steps {goodput.lost_steps:,}")
-    return "  ".join(facts)
+    return [*facts, f"restarts {len(goodput.recoveries)}, lost steps {goodput.lost_steps:,}"]
+
+
+def _rows(facts: Iterable[str], width: int) -> list[str]:
+    """The facts in as few lines as they need, none of them broken."""
+    rows = [""]
+    for fact in facts:
+        longer = f"{rows[-1]}  {fact}".lstrip()
+        rows[-1:] = [longer] if len(longer) <= width or not rows[-1] else [rows[-1], fact]
+    return rows
 
 
 def _losses(seen: Overview, width: int) -> Iterator[RenderableType]:

@@ -106,7 +106,7 @@ class RunView:
         Raises:
             RunNotFoundError: there is no run at `url`.
         """
-        self.store = Store.open(url)
+        self.store = Store.reach(url)
         self._run = run_record.load(self.store)
         self._enough = enough
         self._most_checkpoints = most_checkpoints

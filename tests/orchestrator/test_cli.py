@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import click
@@ -114,6 +116,21 @@ def test_a_reader_that_is_gone_ends_a_command_in_silence(config: str, monkeypatc
         with pytest.raises(SystemExit) as end:
             main.main(["config", "show", config])
     assert end.value.code == 141
+
+
+def test_streams_that_are_closed_and_a_folder_that_is_gone(tmp_path: Path):
+    """Opened anew, or the next file that is opened would be what a child writes its output to."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = "import os, sys\nos.rmdir(os.getcwd())\nfrom orchestrator.cli import main\nmain(['config', 'show', 'x'])"
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(script)}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = partial(subprocess.run, shell=True, cwd=gone, env=environment, capture_output=True, text=True, check=False)
+    told = run(f"{command} <&- >&-")
+    assert (told.returncode, told.stdout) == (2, "") and len(told.stderr.splitlines()) == 1
+    assert "the working directory has been removed; change to another one" in told.stderr
+    gone.mkdir()
+    assert run(f"{command} >&- 2>&-").returncode == 2
 
 
 def test_another_broken_pipe_is_told(config: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import socket
+
 import pytest
+from ray.exceptions import AuthenticationError
 
 from orchestrator.errors import ClusterError
 from orchestrator.jobs import Cluster
@@ -76,7 +79,11 @@ def test_following_ends_with_a_head_that_forgot_the_job():
     [
         (ConnectionError("HTTPConnectionPool(host=...) long"), f"no job server answers at {ADDRESS} (ConnectionError)"),
         (RuntimeError("Request failed with status code 500: Traceback\n File\nValueError: bad env\n"), "bad env"),
-        (RuntimeError("Request failed with status code 401: no token"), "refuses: Request failed with status code 401"),
+        (RuntimeError("Request failed with status code 418: tea"), "refuses: Request failed with status code 418"),
+        (
+            AuthenticationError("Authentication failed: Invalid\n\nmore"),
+            "(Authentication failed: Invalid); set RAY_AUTH_",
+        ),
     ],
 )
 def test_what_goes_wrong_is_one_line(error: Exception, message: str):
@@ -97,7 +104,14 @@ def test_an_address_that_is_no_dashboard(monkeypatch: pytest.MonkeyPatch, variab
         Cluster.connect("auto")
 
 
+def test_somebody_who_never_answers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("orchestrator.jobs._ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with pytest.raises(ClusterError, match=r"no job server answers at .* \(TimeoutError\); give"):
+            Cluster.connect(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
 def test_nobody_there(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:2")
-    with pytest.raises(ClusterError, match=rf"no job server answers at {ADDRESS} "):
+    with pytest.raises(ClusterError, match=rf"no job server answers at {ADDRESS} \(Connection refused\)"):
         Cluster.connect(ADDRESS)

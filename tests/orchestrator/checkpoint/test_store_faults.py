@@ -104,6 +104,24 @@ class TestRepeated:
         assert time.monotonic() - began > 2 * 11 / 8
 
 
+class TestReached:
+    """Whoever waits at a terminal is told soon."""
+
+    def test_a_black_hole_is_named(self, s3_proxy, monkeypatch):
+        monkeypatch.setattr("orchestrator.checkpoint.store.REACH_S", 0.5)
+        s3_proxy.faults = [Fault(kind=Kind.BLACK_HOLE, count=FOR_EVER)]
+        began = time.monotonic()
+        with pytest.raises(StorageError) as caught:
+            Store.reach("s3://tests/runs")
+        assert time.monotonic() - began < 20 and s3_proxy.fired(Kind.BLACK_HOLE) >= 1
+        assert str(caught.value).startswith("cannot reach s3://tests/runs: no answer in time from http://127.0.0.1:")
+        assert "check AWS_ENDPOINT_URL_S3 and the network; 1 try" in str(caught.value)
+
+    def test_a_refusal_is_an_answer(self, s3_proxy):
+        s3_proxy.faults = [Fault(kind=Kind.ANSWER, match="HEAD", status=403, code="AccessDenied")]
+        assert Store.reach("s3://tests/runs").url == "s3://tests/runs" and s3_proxy.fired(Kind.ANSWER) == 1
+
+
 class TestGivenUp:
     """What does not pass ends at the deadline, and says so."""
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import xxhash
+import yaml
 from click.testing import CliRunner
 
 from orchestrator.checkpoint.manifest import FORMAT
 from orchestrator.cli import main
-from tests.orchestrator.tiny_run import make_run
+from tests.orchestrator.tiny_run import CONFIG, make_run
+from tests.s3.server import free_ports
 
 COMMANDS = (
     "status RUN",
@@ -64,6 +67,11 @@ BROKEN = {
     "file": (as_file, 2, "no run at"),
     "empty": (as_empty_folder, 2, "no run at"),
     "cut": (lambda run: (run / "run.json").write_text('{"run_id": "01'), 3, "run.json is damaged"),
+    "list": (
+        lambda run: edit(run, lambda record: record.update(config=[])),
+        3,
+        "is damaged (its config is no section)",
+    ),
     "newer": (lambda run: edit(run, lambda record: record.update(flavour=1)), 2, "does not know its flavour; update"),
     "newer-format": (of_a_newer_format, 2, "has the format 'unbroken-9', this version of unbroken reads"),
     "newer-config": (lambda run: edit(run, lambda r: r["config"].update(warp=9)), 2, "of another version of unbroken"),
@@ -94,6 +102,7 @@ def test_what_is_no_run_is_told_in_one_line(whole: Path, tmp_path: Path, monkeyp
     ("line", "code", "words"),
     [
         ("status s3://", 2, "storage='s3://' names no bucket"),
+        ("status ~nobody-of-this-name/x", 2, "no run at"),
         ("status nope://x", 2, "cannot be opened"),
         ("sample RUN file/grid.png", 2, "cannot write to file"),
         ("sample RUN . --num 1", 2, "File '.' is a directory"),
@@ -122,10 +131,42 @@ def test_a_list_of_runs_survives_those_that_cannot_be_read(whole: Path, tmp_path
     for kind, (breaking, *_) in BROKEN.items():
         shutil.copytree(whole, tmp_path / kind)
         breaking(tmp_path / kind)
+    (tmp_path / "theirs" / "run.json").mkdir(parents=True)  # to read it fails, as it does without the right to
     found = json.loads(CliRunner().invoke(main, ["runs", "list", str(tmp_path), "--json"]).stdout)
     assert {Path(one["url"]).name: one["state"] for one in found} == {
         "cut": "damaged",
+        "list": "damaged",
         "newer": "of another version",
         "newer-format": "of another version",
         "newer-config": "not started",
+        "theirs": "unreadable",
     }
+
+
+@pytest.fixture
+def nobody_there(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An endpoint of S3 at which nobody listens."""
+    (port,) = free_ports(1)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr("orchestrator.checkpoint.store.REACH_S", 0.1)
+    return f"http://127.0.0.1:{port}"
+
+
+def test_a_store_that_does_not_answer_is_told_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nobody_there: str):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    monkeypatch.setattr("orchestrator.commands.train.train_here", lambda config: None)
+    names = ("status", "prove", "sample", "ema", "tracking", "resume", "checkpoints list")  # one for each way in
+    lines = [line for line in COMMANDS if line.startswith(names)]
+    lines += ["runs list RUN", "doctor tiny.yaml storage=RUN", "train tiny.yaml storage=RUN"]
+    for line in (*lines, "config validate tiny.yaml data.source=folder data.image_size=8 data.path=RUN"):
+        name = line.split()[0]
+        began = time.monotonic()
+        result = CliRunner().invoke(main, line.replace("RUN", "s3://b/run").split())
+        assert time.monotonic() - began < 20, line
+        said = result.stdout if name == "doctor" else result.stderr
+        assert "cannot reach s3://b/run" in said and nobody_there in said and "AWS_ENDPOINT_URL_S3" in said, said
+        assert result.exit_code == (0 if name == "train" else 5), (line, result.output)
+        assert name == "doctor" or len(result.stderr.splitlines()) == 1

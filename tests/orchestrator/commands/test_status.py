@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.cli import main
 from orchestrator.messages import Event
+from orchestrator.tracking.live_page import Terminal, page, show
+from orchestrator.tracking.overview import RunView
 from tests.orchestrator.checkpoint.states import make_state, save
 from tests.orchestrator.tracking.story import CONFIG, T0, new_store, one_kill, record
 
@@ -59,6 +62,24 @@ def test_watch_ends_with_the_run(run: str):
     lines = unbroken("status", run, "--watch", "--json").stdout.splitlines()
     assert len(lines) == 1 and json.loads(lines[0])["state"] == "finished"
     assert "finished" in unbroken("status", run, "--watch").stdout
+
+
+def test_a_terminal_that_cannot_draw_gets_lines(run: str):
+    seen = RunView(run, None, 1).look()
+    terminal = Terminal(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
+    show([seen, seen], terminal)
+    assert terminal.file.getvalue().splitlines() == [
+        "finished  step 30 of 100 (30%)  8 samples/s  2 workers  attempt 2  restarts 1, lost steps 10"
+    ]
+
+
+def test_in_a_narrow_terminal_no_fact_is_broken(run: str):
+    terminal = Terminal(file=io.StringIO(), width=40)
+    terminal.print(page(RunView(run, None, 1).look(), 40))
+    lines = terminal.file.getvalue().splitlines()
+    at = lines.index("step 30 of 100 (30%)  8 samples/s")
+    assert lines[at + 1 : at + 3] == ["2 workers  attempt 2", "restarts 1, lost steps 10"]
+    assert max(map(len, lines)) <= 40
 
 
 def test_a_run_that_trains_now_and_one_that_was_left_behind():
