@@ -15,6 +15,7 @@ from trainers.data.guarded import GuardedSource
 from trainers.data.loader import ReadAhead
 from trainers.data.samples import Source
 from trainers.data.sources import open_source
+from trainers.determinism import use_deterministic_kernels
 from trainers.divergence import DivergenceGuard
 from trainers.ema import EMA
 from trainers.errors import ConfigError
@@ -50,6 +51,7 @@ def build(
     Raises:
         ConfigError: the model, data or strategy cannot be built from this configuration.
     """
+    use_deterministic_kernels(device)
     topology, mesh = make_topology(config.parallel, device)
     trace = trace or StepTrace(config.train.microbatch_size)
     rounds = _rounds(config, topology.world_size, trace)
