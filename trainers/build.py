@@ -25,7 +25,7 @@ from trainers.exclusions import Exclusions
 from trainers.fitting import check_fits
 from trainers.frozen import Frozen, open_frozen
 from trainers.generators import GeneratorStates
-from trainers.identity import check_encoders
+from trainers.identity import agreed, check_encoders
 from trainers.initial_weights import load_initial_weights
 from trainers.models import empty_model, null_label
 from trainers.norm import StepSums
@@ -72,7 +72,7 @@ def build(
         exclusions=Exclusions(),
         topology=topology,
         progress=Progress(),
-        frozen=_hash_of_untrained(whole, topology) | _unchanging(config, frozen, source),
+        frozen=agreed(_hash_of_untrained(whole, topology) | _unchanging(config, frozen, source)),
     )
     trained_on, validation = _parts(config, source, trace)
     task = Task(
