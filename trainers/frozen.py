@@ -185,6 +185,11 @@ def open_frozen(model: ModelConfig, config: ConditioningConfig, device: torch.de
                 f"conditioning={config} has no effect without a model.pretrained pipeline or text_encoder; remove it"
             )
         return None
+    absent = [name for name in folder.index if name.startswith("text_encoder") and not folder.has(name)]
+    if absent:  # SD3 may be drawn from without its T5; its pipeline then asks the network what to put there
+        raise ConfigError(
+            f"model.pretrained={model.pretrained} has no {absent[0]}, which captions are encoded with; give a whole one"
+        )
     pipeline = load_pipeline(model, folder, config.precision, **{folder.part: None})
     if (hasattr(pipeline, "encode_prompt") or folder.has("tokenizer")) and type(pipeline).__name__ not in _ENCODED:
         raise ConfigError(

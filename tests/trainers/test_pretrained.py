@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import diffusers
@@ -10,10 +11,12 @@ from tests.trainers.distributed import run_ranks
 from tests.trainers.families import family_config
 from tests.trainers.pipelines import write_pipeline
 from tests.trainers.tiny import UNET, build_tiny, tiny_config
+from trainers.conditioning import ConditioningConfig
 from trainers.config import TrainerConfig
 from trainers.decode import decode
 from trainers.errors import ConfigError
 from trainers.fitting import check_fits
+from trainers.frozen import open_frozen
 from trainers.identity import check_hashes
 from trainers.models import ModelConfig, build_model, empty_model, pretrained_weights
 from trainers.parallel import gather_rows
@@ -111,3 +114,12 @@ def test_another_frozen_part_is_refused_by_name():
     check_hashes({"vae": "a"}, {"vae": "a"})
     with pytest.raises(ConfigError, match=r"frozen part vae .* put the old one back"):
         check_hashes({"vae": "a"}, {"vae": "b"})
+
+
+def test_a_pipeline_without_one_of_its_text_encoders_is_refused(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text('{"_class_name": "SD3Transformer2DModel"}')
+    parts = {"transformer": ["diffusers", "SD3Transformer2DModel"], "text_encoder_3": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline", **parts}))
+    with pytest.raises(ConfigError, match="has no text_encoder_3, which captions are encoded with"):
+        open_frozen(ModelConfig(pretrained=str(tmp_path)), ConditioningConfig(), torch.device("cpu"))
