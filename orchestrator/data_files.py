@@ -34,6 +34,8 @@ class StoreFiles:
     def _below(self, folder: str, suffixes: tuple[str, ...]) -> list[str]:
         found = []
         for name in self._store.list(folder):
+            if name.startswith("."):
+                continue
             path = f"{folder}/{name}" if folder else name
             # A store does not say which of the names are folders: those are asked for that are not files of a kind.
             found += [path] if name.lower().endswith(suffixes) else self._below(path, suffixes)

@@ -114,6 +114,8 @@ def main() -> None:
             print(f"fingerprint of the state after step {state.progress.step}: {combined}", flush=True)
         if arguments.out:
             _write_weights(state, config, arguments.out)
+    except ConfigError as error:
+        parser.exit(2, f"error: {error}\n")
     except DivergedError as error:
         parser.exit(3, f"error: training diverged: {error}; `unbroken train` would roll back\n")
     finally:

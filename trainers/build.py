@@ -15,6 +15,7 @@ from trainers.data.guarded import GuardedSource
 from trainers.data.loader import ReadAhead
 from trainers.data.samples import Source
 from trainers.data.sources import open_source
+from trainers.determinism import use_deterministic_kernels
 from trainers.divergence import DivergenceGuard
 from trainers.ema import EMA
 from trainers.errors import ConfigError
@@ -24,7 +25,7 @@ from trainers.exclusions import Exclusions
 from trainers.fitting import check_fits
 from trainers.frozen import Frozen, open_frozen
 from trainers.generators import GeneratorStates
-from trainers.identity import check_encoders
+from trainers.identity import agreed, check_encoders
 from trainers.initial_weights import load_initial_weights
 from trainers.models import empty_model, null_label
 from trainers.norm import StepSums
@@ -50,6 +51,7 @@ def build(
     Raises:
         ConfigError: the model, data or strategy cannot be built from this configuration.
     """
+    use_deterministic_kernels(device)
     topology, mesh = make_topology(config.parallel, device)
     trace = trace or StepTrace(config.train.microbatch_size)
     rounds = _rounds(config, topology.world_size, trace)
@@ -70,7 +72,7 @@ def build(
         exclusions=Exclusions(),
         topology=topology,
         progress=Progress(),
-        frozen=_hash_of_untrained(whole, topology) | _unchanging(config, frozen, source),
+        frozen=agreed(_hash_of_untrained(whole, topology) | _unchanging(config, frozen, source)),
     )
     trained_on, validation = _parts(config, source, trace)
     task = Task(

@@ -19,7 +19,7 @@ from trainers.config import TrainerConfig
 from trainers.errors import ConfigError
 from trainers.fingerprint import partial_fingerprint
 from trainers.frozen import pipeline_scheduler
-from trainers.models import build_model, empty_model, learns_null_label, null_label
+from trainers.models import build_model, empty_model, learns_null_label, null_label, num_classes_of
 from trainers.objectives import Objective
 from trainers.pretrained import PretrainedFolder
 from trainers.sampling import usual_guidance
@@ -149,10 +149,10 @@ def _call_of(model: Any, config: TrainerConfig) -> tuple[str, str]:
         return f'labels=["a text", "another one"], guidance={usual_guidance(model, drop):g}', "Draws what texts say."
     if null is None:
         return "num_images=4", "Unconditional."
-    guided = learns_null_label(model, drop)
-    absent = f"; {null} stands for no label" if guided else ""
-    arguments = f"labels=[0, {null - guided}], guidance={usual_guidance(model, drop):g}"
-    return arguments, f"Class-conditional: labels 0 to {null - guided}{absent}."
+    last = num_classes_of(model, drop) - 1
+    absent = f"; {null} stands for no label" if learns_null_label(model, drop) else ""
+    arguments = f"labels=[0, {last}], guidance={usual_guidance(model, drop):g}"
+    return arguments, f"Class-conditional: labels 0 to {last}{absent}."
 
 
 def _edm_note(sigma_data: float) -> list[str]:

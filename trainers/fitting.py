@@ -14,7 +14,7 @@ from trainers.errors import ConfigError
 from trainers.evaluation.config import check_metrics, check_samples
 from trainers.evaluation.split import split
 from trainers.frozen import check_schedule, latent_shape
-from trainers.models import learns_null_label, null_label, settings_of
+from trainers.models import learns_null_label, null_label, num_classes_of, settings_of
 from trainers.pretrained import PretrainedFolder
 from trainers.text_encoder import encoder_facts
 
@@ -168,12 +168,12 @@ def _check_labels(model: nn.Module, num_classes: int | None, label_drop: float) 
     if num_classes is None:
         raise ConfigError("data has no labels, but the model wants classes; sort the images into one folder a class")
     key = "num_class_embeds" if settings.get("num_embeds_ada_norm") is None else "num_embeds_ada_norm"
-    needs_null = learns_null_label(model, label_drop)
-    missing = num_classes + needs_null - (null + 1)
+    missing = num_classes - num_classes_of(model, label_drop)
     if missing > 0:
+        null_too = " and the null label" if learns_null_label(model, label_drop) else ""
         raise ConfigError(
-            f"model.args.{key}={settings[key]} is too small for {num_classes} classes"
-            f"{' and the null label' if needs_null else ''}; set it to {settings[key] + missing}"
+            f"model.args.{key}={settings[key]} is too small for {num_classes} classes{null_too};"
+            f" set it to {settings[key] + missing}"
         )
 
 

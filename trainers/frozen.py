@@ -185,6 +185,11 @@ def open_frozen(model: ModelConfig, config: ConditioningConfig, device: torch.de
                 f"conditioning={config} has no effect without a model.pretrained pipeline or text_encoder; remove it"
             )
         return None
+    absent = [name for name in folder.index if name.startswith("text_encoder") and not folder.has(name)]
+    if absent:  # SD3 may be drawn from without its T5; its pipeline then asks the network what to put there
+        raise ConfigError(
+            f"model.pretrained={model.pretrained} has no {absent[0]}, which captions are encoded with; give a whole one"
+        )
     pipeline = load_pipeline(model, folder, config.precision, **{folder.part: None})
     if (hasattr(pipeline, "encode_prompt") or folder.has("tokenizer")) and type(pipeline).__name__ not in _ENCODED:
         raise ConfigError(
@@ -199,12 +204,16 @@ def pipeline_scheduler(folder: PretrainedFolder, objective: ObjectiveConfig) -> 
     """The sampler of an exported pipeline: the folder's own, on the noise schedule that was trained on."""
     ours: Any = Objective(objective).scheduler()
     shared = _shared_settings(folder.scheduler, ours)
-    if shared is None:
+    cls: Any = getattr(diffusers, folder.scheduler["_class_name"]) if shared else type(ours)
+    known = inspect.signature(cls.__init__).parameters
+    # Stable Diffusion's PNDM can not rescale its betas, and would draw on another schedule without a word.
+    if shared is None or (objective.zero_terminal_snr and "rescale_betas_zero_snr" not in known):
         changed = {"clip_sample": False} if "clip_sample" in ours.config else {}  # latents reach beyond 1
         return type(ours).from_config(ours.config, **changed)
-    cls: Any = getattr(diffusers, folder.scheduler["_class_name"])
-    known = inspect.signature(cls.__init__).parameters
-    return cls.from_config({**folder.scheduler, **{key: ours.config[key] for key in shared if key in known}})
+    taken = {key: ours.config[key] for key in shared if key in known}
+    if objective.zero_terminal_snr and "timestep_spacing" in known:
+        taken["timestep_spacing"] = "trailing"  # else its steps would not begin at pure noise (Lin et al., 2024, 3.3)
+    return cls.from_config({**folder.scheduler, **taken})
 
 
 def check_schedule(folder: PretrainedFolder, objective: ObjectiveConfig) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 import xxhash
 from torch import nn
 
@@ -29,14 +30,36 @@ def check_hashes(recorded: Mapping[str, str], actual: Mapping[str, str]) -> None
     """
     for name in sorted(recorded.keys() | actual.keys()):
         if recorded.get(name) != actual.get(name):
-            what = f"model.pretrained or conditioning.text_encoder: the frozen part {name}"
-            if name == "data":
-                what = "data.path: the data"
             raise ConfigError(
-                f"{what} is not the one that the run was trained with"
+                f"{_what(name)} is not the one that the run was trained with"
                 f" (hash {json.dumps(actual.get(name))}, in the checkpoint {json.dumps(recorded.get(name))});"
                 " put the old one back, or start a run of another name"
             )
+
+
+def agreed(hashes: dict[str, str]) -> dict[str, str]:
+    """`hashes`, which must be the same on all ranks. Collective: all ranks.
+
+    Raises:
+        ConfigError: on every rank, if those of one are others; names it with both hashes.
+    """
+    every = [hashes] * dist.get_world_size()
+    dist.all_gather_object(every, hashes)
+    for rank, theirs in enumerate(every):
+        for name in sorted(every[0].keys() | theirs.keys()):
+            first, other = every[0].get(name), theirs.get(name)
+            if first != other:
+                raise ConfigError(
+                    f"{_what(name)} of rank {rank} is not that of rank 0 (hash {json.dumps(other)}, there"
+                    f" {json.dumps(first)}); give every node the same files"
+                )
+    return hashes
+
+
+def _what(name: str) -> str:
+    if name == "data":
+        return "data.path: the data"
+    return f"model.pretrained or conditioning.text_encoder: the frozen part {name}"
 
 
 def check_encoders(made_with: Mapping[str, str], hashes: Mapping[str, str], where: str) -> None:

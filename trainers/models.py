@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from trainers.conditioning import call_convention
+from trainers.dit import prepare_dit
 from trainers.errors import ConfigError
 from trainers.lora import LoraConfig, add_adapters, is_adapter
 from trainers.pretrained import FileWeights, PretrainedFolder, open_pretrained, weight_files
@@ -195,6 +196,8 @@ def _construct(config: ModelConfig, seed: int) -> nn.Module:
                 f"model.args={{{args}}} is refused by {cls.__name__}: {type(error).__name__}: {error};"
                 " correct the arguments"
             ) from error
+        if cls.__name__ == "DiTTransformer2DModel":
+            prepare_dit(model)
     for name, module in model.named_modules():
         # They are averaged per rank from the microbatches it happened to run, so they depend on the world size.
         if isinstance(module, _NormBase) and module.track_running_stats:
@@ -235,8 +238,7 @@ def null_label(model: nn.Module) -> int | None:
     """The label that stands for "no label", or None for a model without classes.
 
     It is the last row of the label embedding: of the `num_class_embeds` rows of a UNet2DModel (give one more than
-    there are classes), and the extra row that DiT appends to its `num_embeds_ada_norm` classes. DiT moreover drops
-    labels by itself in training mode, at its own fixed rate of 0.1.
+    there are classes), and the extra row that DiT appends to its `num_embeds_ada_norm` classes.
     """
     config = settings_of(model)
     if config.get("num_embeds_ada_norm") is not None:
@@ -247,10 +249,15 @@ def null_label(model: nn.Module) -> int | None:
 
 
 def learns_null_label(model: nn.Module, label_drop: float) -> bool:
-    """Whether training shows the model its null label, so that it can be guided (and no class may have that number)."""
-    return null_label(model) is not None and (
-        label_drop > 0 or settings_of(model).get("num_embeds_ada_norm") is not None
-    )
+    """Whether training shows the model its null label, so that it can be guided."""
+    return null_label(model) is not None and label_drop > 0
+
+
+def num_classes_of(model: nn.Module, label_drop: float) -> int:
+    """How many labels stand for a class, in a model of classes: all but the null label, where that is in use."""
+    null = null_label(model)
+    assert null is not None
+    return null + (settings_of(model).get("num_embeds_ada_norm") is None and label_drop == 0)
 
 
 def settings_of(model: nn.Module) -> Mapping[str, Any]:

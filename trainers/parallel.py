@@ -112,22 +112,20 @@ def shard_model(
     Returns:
         This rank's rows of every parameter, trained or not, in the order of `model.named_parameters()`.
     """
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
-    # The root must not cast its inputs: timesteps do not survive bfloat16. `step` casts the images itself.
-    root_policy = (
-        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        if bf16
-        else None
-    )
+    policy = MixedPrecisionPolicy()
+    if bf16:
+        # No unit casts what it is given: timesteps (a DiT's blocks take them) and the sines of Flux's positions do not
+        # survive bfloat16. `step` casts the images itself, and from there on models do as they do in bfloat16.
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     keep = False if topology.shard_size == 1 else None  # nothing to gather again, so nothing to free in between
     for unit in sharding_units(model):
         fully_shard(
             cast(list[torch.nn.Module], unit),
             mesh=mesh,
-            mp_policy=policy or MixedPrecisionPolicy(),
+            mp_policy=policy,
             reshard_after_forward=keep,
         )
-    fully_shard(model, mesh=mesh, mp_policy=root_policy or MixedPrecisionPolicy(), reshard_after_forward=keep)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=keep)
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         if topology.shard_size > 1:  # for one shard it is 1 anyway, and FSDP would go over all gradients to divide

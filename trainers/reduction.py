@@ -183,6 +183,10 @@ class InvariantReduction(ReduceScatter):
             return
         if self._own is None:
             self._own = TreeSum(index)
+        if leaf.is_cuda:
+            # It was allocated on the stream of the backward pass, and FSDP keeps it only until its own event. Without
+            # this the next activations may be written over a sum that this stream has yet to send.
+            leaf.record_stream(torch.cuda.current_stream())
         self._own.push(leaf)
 
     def _take_own(self) -> list[torch.Tensor]:

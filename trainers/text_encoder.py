@@ -32,7 +32,6 @@ class TextEncoder:
         """Args: max_tokens: of each caption, longer ones are cut."""
         self.tokenizer, self.model = tokenizer, model.to(device).eval().requires_grad_(False)
         self.max_tokens = max_tokens
-        self._device = device
         self.hashes = {"text_encoder": tensors_hash(model)}
         size = max_tokens * model.config.hidden_size * torch.finfo(torch.float32).bits // 8
         self._tokens = functools.lru_cache(max(1, _KEPT_BYTES // size))(self._encode)

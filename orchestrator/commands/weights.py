@@ -62,7 +62,7 @@ def _draw(
 ) -> tuple[torch.Tensor, int]:
     """The images, and in how many columns to show them."""
     from trainers.conditioning import takes_text
-    from trainers.models import learns_null_label, null_label
+    from trainers.models import null_label, num_classes_of
     from trainers.sampling import draw, usual_guidance
 
     config, model = saved.config, saved.load(weights)
@@ -72,7 +72,7 @@ def _draw(
     if prompts and not text:
         raise click.UsageError("--prompt has no effect on a model without text; leave it out")
     label_drop = config.objective.label_drop
-    columns = len(prompts) if text else 10 if null is None else null + 1 - learns_null_label(model, label_drop)
+    columns = len(prompts) if text else 10 if null is None else num_classes_of(model, label_drop)
     if guidance is None:
         guidance = usual_guidance(model, label_drop)
     wanted = [prompts[i % columns] if text else i % columns for i in range(num)]  # every class in turn

@@ -48,7 +48,7 @@ def offline(tmp_path, monkeypatch):
 
 def export(folder, name, kind: Any = "epsilon"):
     ema, raw = (build_model(MODELS[name], seed) for seed in (1, 2))
-    objective = ObjectiveConfig(prediction_type=kind, label_drop=0.1 if name == "classes" else 0.0)
+    objective = ObjectiveConfig(prediction_type=kind, label_drop=0.0 if name == "unet" else 0.1)
     weights = [
         ExportWeights(tensors=ema.state_dict(), description="EMA profile main"),
         ExportWeights(tensors=raw.state_dict(), description="raw weights", variant="non_ema"),

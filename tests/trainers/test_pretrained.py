@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import diffusers
@@ -10,13 +11,17 @@ from tests.trainers.distributed import run_ranks
 from tests.trainers.families import family_config
 from tests.trainers.pipelines import write_pipeline
 from tests.trainers.tiny import UNET, build_tiny, tiny_config
+from trainers.conditioning import ConditioningConfig
 from trainers.config import TrainerConfig
 from trainers.decode import decode
 from trainers.errors import ConfigError
 from trainers.fitting import check_fits
+from trainers.frozen import check_schedule, open_frozen, pipeline_scheduler
 from trainers.identity import check_hashes
 from trainers.models import ModelConfig, build_model, empty_model, pretrained_weights
+from trainers.objectives import ObjectiveConfig
 from trainers.parallel import gather_rows
+from trainers.pretrained import open_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +116,29 @@ def test_another_frozen_part_is_refused_by_name():
     check_hashes({"vae": "a"}, {"vae": "a"})
     with pytest.raises(ConfigError, match=r"frozen part vae .* put the old one back"):
         check_hashes({"vae": "a"}, {"vae": "b"})
+
+
+def test_a_pipeline_without_one_of_its_text_encoders_is_refused(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text('{"_class_name": "SD3Transformer2DModel"}')
+    parts = {"transformer": ["diffusers", "SD3Transformer2DModel"], "text_encoder_3": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline", **parts}))
+    with pytest.raises(ConfigError, match="has no text_encoder_3, which captions are encoded with"):
+        open_frozen(ModelConfig(pretrained=str(tmp_path)), ConditioningConfig(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("stored", ["PNDMScheduler", "DDIMScheduler"])
+def test_an_export_draws_on_the_schedule_with_zero_terminal_snr(tmp_path, stored):
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    (tmp_path / "scheduler").mkdir()
+    known = {"_class_name": stored, "prediction_type": "v_prediction", "steps_offset": 1, "clip_sample": False}
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(known))
+    objective = ObjectiveConfig(prediction_type="v_prediction", beta_schedule="linear", zero_terminal_snr=True)
+    folder = open_pretrained(str(tmp_path))
+    check_schedule(folder, objective)
+    scheduler = pipeline_scheduler(folder, objective)
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps[0] == 999 and scheduler.alphas_cumprod[999] == 0
+    assert type(scheduler).__name__ == "DDIMScheduler" and not scheduler.config.clip_sample
+    plain = pipeline_scheduler(folder, ObjectiveConfig(prediction_type="v_prediction", beta_schedule="linear"))
+    assert type(plain).__name__ == stored and plain.config.timestep_spacing == "leading"

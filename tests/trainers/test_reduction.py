@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -55,3 +57,20 @@ def test_every_layout_builds_the_same_tree(world_size: int, num_replicas: int, l
         expected = tree_by_definition([leaf_of(i, numel) for i in range(num_microbatches)]) + 0.0
         for result in run_ranks(world_size, reduce_everywhere, num_replicas, num_microbatches, numel, local):
             assert torch.equal(result, expected)
+
+
+def test_a_gradient_on_a_gpu_is_kept_for_the_stream_that_sends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Leaf:
+        is_cuda = True
+        streams: ClassVar[list[str]] = []
+
+        def record_stream(self, stream: str) -> None:
+            self.streams.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "reduce-scatter")
+    group: Any = None
+    topology = Topology(num_replicas=1, shard_size=2, rank=0, replicate_group=group, shard_group=group)
+    leaf: Any = Leaf()
+    reduction = InvariantReduction(topology, Rounds(4, 2, local=True))
+    reduction(leaf, leaf, group, dist.ReduceOp.SUM)  # the first of two rounds: nothing is sent yet
+    assert leaf.streams == ["reduce-scatter"]

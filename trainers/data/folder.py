@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from trainers.data.files import Files
-from trainers.data.images import Record, digest, number_classes
+from trainers.data.files import Files, LocalFiles
+from trainers.data.images import Record, Records, digest, number_classes
 from trainers.errors import ConfigError
 
 METADATA = "metadata.jsonl"
 
 
-class FolderRecords:
+class FolderRecords(Records):
     """Image files, sorted by path.
 
     Sub-folders are classes, numbered in sorted order; without any, the images have no labels. Lines {"file_name": ...,
@@ -30,7 +31,8 @@ class FolderRecords:
         self._files, self._names = files, names
         self.has_captions = captions
         self.num_classes: int | None = len(classes) or None
-        self.labels = np.array([classes.index(name.partition("/")[0]) for name in names]) if classes else None
+        numbers = {name: number for number, name in enumerate(classes)}
+        self.labels = np.array([numbers[name.partition("/")[0]] for name in names]) if classes else None
         entries = _read_metadata(files, names, required=captions)
         self._captions = _texts(files, names, entries) if captions else None
         if any("label" in entry for entry in entries.values()):
@@ -43,6 +45,12 @@ class FolderRecords:
 
     def name(self, index: int) -> str:
         return f"{self._files.root}/{self._names[index]}"
+
+    def version(self) -> str:
+        if not isinstance(self._files, LocalFiles):  # there each answer takes a trip to the storage
+            return digest(self.identity, self._files.root)
+        stats = (os.stat(self._files.path(name)) for name in self._names)
+        return digest(self.identity, *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats))
 
     def read(self, index: int) -> Record:
         return Record(
@@ -61,15 +69,22 @@ def _read_metadata(files: Files, names: list[str], required: bool) -> Mapping[st
                 ' {"file_name": "a.png", "text": "a red square"}'
             )
         return {}
+    try:
+        text = files.read(METADATA).decode("utf-8-sig")  # some editors put a mark in front
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not UTF-8 ({error}); write it again") from None
     entries = {}
-    for number, line in enumerate(files.read(METADATA).decode(errors="replace").splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also cuts where a text may go on: U+2028
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
+            repeated = entry["file_name"] in entries
             entries[entry["file_name"]] = entry
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{where}, line {number}: {error!r}; give file_name and text as JSON") from None
+        if repeated:
+            raise ConfigError(f"{where}, line {number}: {entry['file_name']} has a line already; leave one of them")
         if not isinstance(entry["file_name"], str):
             raise ConfigError(f"{where}, line {number}: file_name must be a text; correct the line")
         if required and not isinstance(entry.get("text"), str):

@@ -6,12 +6,12 @@ import os
 from typing import Any
 
 from trainers.data.config import Columns
-from trainers.data.images import Record, digest, number_classes
+from trainers.data.images import Record, Records, digest, number_classes
 from trainers.data.tables import checked_caption, found_columns, image_bytes
 from trainers.errors import ConfigError
 
 
-class HuggingFaceRecords:
+class HuggingFaceRecords(Records):
     """The rows of one data set. What `save_to_disk` wrote is mapped into memory."""
 
     def __init__(self, path: str, split: str | None, columns: Columns, captions: bool) -> None:

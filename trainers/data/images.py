@@ -50,6 +50,10 @@ class Records(Protocol):
         """What a person finds the sample by."""
         ...
 
+    def version(self) -> str:
+        """As `identity`, but another one also where only the bytes of images are others, as far as that is cheap."""
+        return self.identity
+
     def read(self, index: int) -> Record:
         """One sample.
 
@@ -73,8 +77,10 @@ class ImageSource(Source):
         self._bucket_of = np.zeros(len(records), dtype=np.int64)
         if config.buckets is not None:
             self._shapes = tuple(config.buckets.shapes(config.image_size))
-            sizes = cached(config.cache, f"sizes-{records.identity}", lambda: _sizes(records))
+            sizes = cached(config.cache, f"sizes-{records.version()}", lambda: _sizes(records))
             self._bucket_of = nearest_bucket(sizes, self._shapes)
+            # They decide who comes when, so workers that see other sizes, or an attempt that does, must be noticed.
+            self.identity = digest(records.identity, xxhash.xxh3_128_hexdigest(self._bucket_of.tobytes()))
             self.buckets = Buckets(shapes=self._shapes, of=self._bucket_of)
 
     def __len__(self) -> int:
@@ -92,6 +98,8 @@ class ImageSource(Source):
             record = self._records.read(index)
             with broken_if_undecodable(self._records.name(index)):
                 image, size = _decode(record.image, self._shapes[self._bucket_of[index]], place)
+            if record.caption is not None:
+                _check_text(record.caption, self._records.name(index))
             images.append(image)
             sizes.append(size)
             captions.append(record.caption)
@@ -119,6 +127,16 @@ def broken_if_undecodable(name: str) -> Iterator[None]:
         ) from error
 
 
+def _check_text(caption: str, name: str) -> None:
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:  # half of an emoji, which no tokenizer takes
+        raise BrokenSampleError(
+            f"data.path: the text of {name} has half a character ({error.object[error.start]!r}); correct it, or set"
+            " data.on_broken=skip"
+        ) from error
+
+
 def _decode(data: bytes, shape: tuple[int, int], place: list[float]) -> tuple[torch.Tensor, tuple[float, ...]]:
     """(3, H, W) float32 in [-1, 1], and the six sizes of `Samples`.
 
@@ -126,8 +144,7 @@ def _decode(data: bytes, shape: tuple[int, int], place: list[float]) -> tuple[to
         place: in [0, 1), where the cut lies from top to bottom and from left to right.
     """
     with Image.open(io.BytesIO(data)) as image:
-        # Cameras store the turn of a photo in EXIF; without this it would be trained on lying on its side.
-        upright = ImageOps.exif_transpose(image).convert("RGB")
+        upright = _as_seen(image)
     height, width = shape
     fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BICUBIC, centering=(place[1], place[0]))
     pixels = torch.from_numpy(np.array(fitted, dtype=np.float32))  # (H, W, 3)
@@ -136,6 +153,24 @@ def _decode(data: bytes, shape: tuple[int, int], place: list[float]) -> tuple[to
     left = max(0.0, upright.width * scale - width) * place[1] // 1
     sizes = (upright.height, upright.width, top, left, height, width)
     return (pixels / 127.5 - 1).permute(2, 0, 1), sizes
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    """`image` as it is shown: upright, in RGB, on white where it is transparent.
+
+    Raises:
+        ValueError: its pixels are 32-bit numbers, and nobody knows which of them is white.
+    """
+    # Cameras store the turn of a photo in EXIF; without this it would be trained on lying on its side.
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # `convert` would make 255 of whatever is more
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits, mode {image.mode}; make them 8 or 16")
+    if image.has_transparency_data:  # `convert` would bring up the colour that lies below, often black or garbage
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def nearest_bucket(sizes: np.ndarray, shapes: tuple[tuple[int, int], ...]) -> np.ndarray:
@@ -174,7 +209,7 @@ def digest(*parts: object) -> str:
     """XXH3-128 of the texts of `parts`, one after the other."""
     found = xxhash.xxh3_128()
     for part in parts:
-        found.update(f"{part}\n".encode())
+        found.update(f"{part}\n".encode(errors="surrogatepass"))  # file names may be any bytes
     return found.hexdigest()
 
 
@@ -196,7 +231,11 @@ def number_classes(labels: list[object], where: str) -> tuple[np.ndarray, int]:
     if all(isinstance(label, str) for label in labels):
         names = {name: number for number, name in enumerate(sorted({str(label) for label in labels}))}
         return np.array([names[str(label)] for label in labels], dtype=np.int64), len(names)
+    first = labels[0]
+    odd = next(
+        (label for label in labels if type(label) is not type(first) or (isinstance(label, int) and label < 0)), first
+    )
     raise ConfigError(
-        f"{where}: labels such as {labels[0]!r} and {labels[-1]!r} are no classes; give every sample a number from 0,"
+        f"{where}: labels such as {first!r} and {odd!r} are no classes; give every sample a number from 0,"
         " or every one a name"
     )

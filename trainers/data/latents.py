@@ -41,6 +41,7 @@ _DTYPES = {
     "I32": "<i4",
     "U8": "|u1",
     "I8": "|i1",
+    "BOOL": "|b1",
 }
 
 
@@ -167,6 +168,10 @@ class _Safetensors:
         self._first = 8 + length
         self._tensors = {part: entry for part, entry in header.items() if part != "__metadata__"}
         self.shapes = {part: tuple(entry["shape"]) for part, entry in self._tensors.items()}
+        if unknown := {entry["dtype"] for entry in self._tensors.values()} - _DTYPES.keys():
+            raise ConfigError(
+                f"{files.root}/{name} has tensors of {', '.join(unknown)}; make them {', '.join(_DTYPES)}"
+            )
         end = max((entry["data_offsets"][1] for entry in self._tensors.values()), default=0)
         if files.size(name) != self._first + end:
             raise ConfigError(f"{files.root}/{name} is cut short; make it again")

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 
 from trainers.data.config import Columns
 from trainers.data.files import Files, LocalFiles, SeekableFile
-from trainers.data.images import Record, digest, number_classes
+from trainers.data.images import Record, Records, digest, number_classes
 from trainers.errors import BrokenSampleError, ConfigError
 
 _KEPT_GROUPS = 4  # in memory; a random row needs all of its group
 
 
-class TableRecords:
+class TableRecords(Records):
     """Rows of all files in the order of their names.
 
     A row of a parquet file is read with its whole row group, so write small ones (100 rows or so). Arrow files are

@@ -12,7 +12,7 @@ import xxhash
 
 from trainers.data.config import Columns
 from trainers.data.files import Files, SeekableFile
-from trainers.data.images import Record, digest, image_suffixes, number_classes
+from trainers.data.images import Record, Records, digest, image_suffixes, number_classes
 from trainers.data.index_cache import cached
 from trainers.errors import BrokenSampleError, ConfigError
 
@@ -22,7 +22,7 @@ _Place = tuple[int, int]  # offset and size in bytes
 _NOWHERE = (-1, -1)
 
 
-class TarRecords:
+class TarRecords(Records):
     """The samples of all shards, in the order of their names and of their members.
 
     Members of one sample have the same path up to the first dot of the file name: 0001.jpg, 0001.txt, 0001.cls.
@@ -36,10 +36,10 @@ class TarRecords:
         keys, places = [], []
         for number, (shard, mark) in enumerate(zip(shards, marks, strict=True)):
             index = cached(cache, f"tar-{mark}", lambda shard=shard: _index(files, shard))
-            for key, members in _samples(index).items():
+            for key, members in _samples(index, f"{files.root}/{shard}").items():
                 suffixes |= members.keys()
                 if (image := self._image_suffix(members)) is not None:
-                    keys.append(key.encode())
+                    keys.append(key.encode(errors="surrogatepass"))  # it may be any bytes
                     parts = (members.get(where.partition(".")[0], _NOWHERE) for where in (self._caption, self._label))
                     places.append((number, *members[image], *(value for part in parts for value in part)))
         if not places:
@@ -62,7 +62,7 @@ class TarRecords:
         return len(self._places)
 
     def name(self, index: int) -> str:
-        return f"{self._shards[self._places[index, 0]]}, sample {self._keys[index].decode()}"
+        return f"{self._shards[self._places[index, 0]]}, sample {self._keys[index].decode(errors='replace')}"
 
     def read(self, index: int) -> Record:
         caption = self._text(index, 3, self._caption) if self.has_captions else None
@@ -87,7 +87,12 @@ class TarRecords:
             if self._places[index, column] < 0:
                 raise ValueError(f"no member .{suffix}")
             text = self._bytes(index, column).decode()
-            return text if not key else str(json.loads(text)[key])
+            if not key:
+                return text
+            value = json.loads(text)[key]
+            if not isinstance(value, str | int):  # of null it would make the text "None"
+                raise TypeError(f"it is {json.dumps(value)[:40]}")
+            return str(value)
         except (ValueError, KeyError, TypeError) as error:
             raise BrokenSampleError(
                 f"data.path: {self.name(index)} has no text {where} ({error}); add it, or set data.on_broken=skip"
@@ -113,7 +118,9 @@ def _mark(files: Files, shard: str) -> str:
 def _index(files: Files, shard: str) -> np.ndarray:
     """(N,) records of name, offset and size: every file in the tar."""
     try:
-        with tarfile.open(fileobj=io.BufferedReader(SeekableFile(files, shard), _EDGE), mode="r:") as tar:
+        with tarfile.open(
+            fileobj=io.BufferedReader(SeekableFile(files, shard), _EDGE), mode="r:", encoding="utf-8"
+        ) as tar:
             found = [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
     except (tarfile.TarError, EOFError) as error:
         raise ConfigError(
@@ -125,12 +132,18 @@ def _index(files: Files, shard: str) -> np.ndarray:
     return np.array(found, dtype=[("name", f"U{width}"), ("offset", np.int64), ("size", np.int64)])
 
 
-def _samples(index: np.ndarray) -> dict[str, dict[str, tuple[int, int]]]:
-    """Key of a sample -> suffix -> offset and size, in the order of the tar."""
+def _samples(index: np.ndarray, where: str) -> dict[str, dict[str, tuple[int, int]]]:
+    """Key of a sample -> suffix -> offset and size, in the order of the tar.
+
+    Raises:
+        ConfigError: two members would be the same part of the same sample.
+    """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     for name, offset, size in index.tolist():
         folder, slash, file = name.rpartition("/")
         stem, dot, suffix = file.partition(".")
         if dot and stem:
-            samples.setdefault(f"{folder}{slash}{stem}", {})[suffix.lower()] = (offset, size)
+            members = samples.setdefault(f"{folder}{slash}{stem}", {})
+            if members.setdefault(suffix.lower(), (offset, size)) != (offset, size):
+                raise ConfigError(f"data.path: {where} holds {name!r} twice; give every sample a name of its own")
     return samples

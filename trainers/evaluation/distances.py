@@ -74,7 +74,7 @@ def _features(
         found = network(pixels(numbers))  # also where it does not count: so every rank knows how wide features are
         rows = torch.zeros(num, found.shape[1], device=task.device) if rows is None else rows
         if counts:
-            rows[torch.from_numpy(numbers)] = found.to(task.device)
+            rows[numbers[0] : numbers[-1] + 1] = found.to(task.device)
     assert rows is not None
     dist.all_reduce(rows)  # each rank has zeros in the places of the others, so this is exact
     return rows.cpu()

@@ -55,7 +55,7 @@ def draw_images(
         drawn = denoise(predict, _scheduler(task), noise, wanted.num_steps)
         if counts:
             drawn = task.frozen.images(drawn) if task.frozen else drawn
-            images[torch.from_numpy(numbers)] = to_pixels(drawn)
+            images[numbers[0] : numbers[-1] + 1] = to_pixels(drawn)
     dist.all_reduce(images)  # each rank has zeros in the places of the others
     return images
 

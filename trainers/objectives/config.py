@@ -25,7 +25,8 @@ class ObjectiveConfig:
     beta_end: float = 0.02
     """... to 0.012. Last beta, beta_start < beta_end < 1."""
     zero_terminal_snr: bool = False
-    """Rescale the betas so that the last timestep is pure noise; for v_prediction and sample."""
+    """Rescale the betas so that the last timestep is pure noise; for v_prediction and sample. Weightings but none give
+    that timestep no weight, as their papers have it."""
     timestep_density: Literal["uniform", "logit_normal", "mode"] = "uniform"
     """How often flow trains on a noise level."""
     logit_mean: float = 0.0

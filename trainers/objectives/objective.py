@@ -104,9 +104,9 @@ class Objective:
     ) -> torch.Tensor:
         """The loss of every sample, in float32 whatever the dtype of `prediction`: (B,).
 
-        The weighted mean squared error; with `contrastive`, less that to the target of the next sample of the batch
-        (the last one's next is the first); with `learned_variance`, plus the variational bound, which is T times the
-        term of the one timestep drawn.
+        The weighted mean squared error; with `contrastive`, less that to the target of the previous sample of the batch
+        (the first one's is the last); with `learned_variance`, plus the variational bound, which is T times the term of
+        the one timestep drawn.
 
         Args:
             prediction: (B, C, H, W), or (B, 2 C, H, W) with `learned_variance`.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.trainers.data import made_up
 from trainers.data.config import BucketConfig, Columns, DataConfig
@@ -67,9 +68,10 @@ def test_labels_of_metadata(tmp_path: Path) -> None:
     source = open_source(config(path, "folder", captions=False))
     samples = source.read(np.arange(4))
     assert samples.labels is not None and samples.labels.tolist() == [0, 1, 0, 1] and source.num_classes == 2
-    with (path / "metadata.jsonl").open("a") as file:
-        file.write("\n" + json.dumps({"file_name": "00.png", "label": None, "text": ""}))
-    with pytest.raises(ConfigError, match=r"metadata\.jsonl: labels such as None and 'y' are no classes"):
+    lines = (path / "metadata.jsonl").read_text().splitlines()
+    lines[2] = json.dumps({"file_name": "02.png", "label": None, "text": ""})
+    (path / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"metadata\.jsonl: labels such as 'x' and None are no classes"):
         open_source(config(path, "folder"))
 
 
@@ -131,6 +133,43 @@ def test_a_broken_sample_is_named(tmp_path: Path) -> None:
         source.read(np.array([2]))
     with pytest.raises(BrokenSampleError, match=r"a\.tar, sample x has no text json\.caption"):
         open_source(config(path, "webdataset")).read(np.array([2]))
+
+
+def test_members_of_tars_are_what_they_say(tmp_path: Path) -> None:
+    def tar_of(name: str, members: dict[str, bytes]) -> Path:
+        (tmp_path / name).mkdir()
+        with tarfile.open(tmp_path / name / "a.tar", "w") as tar:
+            for member, data in members.items():
+                made_up.add(tar, member, data)
+        return tmp_path / name
+
+    nothing = tar_of("null", {"x.png": made_up.encoded(0), "x.json": b'{"caption": null}'})
+    with pytest.raises(BrokenSampleError, match=r"sample x has no text json\.caption \(it is null\)"):
+        open_source(config(nothing, "webdataset")).read(np.array([0]))
+    twice = tar_of("twice", {"x.png": made_up.encoded(0), "y.png": made_up.encoded(1), "x.PNG": made_up.encoded(2)})
+    with pytest.raises(ConfigError, match=r"a\.tar holds 'x\.PNG' twice"):
+        open_source(config(twice, "webdataset", captions=False, columns=Columns()))
+    odd = tar_of("odd", {"\udcff.png": made_up.encoded(0)})  # a name in another encoding than UTF-8
+    source = open_source(config(odd, "webdataset", captions=False, columns=Columns()))
+    assert source.read(np.array([0])).images.shape == (1, 3, 8, 8)
+
+
+def test_buckets_follow_the_images_that_are_there(tmp_path: Path) -> None:
+    """Two folders with the same names, or one with other images, share no sizes; and they are other data."""
+
+    def opened(root: Path) -> Source:
+        buckets = BucketConfig(multiple_of=4, max_ratio=4.0)
+        return open_source(config(root, "folder", captions=False, buckets=buckets, cache=str(tmp_path / "cache")))
+
+    found = {}
+    for name, size in (("tall", (4, 16)), ("wide", (16, 4))):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", size).save(tmp_path / name / "0.png")
+        found[name] = opened(tmp_path / name)
+    Image.new("RGB", (8, 8)).save(tmp_path / "wide" / "0.png")
+    found["square"] = opened(tmp_path / "wide")
+    assert [source.read(np.array([0])).images.shape[2:] for source in found.values()] == [(16, 4), (4, 16), (8, 8)]
+    assert len({source.identity for source in found.values()}) == 3
 
 
 def test_buckets(data: dict[str, Path]) -> None:

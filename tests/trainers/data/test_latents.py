@@ -31,7 +31,7 @@ def tensors(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
         "mean": draw(4, 4, 4),
         "deviation": draw(4, 4, 4).exp(),
         "tokens": draw(3, 5).bfloat16(),
-        "mask": torch.ones(count, 3, dtype=torch.int64),
+        "mask": torch.ones(count, 3, dtype=torch.bool),
         "labels": torch.arange(count),
     }
 
@@ -93,6 +93,12 @@ def test_npz_of_a_user(tmp_path: Path) -> None:
         (lambda folder: (folder / "0.safetensors").write_bytes(b"x" * 20), "no whole safetensors file"),
         (lambda folder: save_file({"mean": torch.zeros(2, 4, 4, 4)}, folder / "0.safetensors"), "has no deviation"),
         (lambda folder: save_file(tensors(2) | {"labels": torch.zeros(1)}, folder / "1.safetensors"), "as many rows"),
+        (
+            lambda folder: save_file(
+                tensors(2) | {"mask": torch.ones(2, 3).to(torch.float8_e5m2)}, folder / "1.safetensors"
+            ),
+            "has tensors of F8_E5M2; make them F64, ",
+        ),
         (lambda folder: (folder / INDEX).unlink(), "no index.json with shift and scale"),
         (lambda folder: (folder / INDEX).write_text('{"format": "other"}'), "format 'other' is not"),
         (lambda folder: (folder / "0.safetensors").write_bytes((folder / "0.safetensors").read_bytes()[:-1]), "cut"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from trainers.data.config import DataConfig
 from trainers.data.sources import open_source
-from trainers.errors import ConfigError
+from trainers.errors import BrokenSampleError, ConfigError
 
 
 def test_digits():
@@ -129,3 +130,57 @@ def test_captions(folder):
     assert samples.captions == (f"picture {files[2].stem}", f"picture {files[0].stem}")
     # 20 x 10 pixels, made 8 x 4 and cropped to the middle 4 x 4
     assert samples.sizes.tolist() == [[10, 20, 0, 2, 4, 4]] * 2
+
+
+def pixels_of(tmp_path, name, image, **saved):
+    image.save(tmp_path / name, **saved)
+    source = open_source(DataConfig(source="folder", path=str(tmp_path), image_size=2))
+    pixels = (source.read(np.array([0])).images[0] + 1) * 127.5
+    (tmp_path / name).unlink()
+    return pixels.round().byte().permute(1, 2, 0).tolist()
+
+
+def test_images_of_every_kind_are_read_as_they_are_seen(tmp_path):
+    grey = Image.fromarray(np.array([[0, 0x4080], [0x8000, 0xFFFF]], dtype=np.uint16))
+    expected = [[[0] * 3, [64] * 3], [[128] * 3, [255] * 3]]
+    assert pixels_of(tmp_path, "grey.png", grey) == pixels_of(tmp_path, "grey.tif", grey) == expected
+    red, white = [255, 0, 0], [255] * 3
+    see_through = Image.new("RGBA", (2, 2), (255, 0, 0, 255))
+    see_through.putpixel((0, 0), (0, 0, 0, 0))  # nothing is seen of this black
+    see_through.putpixel((1, 0), (0, 0, 0, 51))
+    assert pixels_of(tmp_path, "rgba.png", see_through) == [[white, [204] * 3], [red, red]]
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, *red])
+    palette.putpixel((0, 0), 0)
+    assert pixels_of(tmp_path, "palette.png", palette, transparency=0) == [[white, red], [red, red]]
+    assert pixels_of(tmp_path, "palette.gif", palette) == [[[0] * 3, red], [red, red]]
+    assert pixels_of(tmp_path, "la.png", Image.new("LA", (2, 2), (0, 0))) == [[white] * 2] * 2
+    assert pixels_of(tmp_path, "bits.png", Image.new("1", (2, 2), 1)) == [[white] * 2] * 2
+    with pytest.raises(ConfigError, match=r"pixels of 32 bits, mode F; make them 8 or 16"):
+        pixels_of(tmp_path, "depth.tif", Image.new("F", (2, 2), 0.5))
+
+
+def test_metadata_of_any_text(tmp_path):
+    """Of every character that Python takes for the end of a line, and nothing else; and each image once."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    config = DataConfig(source="folder", path=str(tmp_path), image_size=4, captions=True)
+    text = "one\u2028two\x85three \u00e9 \U0001f600"
+    line = json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n\r\n")
+    assert open_source(config).read(np.array([0])).captions == (text,)
+    (tmp_path / "metadata.jsonl").write_text(f"{line}\n{line}")
+    with pytest.raises(ConfigError, match=r"metadata\.jsonl, line 2: a\.png has a line already"):
+        open_source(config)
+    (tmp_path / "metadata.jsonl").write_bytes(line.encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"metadata\.jsonl is not UTF-8"):
+        open_source(config)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "cut \\ud83d"}')
+    with pytest.raises(BrokenSampleError, match=r"the text of .*a\.png has half a character \('\\ud83d'\)"):
+        open_source(config).read(np.array([0]))
+
+
+def test_file_names_of_any_bytes(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/\xff.png")
+    source = open_source(DataConfig(source="folder", path=str(tmp_path), image_size=4))
+    assert source.read(np.array([0])).images.max() == -1
