@@ -18,6 +18,8 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from orchestrator.messages import Event
 
 _ANSWER_S = 2.0
+_LOOK_S = 0.2
+"""Between two looks for nodes, as long as there are too few."""
 
 
 def live_nodes(ask: bool = False) -> dict[str, dict[str, float]]:
@@ -75,7 +77,10 @@ class LiveNodesPolicy(ElasticScalingPolicy):
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         self._starts += 1
-        return super().make_decision_for_non_running_worker_group()
+        decision = super().make_decision_for_non_running_worker_group()
+        if isinstance(decision, NoopDecision):
+            time.sleep(_LOOK_S)  # the controller asks again at once: it would take half a core from a node that starts
+        return decision
 
     def make_decision_for_running_worker_group(self, *_: Any, **__: Any) -> ScalingDecision:
         self._starts = 0

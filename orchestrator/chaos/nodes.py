@@ -201,23 +201,24 @@ class LocalNodes:
             time.sleep(0.05)
 
     def _add(self) -> None:
-        # Addresses of their own: a driver attaches to the node of its own address, and must not lose that.
         prefix: Sequence[str] = ()
+        options = [f"--address={self._address}", f"--num-cpus={self._cpus}"]
         if self._network is not None:
             prefix, address = self._network.add()
-        else:
-            address = f"127.0.0.{self._num_started + 1}"
-        options = [f"--address={self._address}", f"--num-cpus={self._cpus}", f"--node-ip-address={address}"]
+            options.append(f"--node-ip-address={address}")
         self._start(options, prefix)
 
     def _start(self, options: Sequence[str], prefix: Sequence[str] = (), tries: int = 1) -> None:
         self._num_started += 1
         log = self.folder / f"start-{self._num_started}.log"
+        # Of their own: a driver attaches to the node of its own address, and must not lose that; and what a start that
+        # failed has left behind may listen on its ports for a while.
+        own = [] if self._network is not None or "--head" in options else [f"--node-ip-address={self._next_address()}"]
         plain = [f"--object-store-memory={_STORE_BYTES}", "--disable-usage-stats", "--block"]
         environment = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
         with log.open("w") as out:
             process = subprocess.Popen(
-                [*prefix, _ray(), "start", *options, *plain],
+                [*prefix, _ray(), "start", *options, *own, *plain],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -226,6 +227,9 @@ class LocalNodes:
             )
         self._processes.append(process)
         self._starting.append(_Start(process=process, log=log, options=options, prefix=prefix, tries=tries))
+
+    def _next_address(self) -> str:
+        return f"127.0.{self._num_started // 250}.{self._num_started % 250 + 1}"
 
 
 def _ray() -> str:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 
+from orchestrator import placing
 from orchestrator.placing import count_workers
 
 pytestmark = pytest.mark.ray  # imports it
@@ -22,3 +25,14 @@ pytestmark = pytest.mark.ray  # imports it
 )
 def test_count_workers(worker: dict[str, float], nodes: dict[str, dict[str, float]], expected: int) -> None:
     assert count_workers(worker, nodes, 4) == expected
+
+
+def test_too_few_nodes_are_not_looked_for_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+    pauses: list[float] = []
+    monkeypatch.setattr(placing, "live_nodes", lambda ask: looks.append("look") or {})
+    monkeypatch.setattr(placing.time, "sleep", pauses.append)
+    policy = placing.LiveNodesPolicy(ScalingConfig(num_workers=(1, 2)))
+    monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+    assert (looks, pauses) == (["look"], [placing._LOOK_S])
