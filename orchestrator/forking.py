@@ -124,7 +124,7 @@ class _Server:
             if not pid:
                 return
             client = self._children.pop(pid, None)  # None: what an import has started
-            if client in self._clients:
+            if client is not None and client in self._clients:
                 with suppress(OSError):  # its end is about to be read
                     client.send(ChildEnded(pid, os.waitstatus_to_exitcode(status)))
 

@@ -67,7 +67,8 @@ class Screen:
         if self._down_at is not None:
             self._write(f"attempt {attempt}: first new step {at - self._down_at:.2f} s after the failure was seen")
             self._down_at = None
-        if at - self._last_line_s < _STEP_INTERVAL_S and step != self._num_steps:
+        # Negative if a clock was set back, or if another machine's is behind: then there would be no line for as long.
+        if 0 <= at - self._last_line_s < _STEP_INTERVAL_S and step != self._num_steps:
             return
         self._last_line_s = at
         first, since = self._since or (step, at)

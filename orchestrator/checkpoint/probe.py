@@ -38,17 +38,30 @@ def probe(store: Store) -> StoreFacts:
         StorageError: the store cannot be used, and why.
         UnknownOutcomeError: it did not answer.
     """
-    key, first, second = keys.probe_key(uuid.uuid4().hex), b"first", b"second"  # an empty body would prove nothing
+    key, another = (keys.probe_key(uuid.uuid4().hex) for _ in range(2))
     store.conditional_create = True
     try:
-        store.create(key, first)
+        refused = _refuses(store, key)
+    except (StorageError, UnknownOutcomeError):
+        store.write(key, [b"only"])  # it may only dislike the condition; if it cannot write at all, that is the error
+        store.delete(key)
+        # Or it was away for a moment. That must not cost the run the condition, and other drivers their claims.
+        try:
+            refused = _refuses(store, another)
+        except (StorageError, UnknownOutcomeError):
+            refused = False
+    store.conditional_create = refused
+    return StoreFacts(kind=store.backend.kind, conditional_create=refused)
+
+
+def _refuses(store: Store, key: str) -> bool:
+    """Whether the second of two creators is refused, and the first one's content stays."""
+    first, second = b"first", b"second"  # an empty body would prove nothing
+    store.create(key, first)
+    try:
         store.create(key, second)
         refused = False
     except AlreadyExistsError:
         refused = store.read(key) == first
-    except (StorageError, UnknownOutcomeError):
-        store.write(key, [first])  # it may only dislike the condition; if it cannot write at all, that is the error
-        refused = False
     store.delete(key)
-    store.conditional_create = refused
-    return StoreFacts(kind=store.backend.kind, conditional_create=refused)
+    return refused

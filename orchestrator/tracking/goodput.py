@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import takewhile
 
 from orchestrator.messages import Ending, Event
 from orchestrator.tracking.record import of_the_owner
@@ -137,7 +138,7 @@ class Book:
     step: tuple[float, int] | None = None
     """Time and number of the last step, in training."""
     marks: dict[int, float] = field(default_factory=dict)
-    """When a step was last complete."""
+    """When a step was last complete, in order of steps."""
     highest: int = 0
     interruption: _Interruption | None = None
 
@@ -219,11 +220,13 @@ class Book:
     def _training(self, event: Event) -> None:
         self._until(event.time_s)
         step = event.fields["step"]
+        while self.marks and next(reversed(self.marks)) > step:
+            self.marks.popitem()
         # What came after the state that is restored now; if its step is not recorded, after the last one before it.
-        if marks := [mark for mark in self.marks if mark <= step]:
-            self._turn(self.marks[max(marks)], Bucket.LOST, Bucket.PRODUCTIVE, Bucket.STALL, Bucket.EVALUATE)
-        self.bucket = Bucket.PRODUCTIVE
-        self.marks = {mark: time_s for mark, time_s in self.marks.items() if mark < step} | {step: event.time_s}
+        if self.marks:
+            mark_s = self.marks[next(reversed(self.marks))]
+            self._turn(mark_s, Bucket.LOST, Bucket.PRODUCTIVE, Bucket.STALL, Bucket.EVALUATE)
+        self.bucket, self.marks[step] = Bucket.PRODUCTIVE, event.time_s
         if self.interruption is not None:
             self.interruption.to_step, self.interruption.attempt = step, self.attempt
         self.highest, self.step = step, (event.time_s, step)
@@ -236,11 +239,9 @@ class Book:
         self.highest, self.step, self.marks[step] = max(self.highest, step), (event.time_s, step), event.time_s
         lost = self.interruption
         if lost is not None:
-            away_s = sum(
-                min(span.end_s, event.time_s) - max(span.begin_s, lost.time_s)
-                for span in self.spans
-                if span.bucket is Bucket.DOWN and span.end_s > lost.time_s
-            )
+            since = takewhile(lambda span: span.end_s > lost.time_s, reversed(self.spans))
+            down = (span for span in since if span.bucket is Bucket.DOWN)
+            away_s = sum(min(span.end_s, event.time_s) - max(span.begin_s, lost.time_s) for span in down)
             recovery = Recovery(
                 time_s=lost.time_s,
                 cause=lost.cause,

@@ -83,3 +83,11 @@ def test_what_an_evaluation_finds_is_told(kind: str, fields: dict[str, Any], exp
 def test_a_step_that_is_left_out_has_no_loss() -> None:
     (line,) = lines(("step", {"attempt": 1, "step": 20, "metrics": {"skipped": 1.0}}))
     assert line.startswith("step 20/20  left out  ")
+
+
+def test_a_clock_that_is_set_back_silences_nobody() -> None:
+    written: list[str] = []
+    screen = Screen(20, 16, written.append)
+    for step, at in ((1, 9000.0), (2, 9001.0), (3, 5400.0), (4, 5401.0)):
+        screen.show(Event(kind="step", fields={"attempt": 1, "step": step, "metrics": {"loss": 1.0}}, time_s=at))
+    assert [line.split("/")[0] for line in written] == ["step 1", "step 3"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import uuid
 
 import fsspec
@@ -26,6 +27,20 @@ class Overwriting(FsspecObjects):
         self.write(path, [memoryview(data)])
 
 
+class Refusing(FsspecObjects):
+    """Refuses so many creates."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__("memory", fsspec.filesystem("memory"))
+        self._left = times
+
+    def create_once(self, path, data, timeout_s):
+        self._left -= 1
+        if self._left >= 0:
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+        super().create_once(path, data, timeout_s)
+
+
 @pytest.fixture
 def overwriting(monkeypatch):
     monkeypatch.setattr(store_module, "_SETTLE_S", 0.3)
@@ -44,11 +59,11 @@ def test_a_store_that_overwrites_is_found_out(overwriting):
     assert overwriting.list("") == []
 
 
-@pytest.mark.s3
-def test_a_store_that_refuses_the_condition_is_found_out(s3_proxy):
-    store = opened()
-    s3_proxy.faults = [Fault(kind=Kind.ANSWER, match="PUT", status=501, code="NotImplemented")]
-    assert not probe(store).conditional_create and s3_proxy.fired(Kind.ANSWER) == 1
+@pytest.mark.parametrize(("times", "found"), [(1, True), (99, False)])
+def test_a_store_that_refuses_the_condition_is_found_out_and_one_that_fails_once_is_not_taken_for_it(times, found):
+    store = Store("memory://refusing", f"/{uuid.uuid4().hex}", Refusing(times))
+    assert probe(store).conditional_create == store.conditional_create == found
+    assert store.list("") == []
 
 
 @pytest.mark.s3

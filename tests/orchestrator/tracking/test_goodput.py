@@ -7,7 +7,7 @@ import random
 import pytest
 
 from orchestrator.messages import Event
-from orchestrator.tracking.goodput import Bucket, account
+from orchestrator.tracking.goodput import Book, Bucket, account
 from tests.orchestrator.tracking.story import (
     T0,
     attempt,
@@ -63,6 +63,21 @@ def test_attempts_that_never_train_belong_to_one_recovery():
     assert seconds(events) == {"start": 2, "lost": 2, "detect": 1, "restart": 5, "productive": 1}
     goodput = account(events)
     assert [(r.attempt, r.seconds, r.lost_steps) for r in goodput.recoveries] == [(3, 7, 2)] and goodput.attempts == 3
+
+
+def test_a_restart_is_entered_without_a_look_at_every_step_of_the_run():
+    """A week has a hundred thousand of them, and may have thousands of restarts."""
+
+    class Marks(dict[int, float]):
+        def __iter__(self):
+            raise AssertionError("all of them are looked at")
+
+        items = keys = __iter__
+
+    book = Book(marks=Marks())
+    for entry in one_kill():
+        book.enter(entry)
+    assert book.close(None) == account(one_kill())
 
 
 def test_a_driver_that_dies_without_a_word_is_down_from_its_last_sign_of_life():
