@@ -1,12 +1,15 @@
-"""`unbroken config show | validate`."""
+"""`unbroken config show | validate | explain`."""
 
 from __future__ import annotations
 
+import difflib
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from orchestrator.commands.json_output import JSON, print_json
+from trainers.errors import ConfigError
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
@@ -40,8 +43,6 @@ def show(config: str, overrides: tuple[str, ...], as_json: bool, trainers_only: 
 
 
 def _show_memory(loaded: RunConfig, as_json: bool) -> None:
-    from dataclasses import asdict
-
     from orchestrator.data_files import data_files
     from trainers.data.sources import open_source
     from trainers.memory import rank_memory
@@ -88,3 +89,27 @@ def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
         return
     for name, value in facts.items():
         click.echo(f"{name:<17} {value}")
+
+
+@config.command()
+@click.argument("key", default="")
+@JSON
+def explain(key: str, as_json: bool) -> None:
+    """Explain what can be in a config: every key, or KEY and what is below it.
+
+    \b
+      unbroken config explain checkpoint
+      unbroken config explain ema.slow.decay
+    """
+    from orchestrator.config_reference import explain as explained
+
+    found = explained(key)
+    if not found:
+        near = difflib.get_close_matches(key, [one.name for one in explained()], n=1)
+        raise ConfigError(f"{key} is not a known key{f'; did you mean {near[0]}?' if near else ''}")
+    if as_json:
+        return print_json([asdict(one) for one in found])
+    for one in found:
+        default = "required" if one.default is None else f"default {one.default}"
+        click.echo(f"{click.style(one.name, bold=True)}  ({one.kind}; {default})")
+        click.echo(click.wrap_text(one.text, 100, "    ", "    "))

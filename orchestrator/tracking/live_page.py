@@ -14,7 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.tracking.overview import Overview, State, thin, told
+from orchestrator.tracking.overview import Overview, State, thin
+from orchestrator.tracking.telling import told
 
 MOST_LINES = 8
 """Of checkpoints, and of events."""

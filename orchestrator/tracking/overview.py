@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -14,15 +14,12 @@ from orchestrator.checkpoint.keys import CHECKPOINTS, EVENTS, METRICS, Checkpoin
 from orchestrator.checkpoint.run_record import RunRecord
 from orchestrator.checkpoint.store import Store
 from orchestrator.messages import Ending, Event
-from orchestrator.screen import Screen
 from orchestrator.tracking.goodput import Goodput, account
 from orchestrator.tracking.record import Row, RowsReader, in_order, of_the_owner, one_row_a_step
 
 SILENCE_S = 90.0
 """Seconds after which a run that goes on would have given three signs of life."""
 _RATE_OVER_S = 60.0
-_QUIET = frozenset({"step", "alive", "trainer", "reached", "training", "snapshot", "down", "store"})
-"""Kinds that tell a person nothing that another does not."""
 
 
 class State(StrEnum):
@@ -199,41 +196,6 @@ def _rate(metrics: Sequence[Row]) -> float | None:
         first = row
     seconds = last["time_s"] - first["time_s"]
     return (last["step"] - first["step"]) / seconds if seconds > 0 else None
-
-
-def told(events: Iterable[Event], num_steps: int, global_batch_size: int) -> Iterator[tuple[float, str]]:
-    """Unix time and text of the events that are worth a line, as on the screen of `unbroken train`."""
-    lines: list[str] = []
-    screen = Screen(num_steps, global_batch_size, lines.append)
-    for event in events:
-        if event.kind in _QUIET:
-            continue
-        fields = {key: value for key, value in event.fields.items() if key not in ("session", "writer")}
-        if event.kind == "saved" and "bytes" in fields:
-            fields["size"] = f"{fields['bytes'] / 1e6:,.1f} MB"
-        lines.clear()
-        if event.kind in _TEXTS:
-            lines.append(_TEXTS[event.kind].format_map(_Lenient(fields)))
-        elif hasattr(screen, f"_{event.kind}"):
-            screen.show(Event(kind=event.kind, fields=fields, time_s=event.time_s))
-        else:
-            lines.append(f"{event.kind}: {', '.join(f'{key} {value}' for key, value in fields.items())}")
-        for line in lines:
-            yield event.time_s, line
-
-
-_TEXTS = {
-    "started": "a driver starts on {host}, process {pid}: {num_steps} steps, workers {workers}",
-    "saved": "checkpoint of step {step} is committed: {size}, by attempt {attempt}",
-    "outcome": "{ending}: {message}",
-}
-
-
-class _Lenient(dict[str, Any]):
-    """A field that an event of another version lacks is a question mark."""
-
-    def __missing__(self, key: str) -> str:
-        return "?"
 
 
 def thin(rows: Sequence[Row], name: str, columns: int) -> list[tuple[int, float, float, float]]:

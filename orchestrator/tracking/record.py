@@ -26,6 +26,20 @@ from orchestrator.messages import Event
 Row = dict[str, Any]
 
 _NEEDED = {EVENTS: {"time_s", "event", "writer", "seq"}, METRICS: {"step", "attempt", "time_s"}}
+_NEEDED_OF_KIND = {
+    "started": {"session", "num_steps"},
+    "attempt": {"attempt", "world_size"},
+    "training": {"step"},
+    "step": {"step"},
+    "snapshot": {"step", "stall_s"},
+    "evaluated": {"step", "seconds"},
+    "validation": {"step", "metrics"},
+    "diverged": {"attempt", "skip"},
+    "left_out": {"attempt", "step", "samples"},
+    "cadence": {"arithmetic"},
+    "outcome": {"ending", "message"},
+}
+"""What readers take for granted: one bit can make another key of it, and the line is JSON all the same."""
 _LISTINGS = 10
 """Times that a folder is listed anew because objects were merged while we read them."""
 _PARALLEL_READS = 8
@@ -64,6 +78,8 @@ def decode(data: bytes, folder: str) -> tuple[list[Row], int]:
         found = [_parse(line) for line in lines]
     needed = _NEEDED[folder]
     rows = [row for row in found if type(row) is dict and needed <= row.keys()]
+    if folder == EVENTS:
+        rows = [row for row in rows if _NEEDED_OF_KIND.get(row["event"], needed) <= row.keys()]
     return rows, len(lines) - len(rows)
 
 

@@ -15,9 +15,10 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.errors import MissingObjectError
 from orchestrator.tracking.charts import line_chart, shares, timeline
 from orchestrator.tracking.goodput import Bucket, Span
-from orchestrator.tracking.overview import Overview, State, thin, told
+from orchestrator.tracking.overview import Overview, State, thin
 from orchestrator.tracking.page import cards, folded, frame, paragraph, section, table
 from orchestrator.tracking.record import of_the_owner
+from orchestrator.tracking.telling import told
 
 MOST_CHECKPOINTS = 100
 _CURVE_POINTS = 500
@@ -231,7 +232,8 @@ def _environment(seen: Overview) -> str:
     """Of the newest start."""
     facts = [("run", seen.run.run_id), ("created", seen.run.created_at)]
     started = next((event.fields for event in reversed(seen.events) if event.kind == "started"), {})
-    facts += [(name, str(started[name])) for name in ("host", "system", "workers") if name in started]
+    facts += [(name, str(started[name])) for name in ("host", "system") if name in started]
+    facts += [("workers", json.dumps(started.get("workers")))]
     facts += [(name, str(version)) for name, version in started.get("versions", {}).items()]
     return section("Environment", table(("of the newest start", ""), facts))
 

@@ -76,15 +76,15 @@ def test_rows_from_before_samples_were_left_out_do_not_bind(known: bool, expecte
 def test_reading_it(tmp_path: Path) -> None:
     store, reported = Store.open(str(tmp_path)), []
     events = [
-        event("started", 0.0, versions=VERSIONS),
-        event("attempt", 1.0, attempt=1),
+        event("started", 0.0, versions=VERSIONS, num_steps=9),
+        event("attempt", 1.0, attempt=1, world_size=2),
         event("training", 2.0, attempt=1, step=0),
         event("step", 3.0, attempt=1, step=1),
         event("down", 4.0, attempt=1, kind="killed"),
-        event("attempt", 5.0, attempt=2),
+        event("attempt", 5.0, attempt=2, world_size=2),
         event("training", 6.0, attempt=2, step=0),
         event("step", 7.0, attempt=2, step=1),
-        event("attempt", 8.0, attempt=3),
+        event("attempt", 8.0, attempt=3, world_size=2),
     ]
     rows = [event_row(entry, "session", "abcdef01", seq) for seq, entry in enumerate(events)]
     store.write(f"{EVENTS}/{RowsRef(2, 1, 'abcdef01', 0)}", [encode(rows)])

@@ -14,7 +14,18 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.errors import MissingObjectError
 from orchestrator.messages import Event
 from orchestrator.tracking.goodput import account
-from orchestrator.tracking.record import RowsReader, encode, event_row, read_events, read_metrics, step_row
+from orchestrator.tracking.overview import Present
+from orchestrator.tracking.record import (
+    RowsReader,
+    decode,
+    encode,
+    event_row,
+    in_order,
+    read_events,
+    read_metrics,
+    step_row,
+)
+from orchestrator.tracking.telling import told
 from tests.orchestrator.tracking.story import T0, event, new_store, one_kill, record, step, steps
 
 
@@ -106,10 +117,10 @@ def test_lines_that_are_no_rows_are_counted_and_skipped(garbage: bytes):
 
 def test_a_clock_that_goes_backwards_does_not_change_the_order():
     store = new_store()
-    record(store, [event(100, "attempt"), event(40, "training"), event(60, "down"), event(130, "outcome")])
-    record(store, [event(50, "started"), event(120, "interrupted")], "1" * 8)
+    record(store, [event(100, "placing"), event(40, "placed"), event(60, "down"), event(130, "pruned")])
+    record(store, [event(50, "tracking"), event(120, "interrupted")], "1" * 8)
     events = read_events(store)
-    assert [one.kind for one in events] == ["started", "attempt", "training", "down", "interrupted", "outcome"]
+    assert [one.kind for one in events] == ["tracking", "placing", "placed", "down", "interrupted", "pruned"]
     assert [one.time_s - T0 for one in events] == [50, 100, 100, 100, 120, 130]
 
 
@@ -172,3 +183,28 @@ def test_order_of_reading_does_not_matter():
     for number, index in enumerate(order, 1):
         store.write(f"{EVENTS}/{RowsRef(1, number, '0' * 8, 0)}", [encode(rows[index * 7 : index * 7 + 7])])
     assert [one.kind for one in read_events(store)] == [one.kind for one in events]
+
+
+def test_a_wrong_bit_in_a_key_costs_that_row_and_stops_no_reader():
+    events = [
+        *one_kill(),
+        event(60, "validation", session="a", attempt=2, step=30, metrics={"validation/loss": 0.5}),
+        event(61, "evaluated", session="a", attempt=2, step=30, seconds=1.0),
+        event(62, "cadence", session="a", every_steps=37, arithmetic="9 s"),
+        event(63, "saved", session="a", attempt=2, step=30, bytes=7),
+        event(64, "diverged", session="a", attempt=2, reason="spike", skip=[3, 4], rollback=1),
+        event(65, "left_out", session="a", attempt=2, step=30, samples=[1], reason="broken"),
+    ]
+    rows = [event_row(one, "a", "0" * 8, seq) for seq, one in enumerate(events)]
+    firsts = {row["event"]: number for number, row in reversed(list(enumerate(rows)))}
+    num_lost = 0
+    for number in firsts.values():
+        for key in rows[number]:
+            bent = {chr(ord(name[0]) ^ 0x20) + name[1:] if name == key else name: v for name, v in rows[number].items()}
+            found, bad = decode(encode([*rows[:number], bent, *rows[number + 1 :]]), EVENTS)
+            assert len(found) + bad == len(rows)
+            read = in_order(found)
+            assert Present(read, T0 + 70).last_s is not None and account(read).attempts >= 1
+            assert list(told(read, 100, 8))
+            num_lost += bad
+    assert num_lost > 4 * len(firsts)  # time, kind, writer and number of a row, and what its kind has

@@ -17,8 +17,9 @@ from orchestrator.checkpoint import keys
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.messages import Event
-from orchestrator.tracking.overview import Overview, RunView, State, as_json, told
+from orchestrator.tracking.overview import Overview, RunView, State, as_json
 from orchestrator.tracking.report import MOST_CHECKPOINTS, page
+from orchestrator.tracking.telling import told
 from tests.orchestrator.checkpoint.states import make_state, save
 from tests.orchestrator.tracking.story import (
     CONFIG,
