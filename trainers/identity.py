@@ -51,7 +51,7 @@ def agreed(hashes: dict[str, str]) -> dict[str, str]:
             if first != other:
                 raise ConfigError(
                     f"{_what(name)} of rank {rank} is not that of rank 0 (hash {json.dumps(other)}, there"
-                    f" {json.dumps(first)}); give every node the same files"
+                    f" {json.dumps(first)}); give every node the same files (data.cache may know older ones)"
                 )
     return hashes
 

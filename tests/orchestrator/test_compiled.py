@@ -25,7 +25,8 @@ pytestmark = [
 
 def test_killed_at_any_time_it_ends_in_the_same_bits(tmp_path: Path) -> None:
     objective = {"prediction_type": "flow", "weighting": "none", "label_drop": 0.0}
-    config = tiny_config({**DIT, "compile": True}, objective=objective)
+    # Without a warm-up, as a DiT's blocks get gradients from the third update on only.
+    config = tiny_config({**DIT, "compile": True}, objective=objective, schedule={"warmup_steps": 0})
     preload = (*PRELOAD, "diffusers:DiTTransformer2DModel", "torch._inductor.compile_fx")
     spec = replace(make_spec(tmp_path / "killed", config, every_steps=1), preload=preload)
     script = Script(("reached", {"stage": "built", "rank": 0}, [0]), ("saved", {"step": 2}, [1]))

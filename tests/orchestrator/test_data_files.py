@@ -35,6 +35,7 @@ def upload(folder: Path, url: str) -> str:
 )
 def test_the_same_samples_come_from_a_url(tmp_path: Path, source: Any, write: Any) -> None:
     local = write(tmp_path / "data" / source, 5)
+    (local / ".hidden.png").write_bytes(made_up.encoded(5))
     columns = Columns(caption="json.caption") if source == "webdataset" else Columns()
     common = {"source": source, "image_size": 8, "captions": True, "columns": columns, "cache": str(tmp_path / "cache")}
     url = upload(tmp_path / "data", f"memory://{tmp_path.name}")

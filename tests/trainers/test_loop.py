@@ -5,11 +5,14 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from tests.trainers.distributed import run_ranks
 from tests.trainers.tiny import build_tiny, tiny_config
+from trainers.__main__ import main
 from trainers.loop import train
 from trainers.ports import Directive
 from trainers.progress import Progress
@@ -78,6 +81,22 @@ def test_the_loss_curve_is_that_of_the_golden_file() -> None:
     for step, expected in zip(metrics, golden, strict=True):
         # A tolerance, because the file is compared on other kinds of CPU than the one that wrote it.
         assert step == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_config_that_does_not_work_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(data={"source": "folder", "path": "/nowhere"})))
+    monkeypatch.setattr(sys, "argv", ["trainers", str(tmp_path / "config.json")])
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr("trainers.build.make_topology", lambda config, device: (SimpleNamespace(world_size=1), None))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert (
+        capsys.readouterr().err == "error: data.path=/nowhere is not there; give the folder, file or URL of the data\n"
+    )
 
 
 @pytest.mark.slow

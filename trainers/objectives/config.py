@@ -62,7 +62,7 @@ class ObjectiveConfig:
     contrastive: float = 0.0
     """Lambda of contrastive flow matching, 0 <= lambda < 1; 0.05 is usual. Pairs neighbours of a microbatch."""
     label_drop: float = 0.0
-    """Share of samples trained without their label, 0 <= p <= 1; above 0 for models with classes only."""
+    """Share of samples trained without their label or caption, 0 <= p <= 1; above 0 for models of these only."""
 
     def __post_init__(self) -> None:
         if self.num_train_timesteps < 1:
