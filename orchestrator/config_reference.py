@@ -46,9 +46,8 @@ def _keys(section: type, where: str) -> Iterator[Key]:
     for field in dataclasses.fields(section):  # pyright: ignore[reportArgumentType]
         name, hint = f"{where}{field.name}", hints[field.name]
         below = list(_sections(hint, name))
-        whole = (
-            " ".join(str(below[0][1].__doc__).split()) if below else ""
-        )  # what the section is, where no key says more
+        # What the section is, where no key says more.
+        whole = " ".join(str(below[0][1].__doc__).split()) if below else ""
         yield Key(name=name, kind=_kind(hint), default=_default(field), text=texts.get(field.name, whole))
         for at, inner in below:
             yield from _keys(inner, f"{at}.")

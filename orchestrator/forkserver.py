@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import socket
 import struct
 import sys
@@ -17,6 +18,9 @@ from subprocess import Popen
 
 from orchestrator.errors import StartError
 from orchestrator.messages import ChildEnded, ImportFailed
+from orchestrator.processes import parent
+from orchestrator.trainer_probe import process_state
+from orchestrator.watchdog import BEAT_S, STOPPED_LIMIT_S, Silence
 
 _COMMAND = (sys.executable, "-m", "orchestrator.forking")
 _FIND_S = 1.0
@@ -101,6 +105,9 @@ class ForkServer:
     def __init__(self, connection: Connection, process: Popen[bytes] | None = None) -> None:
         """Args: process: at the other end, if it is this agent's own."""
         self._process = process
+        self._pid = process.pid if process else None
+        """At the other end; of a shared one known from its first fork on."""
+        self._stopped = Silence(time.monotonic())
         self.connection = connection
         """Delivers `ChildEnded`; end of file when the fork server itself has died."""
 
@@ -132,6 +139,7 @@ class ForkServer:
                 send_handle(self.connection, handle, None)
         while not isinstance(answer := self._hear(), int):
             continue  # the end of an earlier child, already known from its pipe
+        self._pid = self._pid or parent(answer)
         return answer
 
     def hear(self) -> ChildEnded:
@@ -144,7 +152,18 @@ class ForkServer:
         assert isinstance(answer, ChildEnded), answer
         return answer
 
+    def look(self) -> None:
+        """End the fork server, and its trainers with it, if somebody has stopped it. Call often."""
+        stopped_s = self._stopped.passed(time.monotonic())
+        if self._pid is None or process_state(self._pid) != "T":
+            self._stopped.heard()
+        elif stopped_s >= STOPPED_LIMIT_S:
+            with suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+
     def _hear(self) -> ChildEnded | int:
+        while not self.connection.poll(BEAT_S):
+            self.look()
         try:
             answer = self.connection.recv()
         except (EOFError, OSError) as error:

@@ -14,6 +14,14 @@ def birth(pid: int) -> int | None:
     return None if fields[0] == "Z" else int(fields[19])
 
 
+def parent(pid: int) -> int | None:
+    """The process that `pid` was forked from, if both live. None: it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
 def descendants(pid: int) -> list[int]:
     """All processes that come from `pid`, parents first."""
     children: dict[int, list[int]] = {}

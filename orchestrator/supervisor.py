@@ -102,6 +102,8 @@ class Supervisor:
                     sources.append(self._trainer)
                 # One at a time: serving a source may consume what made the next one ready.
                 ready = wait(sources, timeout=BEAT_S)
+                if not ready and self._fork_server is not None:
+                    self._fork_server.look()
                 outcome = self._serve(ready[0]) if ready else None
                 if outcome is not None:
                     return outcome

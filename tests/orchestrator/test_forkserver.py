@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -102,6 +103,29 @@ def test_what_the_server_forked_dies_with_it(name: str, keeper: Keeper) -> None:
     own.close()
     assert is_gone(trainer)
     keeper.process = subprocess.Popen(["true"])  # for the fixture
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_one_that_is_stopped_is_ended(name: str, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchestrator.forkserver, "STOPPED_LIMIT_S", 0.1)
+    monkeypatch.setattr(orchestrator.forkserver, "BEAT_S", 0.02)
+    keeper = Keeper(name, PRELOAD) if shared else None
+    agent = open_fork_server(name, PRELOAD)
+    pid, trainer = fork(agent)
+    trainer.recv()
+    server = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    for _ in range(10):
+        agent.look()
+        time.sleep(0.02)
+    assert not trainer.poll(), "it runs, so it is left alone"
+    os.kill(server, signal.SIGSTOP)
+    with pytest.raises(StartError, match="the process that trainers are forked from ended"):
+        fork(agent)
+    assert is_gone(trainer)
+    agent.close()
+    if keeper is not None:
+        keeper.close()
+        assert keeper.process.wait(60) == -signal.SIGKILL
 
 
 def test_imports_that_fail_are_told(name: str) -> None:
