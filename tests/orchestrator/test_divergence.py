@@ -7,8 +7,9 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -155,13 +156,23 @@ def test_a_step_that_gives_other_bits_when_replayed_is_named(tmp_path: Path, rea
     assert outcome.ending is (Ending.FINISHED if reaction == "warn" else Ending.GAVE_UP)
 
 
-def test_steps_that_a_new_life_makes_again_are_compared_with_the_record(tmp_path: Path) -> None:
+class AtOnce:
+    """In place of a thread: so few steps may be over before it has read the record."""
+
+    def __init__(self, target: Callable[..., None], args: tuple[Any, ...], **_: Any) -> None:
+        self.start = lambda: target(*args)
+
+
+def test_steps_that_a_new_life_makes_again_are_compared_with_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All agents are gone, and with them what they knew; one sample is no longer what it was."""
+    monkeypatch.setattr("orchestrator.past.threading", SimpleNamespace(Thread=AtOnce))
     flag, script = tmp_path / "flag", Script()
     faulty(drift={sample_at(5, 3): str(flag)})
     spec = make_spec(tmp_path / "run", config(), EVERY)
     recorder = Recorder(spec.run_url, spec.session, report=script)
-    recorder.take(Event(kind="started", fields={"versions": spec.versions}, time_s=time.time()))
+    recorder.take(Event(kind="started", fields={"versions": spec.versions, "num_steps": STEPS}, time_s=time.time()))
     assert run_agents(spec, 2, recorder.take).ending is Ending.FINISHED
     recorder.close()
     for checkpoint in list_checkpoints(Store.open(spec.run_url)):
