@@ -40,7 +40,7 @@ _ARMS = {"fsdp": (_BARE, _TORCHRUN, _RAY), "ddp": (_BARE, _ACCELERATE, _LIGHTNIN
 
 def measure(quick: bool) -> list[Comparison]:
     """Ours in both forms beside every peer; a pair is one turn of each, its times are medians."""
-    channels, turns, steps = (SMOKE, 2, 2) if quick else (MIDDLE, 12, 5)
+    channels, turns, steps = (SMOKE, 2, 2) if quick else (MIDDLE, 8, 5)
     comparisons = []
     for strategy, names in _ARMS.items():
         present = [name for name in names if name != _LIGHTNING or find_spec("lightning")]
