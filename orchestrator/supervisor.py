@@ -104,8 +104,7 @@ class Supervisor:
                 ready = wait(sources, timeout=BEAT_S)
                 if not ready and self._fork_server is not None:
                     self._fork_server.look()
-                outcome = self._serve(ready[0]) if ready else None
-                if outcome is not None:
+                if ready and (outcome := self._serve(ready[0])) is not None:
                     return outcome
                 if self._silence.passed(time.monotonic()) > SILENT_LIMIT_S:
                     raise ConnectionError(f"rank {self._rank}: rank 0 has been silent for {SILENT_LIMIT_S:g} s")
