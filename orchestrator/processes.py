@@ -7,17 +7,20 @@ from pathlib import Path
 
 def birth(pid: int) -> int | None:
     """When a process was started, in clock ticks: with its id, a name that no other one gets. None: it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] == "Z" else int(fields[19])
+    fields = _fields(pid)
+    return None if fields is None or fields[0] == "Z" else int(fields[19])
 
 
 def parent(pid: int) -> int | None:
     """The process that `pid` was forked from, if both live. None: it has ended."""
+    fields = _fields(pid)
+    return None if fields is None else int(fields[1])
+
+
+def _fields(pid: int) -> list[str] | None:
+    """What the kernel says of a process, from its state on; the name before may hold spaces. None: it has ended."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
 

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from orchestrator.chaos.namespaces import Namespaces
 from orchestrator.errors import ClusterError
-from orchestrator.processes import descendants
+from orchestrator.processes import descendants, parent
 
 _STORE_BYTES = 80_000_000  # little more than Ray's least: runs keep nothing in it
 _TRIES = 10  # Ray gives a node 30 s to start; a busy machine may need longer
@@ -51,6 +51,8 @@ class _Start:
     log: Path
     options: Sequence[str]
     prefix: Sequence[str]
+    address: str | None
+    """None: another one for each try."""
     tries: int
 
 
@@ -139,7 +141,7 @@ class LocalNodes:
             head += ["--include-dashboard=false", f"--num-cpus={0 if num_nodes else cpus}"]
             if namespaces:
                 head.append(f"--system-config={json.dumps(_SOON)}")
-            self._start([*head, f"--node-ip-address={host}"])
+            self._start(head, address=host)
             self._wait()
             for _ in range(num_nodes):
                 self._add()
@@ -192,7 +194,7 @@ class LocalNodes:
                 _end_session(start.process)
                 if start.tries == _TRIES:
                     raise ClusterError(f"a Ray node on this machine does not start: {said.strip()[-400:]}")
-                self._start(start.options, start.prefix, start.tries + 1)
+                self._start(start.options, start.prefix, start.address, start.tries + 1)
                 self._starting.insert(0, self._starting.pop())
 
     def _wait(self) -> None:
@@ -201,24 +203,23 @@ class LocalNodes:
             time.sleep(0.05)
 
     def _add(self) -> None:
-        prefix: Sequence[str] = ()
-        options = [f"--address={self._address}", f"--num-cpus={self._cpus}"]
-        if self._network is not None:
-            prefix, address = self._network.add()
-            options.append(f"--node-ip-address={address}")
-        self._start(options, prefix)
+        prefix, address = self._network.add() if self._network is not None else ((), None)
+        self._start([f"--address={self._address}", f"--num-cpus={self._cpus}"], prefix, address)
 
-    def _start(self, options: Sequence[str], prefix: Sequence[str] = (), tries: int = 1) -> None:
+    def _start(
+        self, options: Sequence[str], prefix: Sequence[str] = (), address: str | None = None, tries: int = 1
+    ) -> None:
         self._num_started += 1
         log = self.folder / f"start-{self._num_started}.log"
-        # Of their own: a driver attaches to the node of its own address, and must not lose that; and what a start that
+        # Of its own: a driver attaches to the node of its own address, and must not lose that; and what a start that
         # failed has left behind may listen on its ports for a while.
-        own = [] if self._network is not None or "--head" in options else [f"--node-ip-address={self._next_address()}"]
+        own = f"127.0.{self._num_started // 250}.{self._num_started % 250 + 1}"
         plain = [f"--object-store-memory={_STORE_BYTES}", "--disable-usage-stats", "--block"]
+        plain.append(f"--node-ip-address={address or own}")
         environment = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
         with log.open("w") as out:
             process = subprocess.Popen(
-                [*prefix, _ray(), "start", *options, *own, *plain],
+                [*prefix, _ray(), "start", *options, *plain],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -226,10 +227,9 @@ class LocalNodes:
                 preexec_fn=_end_with_parent,
             )
         self._processes.append(process)
-        self._starting.append(_Start(process=process, log=log, options=options, prefix=prefix, tries=tries))
-
-    def _next_address(self) -> str:
-        return f"127.0.{self._num_started // 250}.{self._num_started % 250 + 1}"
+        self._starting.append(
+            _Start(process=process, log=log, options=options, prefix=prefix, address=address, tries=tries)
+        )
 
 
 def _ray() -> str:
@@ -250,10 +250,9 @@ def _end_with_parent() -> None:
 def _raylet_above(pid: int) -> int:
     """The daemon of the node that `pid` works on. Raises ProcessLookupError if `pid` is gone."""
     while pid > 1:
-        stat = _read(pid, "stat")
         if "raylet" in _read(pid, "comm"):
             return pid
-        pid = int(stat.rpartition(")")[2].split()[1])
+        pid = parent(pid) or 0
     raise ProcessLookupError("no raylet is above it")
 
 

@@ -19,6 +19,7 @@ import orchestrator.forkserver
 from orchestrator.errors import StartError
 from orchestrator.forkserver import ForkServer, Keeper, open_fork_server
 from orchestrator.messages import ChildEnded
+from orchestrator.processes import parent
 
 PRELOAD = ("tests.orchestrator.fake_trainer",)
 
@@ -113,7 +114,8 @@ def test_one_that_is_stopped_is_ended(name: str, shared: bool, monkeypatch: pyte
     agent = open_fork_server(name, PRELOAD)
     pid, trainer = fork(agent)
     trainer.recv()
-    server = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    server = parent(pid)
+    assert server is not None
     for _ in range(10):
         agent.look()
         time.sleep(0.02)
