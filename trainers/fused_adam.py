@@ -17,7 +17,10 @@ class _Pieces:
         """Args: tensors: of every parameter its weights, first and second moment, flat."""
         self.tails = [flat[_whole(flat) :] for kinds in zip(*tensors, strict=True) for flat in kinds if _left(flat)]
         """Of all weights, then of all first and of all second moments, where they belong."""
-        room = torch.zeros(3, len(self.tails) // 3, _ALIGNED)
+        self.grads = torch.zeros(len(self.tails) // 3, _ALIGNED)
+        """Room for the ends of gradients, which are new in every step."""
+        self.grad_rows = [row[: len(tail)] for row, tail in zip(self.grads, self.tails, strict=False)]
+        room = torch.zeros(3, *self.grads.shape)
         self.copies = [row[: len(tail)] for row, tail in zip(room.flatten(0, 1), self.tails, strict=True)]
         """And where each fills a vector, whose other elements stay zero."""
         self.updated = [
@@ -63,11 +66,9 @@ class FusedAdam(torch.optim.Optimizer):
         flat = [member.grad.reshape(-1) for member in members if member.grad is not None]
         grads = [grad[: _whole(grad)] for grad in flat if _whole(grad)]
         if pieces.tails:
-            left = torch.zeros(len(pieces.tails) // 3, _ALIGNED)
-            for row, grad in zip(left, filter(_left, flat), strict=True):
-                row[: _left(grad)] = grad[_whole(grad) :]
-            grads.append(left)
-            torch._foreach_copy_(pieces.copies, pieces.tails)
+            left = [grad[_whole(grad) :] for grad in flat if _left(grad)]
+            torch._foreach_copy_([*pieces.copies, *pieces.grad_rows], [*pieces.tails, *left])
+            grads.append(pieces.grads)
         steps = [self.state[member]["step"] for member in members]
         torch._foreach_add_(steps, 1)
         beta1, beta2 = group["betas"]
