@@ -20,6 +20,7 @@ from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_nodes
 
 from orchestrator.errors import ClusterError
+from orchestrator.joining import GIVE_TOKEN
 from trainers.errors import ConfigError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -276,8 +277,7 @@ def _translated(address: str) -> Iterator[None]:
     except AuthenticationError as error:
         reason = error.message.splitlines()[0].partition(". ")[0]
         raise ClusterError(
-            f"the job server at {address} asks for the token of its cluster ({reason}); set"
-            " RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, here too"
+            f"the job server at {address} asks for the token of its cluster ({reason}); {GIVE_TOKEN}"
         ) from error
     except OSError as error:  # as are those of requests; aiohttp's for a connection too
         reason = error.strerror or type(error).__name__

@@ -11,6 +11,8 @@ from ray.exceptions import RayError
 
 from orchestrator.errors import ClusterError
 
+GIVE_TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, here too"
+"""What to do where a cluster asks for its token."""
 _ANSWER_S = 10.0
 _STARTS = 3
 """Times that Ray is started here; it gives a node 30 s, which a busy machine may not keep."""
@@ -26,13 +28,9 @@ def join(address: str, logging_level: int = logging.WARNING) -> None:
         _ask(address)  # Ray itself would try for minutes, and tell it in pages
         ray.init(address=address, log_to_driver=False, logging_level=logging_level)
     except (OSError, OverflowError, RayError, ValueError) as error:  # ConnectionError is an OSError
-        if (
-            "AuthenticationError" in f"{type(error).__name__} {error.__cause__}"
-        ):  # Ray's text has the first error's trace
-            raise ClusterError(
-                f"the Ray cluster at {address} asks for its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or"
-                " RAY_AUTH_TOKEN_PATH, here too"
-            ) from error
+        # Ray's text has the first error's trace.
+        if "AuthenticationError" in f"{type(error).__name__} {error.__cause__}":
+            raise ClusterError(f"the Ray cluster at {address} asks for its token; {GIVE_TOKEN}") from error
         reason = getattr(error, "strerror", None) or str(error).partition(". ")[0] or type(error).__name__
         raise ClusterError(
             f"no Ray cluster answers at {address} ({' '.join(reason.split())}); give the address of its head, such as"
