@@ -7,16 +7,26 @@ from collections.abc import Sequence
 
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import ShardReceipt
-from orchestrator.committing import CommitEnded, CommitJob, Picture
-from orchestrator.coordinator import Coordinator
-from orchestrator.halting import HaltOrder, Purpose
-from orchestrator.liveness import AtGate, Beat, Busy, Entered, Told
-from orchestrator.messages import Down, ExitKind, FromTrainer, Joined, Launch, Restored, Started, Stepped, TrainerExit
+from orchestrator.coordination.committing import CommitEnded, CommitJob, Picture
+from orchestrator.coordination.coordinator import Coordinator
+from orchestrator.coordination.halting import HaltOrder, Purpose
+from orchestrator.coordination.watchdog import Phase
+from orchestrator.messages.attempts import (
+    Down,
+    ExitKind,
+    FromTrainer,
+    Joined,
+    Launch,
+    Restored,
+    Started,
+    Stepped,
+    TrainerExit,
+)
+from orchestrator.messages.liveness import AtGate, Beat, Busy, Entered, Told
+from orchestrator.messages.saves import Receipt
 from orchestrator.run_spec import RunSpec
-from orchestrator.saving import Receipt
 from orchestrator.sections import CheckpointConfig, TierName
 from orchestrator.stores import Stores
-from orchestrator.watchdog import Phase
 from trainers.progress import Progress
 
 _SAVED = Progress(5, 50)

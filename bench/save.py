@@ -35,9 +35,9 @@ from bench.workload import LARGE, SMOKE, config
 from orchestrator.checkpoint.policy import RetentionConfig, Verify
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
+from orchestrator.coordination.watchdog import WatchdogConfig
 from orchestrator.run_spec import RunSpec
 from orchestrator.sections import CheckpointConfig
-from orchestrator.watchdog import WatchdogConfig
 
 _RANKS = 2
 _FOLDER = "UNBROKEN_BENCH_FOLDER"

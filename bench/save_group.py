@@ -7,13 +7,13 @@ import multiprocessing
 from multiprocessing.connection import Connection
 from typing import cast
 
-from orchestrator.committing import BackgroundChores
-from orchestrator.coordinator import Coordinator
-from orchestrator.hub import Hub, connect
-from orchestrator.messages import Ending, Outcome
+from orchestrator.agents.supervisor import Supervisor
+from orchestrator.coordination.committing import BackgroundChores
+from orchestrator.coordination.coordinator import Coordinator
+from orchestrator.coordination.hub import Hub, connect
+from orchestrator.messages.attempts import Ending, Outcome
 from orchestrator.run_spec import RunSpec
 from orchestrator.stores import Stores
-from orchestrator.supervisor import Supervisor
 
 _CONTEXT = multiprocessing.get_context("spawn")
 _HOST, _KEY = "127.0.0.1", b"bench"

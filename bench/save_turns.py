@@ -21,11 +21,11 @@ import xxhash
 
 from bench.peers.saves import Peers
 from bench.workload import pin
-from orchestrator import trainer_process
+from orchestrator.agents import trainer_process
+from orchestrator.agents.checkpointer import SharedMemoryCheckpointer
+from orchestrator.agents.snapshot_layout import layout, owned_tensors
 from orchestrator.checkpoint.keys import shard_name
 from orchestrator.checkpoint.writer import hash_shard, lay_out_shard
-from orchestrator.checkpointer import SharedMemoryCheckpointer
-from orchestrator.snapshot_layout import layout, owned_tensors
 from trainers.progress import Progress
 from trainers.state import TrainState
 from trainers.step import Task, train_step

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from orchestrator.failures import Action, Failure, FailureConfig, decide
-from orchestrator.messages import ExitKind, TrainerExit
+from orchestrator.coordination.failures import Action, Failure, FailureConfig, decide
+from orchestrator.messages.attempts import ExitKind, TrainerExit
 from orchestrator.sections import CheckpointConfig
 
 DAY_S = 86400.0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestrator import driver
 from orchestrator.config import RunConfig
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from trainers.decode import decode
 
 

@@ -15,12 +15,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from orchestrator.coordination.failures import FailureConfig
+from orchestrator.coordination.watchdog import WatchdogConfig
 from orchestrator.credentials import refuse_secrets
 from orchestrator.deploy.config import DeployConfig
-from orchestrator.failures import FailureConfig
 from orchestrator.sections import SAFE_NAME, CheckpointConfig, Resources, RunSection, Workers
 from orchestrator.tracking.config import TrackingConfig
-from orchestrator.watchdog import WatchdogConfig
 from trainers.config import TrainerConfig
 from trainers.decode import decode
 from trainers.errors import ConfigError

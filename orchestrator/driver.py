@@ -19,7 +19,8 @@ from orchestrator.checkpoint.keys import CONFIG
 from orchestrator.checkpoint.run_record import RunRecord, open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig, run_url, to_dict, to_yaml, trainer_dict
-from orchestrator.data_files import with_absolute_paths
+from orchestrator.coordination.halting import HaltOrder, Purpose
+from orchestrator.data.files import with_absolute_paths
 from orchestrator.errors import (
     AlreadyExistsError,
     GaveUpError,
@@ -28,9 +29,8 @@ from orchestrator.errors import (
     SupersededError,
     UnbrokenError,
 )
-from orchestrator.halting import HaltOrder, Purpose
 from orchestrator.interrupts import Interrupts
-from orchestrator.messages import Ending, Event
+from orchestrator.messages.attempts import Ending, Event
 from orchestrator.run_identity import config_hash, conflicting_keys
 from orchestrator.sections import Workers
 from orchestrator.tracking.recorder import Recorder
@@ -45,12 +45,12 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # `NodeWatch`
 import ray
 import ray.train
 
-from orchestrator.agent import agent
-from orchestrator.control import Listener, NodeWatch, make_mailbox
-from orchestrator.joining import join, start_here
-from orchestrator.keepers import Keepers
-from orchestrator.peer_memory import start_directory
-from orchestrator.placing import Replacing, Trainer, live_nodes
+from orchestrator.agents.agent import agent
+from orchestrator.cluster.control import Listener, NodeWatch, make_mailbox
+from orchestrator.cluster.joining import join, start_here
+from orchestrator.cluster.keepers import Keepers
+from orchestrator.cluster.peer_memory import start_directory
+from orchestrator.cluster.placing import Replacing, Trainer, live_nodes
 from orchestrator.run_spec import RunSpec
 from orchestrator.tracking.fan_out import FanOut, check_tracking
 

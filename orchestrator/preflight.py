@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from orchestrator.data_files import data_files, reached_data_files
+from orchestrator.data.files import data_files, reached_data_files
 from trainers.conditioning import call_model
 from trainers.config import TrainerConfig
 from trainers.data.sources import open_source

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from orchestrator.data_files import data_files
+from orchestrator.data.files import data_files
 from orchestrator.weights import SavedModel
 from trainers.conditioning import takes_text
 from trainers.config import TrainerConfig

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.failures import FailureConfig
+from orchestrator.coordination.failures import FailureConfig
+from orchestrator.coordination.watchdog import WatchdogConfig
 from orchestrator.sections import CheckpointConfig
-from orchestrator.watchdog import WatchdogConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 
 _STEP_INTERVAL_S = 2.0
 """Seconds between two lines of progress."""

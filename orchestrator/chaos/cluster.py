@@ -12,8 +12,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.chaos.nodes import Place, drain_node, kill_node_of
+from orchestrator.cluster.joining import join
 from orchestrator.errors import ClusterError
-from orchestrator.joining import join
 
 _ANSWER_S = 60.0
 

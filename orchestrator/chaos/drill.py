@@ -15,7 +15,7 @@ from orchestrator.chaos.scores import Injection, Score, score
 from orchestrator.checkpoint.catalog import CheckpointInfo, newest_stable
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import UnbrokenError
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.processes import birth
 
 PARTITION_S = 60.0

@@ -14,7 +14,7 @@ from orchestrator import driver
 from orchestrator.cli import describe
 from orchestrator.config import load_config
 from orchestrator.interrupts import leave
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 
 
 def main(handle: str, config: str, *preload: str) -> int:

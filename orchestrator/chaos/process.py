@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 
 _STACK = re.compile(r"\[0x[0-9a-f]+\]|\*\*\* StackTrace")
 

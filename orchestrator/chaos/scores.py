@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from orchestrator.chaos.faults import Fault, FaultKind
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 
 _SIGNS = frozenset({"down", "agent_lost", "group_lost", "hang", "halting", "controller_lost", "attempt", "started"})
 _SIGNS_OF = {

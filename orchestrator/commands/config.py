@@ -43,7 +43,7 @@ def show(config: str, overrides: tuple[str, ...], as_json: bool, trainers_only: 
 
 
 def _show_memory(loaded: RunConfig, as_json: bool) -> None:
-    from orchestrator.data_files import data_files
+    from orchestrator.data.files import data_files
     from trainers.data.sources import open_source
     from trainers.memory import rank_memory
 

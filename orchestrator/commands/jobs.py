@@ -11,7 +11,7 @@ import click
 from orchestrator.commands.json_output import JSON, print_json
 
 if TYPE_CHECKING:
-    from orchestrator.jobs import Cluster, Job
+    from orchestrator.jobs.job_server import Cluster, Job
 
 ADDRESS = click.option(
     "--address",
@@ -88,7 +88,7 @@ def list_(address: str | None, as_json: bool) -> None:
     STATUS is Ray's own: PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED. EXIT is that of the driver; a job that FAILED
     without one lost its driver. Where a run stands: `unbroken status RUN`.
     """
-    from orchestrator.jobs import Cluster
+    from orchestrator.jobs.job_server import Cluster
 
     rows = [describe_job(job) for job in reversed(Cluster.connect(address).jobs())]
     if as_json:
@@ -106,8 +106,8 @@ def list_(address: str | None, as_json: bool) -> None:
 
 def _find(run: str, address: str | None) -> tuple[Cluster, Job]:
     from orchestrator.checkpoint.store import Store
-    from orchestrator.jobs import Cluster
-    from orchestrator.submission import job_of
+    from orchestrator.jobs.job_server import Cluster
+    from orchestrator.jobs.submission import job_of
 
     cluster = Cluster.connect(address)
     return cluster, job_of(cluster.jobs(), Store.open(run).url if "/" in run else run)

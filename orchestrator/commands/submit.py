@@ -18,7 +18,7 @@ from orchestrator.commands.train import train_here
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
-    from orchestrator.jobs import Job
+    from orchestrator.jobs.job_server import Job
 
 
 def _submit_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,9 +149,9 @@ def resume(run: str, overrides: tuple[str, ...], here: bool, working_dir: str | 
 
 
 def _launch(config: RunConfig, path: Path, overrides: tuple[str, ...], working_dir: str, options: _Options) -> int:
-    from orchestrator import submission
-    from orchestrator.job_request import Source, prepare
-    from orchestrator.jobs import Cluster
+    from orchestrator.jobs import submission
+    from orchestrator.jobs.job_request import Source, prepare
+    from orchestrator.jobs.job_server import Cluster
 
     def say(line: str) -> None:
         write(f"{line}\n")
@@ -192,7 +192,7 @@ def _launch(config: RunConfig, path: Path, overrides: tuple[str, ...], working_d
 
 def _conclude(job: Job | None, run: str, options: _Options, say: Callable[[str], None]) -> int:
     """Say how it ended; the exit code."""
-    from orchestrator.submission import NOT_THERE_CODES, exit_code, needs_another
+    from orchestrator.jobs.submission import NOT_THERE_CODES, exit_code, needs_another
 
     code = exit_code(job) if options.follow else 0
     if options.follow:

@@ -12,7 +12,7 @@ from orchestrator.commands.json_output import JSON, print_json
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
-    from orchestrator.trials import Result, Trial
+    from orchestrator.search.trials import Result, Trial
 
 
 @click.command()
@@ -63,7 +63,7 @@ def _sweep(
 ) -> int:
     from orchestrator.config import load_config
     from orchestrator.preflight import check_trainable
-    from orchestrator.trials import make_trials, parse_parameter, ranked
+    from orchestrator.search.trials import make_trials, parse_parameter, ranked
 
     base = load_config(path, overrides)
     params, samples, seed = space
@@ -76,7 +76,7 @@ def _sweep(
     if open_trials:
         for one in open_trials:
             check_trainable(one)
-        from orchestrator.sweep import run_trials  # imports ray: only if there is something to train
+        from orchestrator.search.sweep import run_trials  # imports ray: only if there is something to train
 
         said = run_trials(open_trials, concurrent, lambda line: click.echo(line, err=as_json))
     results = [_result(trial, one, metric, said) for trial, one in zip(trials, configs, strict=True)]
@@ -101,8 +101,8 @@ def _step(config: RunConfig) -> int:
 def _result(trial: Trial, config: RunConfig, metric: str, said: dict[str, str]) -> Result:
     from orchestrator.checkpoint.store import Store
     from orchestrator.config import run_url
+    from orchestrator.search.trials import Result, last_mean
     from orchestrator.tracking.record import read_metrics
-    from orchestrator.trials import Result, last_mean
 
     step = _step(config)
     return Result(

@@ -64,7 +64,7 @@ def train_here(config: RunConfig) -> None:
     Raises:
         ConfigError: this process is a job, and must not be for this config.
     """
-    from orchestrator.inside_job import check_job
+    from orchestrator.jobs.inside_job import check_job
 
     for note in check_job(os.environ, Path.cwd(), config):
         click.echo(note, err=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orchestrator.checkpoint.keys import METRICS
 from orchestrator.checkpoint.store import Store
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking.journal import NAME, Journal, encode
 from orchestrator.tracking.record import Row, RowsReader, of_the_owner, read_events
 

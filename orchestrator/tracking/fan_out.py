@@ -15,7 +15,7 @@ from typing import Any
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig, to_dict
 from orchestrator.errors import StorageError
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.run_spec import RunSpec
 from orchestrator.tracking.backfill import fill_journal
 from orchestrator.tracking.config import TrackingConfig, local_folder

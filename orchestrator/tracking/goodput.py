@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import takewhile
 
-from orchestrator.messages import Ending, Event
+from orchestrator.messages.attempts import Ending, Event
 from orchestrator.tracking.record import of_the_owner
 
 

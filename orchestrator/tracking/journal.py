@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 
 NAME = "events.jsonl"
 

@@ -13,7 +13,7 @@ from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, sca
 from orchestrator.checkpoint.keys import CHECKPOINTS, EVENTS, METRICS, CheckpointRef
 from orchestrator.checkpoint.run_record import RunRecord
 from orchestrator.checkpoint.store import Store
-from orchestrator.messages import Ending, Event
+from orchestrator.messages.attempts import Ending, Event
 from orchestrator.tracking.goodput import Goodput, account
 from orchestrator.tracking.record import Row, RowsReader, in_order, of_the_owner, one_row_a_step
 

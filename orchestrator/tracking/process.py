@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking.credentials import has_wandb_key
 from orchestrator.tracking.journal import NAME, Journal, exclusive, follow, last_opened
 

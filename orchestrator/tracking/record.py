@@ -21,7 +21,7 @@ from typing import Any
 from orchestrator.checkpoint.keys import EVENTS, METRICS, RowsRef
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import MissingObjectError
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from orchestrator.checkpoint.keys import EVENTS, METRICS, RowsRef
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import UnbrokenError
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking.merging import Merger
 from orchestrator.tracking.record import Row, encode, event_row, step_row
 

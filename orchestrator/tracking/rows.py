@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking.goodput import Book
 
 _FAILURES = ("down", "failure", "agent_lost", "controller_lost")

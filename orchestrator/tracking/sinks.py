@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 
 
 class Sink(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.screen import Screen
 
 _QUIET = frozenset({"step", "alive", "trainer", "reached", "training", "snapshot", "down", "store"})

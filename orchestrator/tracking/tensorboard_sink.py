@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import tensorboardX
 
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking.media import load_image
 from orchestrator.tracking.rows import Rows
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking.journal import encode
 from orchestrator.tracking.process import LOG, MAX_EVENT_BYTES, Start, command
 from trainers.errors import ConfigError

@@ -23,7 +23,7 @@ from wandb.sdk.lib.paths import LogicalPath
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import UnbrokenError
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking import wandb_files
 from orchestrator.tracking.media import load_image
 from orchestrator.tracking.rows import Row, Rows

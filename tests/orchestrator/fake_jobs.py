@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
-from orchestrator.jobs import Cluster, JobRequest
+from orchestrator.jobs.job_server import Cluster, JobRequest
 
 ADDRESS = "http://127.0.0.1:1"
 

@@ -6,7 +6,7 @@ import os
 import sys
 from multiprocessing.connection import Connection
 
-sys.modules["orchestrator.trainer_process"] = sys.modules[__name__]
+sys.modules["orchestrator.agents.trainer_process"] = sys.modules[__name__]
 os.spawnlp(os.P_NOWAIT, "true", "true")  # as some packages do when they are imported
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.store import Store
-from orchestrator.committing import CommitEnded, CommitJob, Picture, carry_out
-from orchestrator.coordinator import Coordinator
-from orchestrator.messages import Down, Event, ExitKind, Joined, Launch, TrainerExit
+from orchestrator.coordination.committing import CommitEnded, CommitJob, Picture, carry_out
+from orchestrator.coordination.coordinator import Coordinator
+from orchestrator.messages.attempts import Down, Event, ExitKind, Joined, Launch, TrainerExit
+from orchestrator.messages.saves import Receipt
 from orchestrator.run_spec import RunSpec
-from orchestrator.saving import Receipt
 from orchestrator.sections import CheckpointConfig
 from orchestrator.stores import Stores
 from tests.orchestrator.checkpoint.shards import write_shard

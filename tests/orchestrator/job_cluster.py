@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ClusterError
-from orchestrator.jobs import Cluster
+from orchestrator.jobs.job_server import Cluster
 from orchestrator.processes import descendants
 from tests.s3.server import free_ports
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from orchestrator.agents.snapshot_layout import layout, owned_tensors
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import commit
-from orchestrator.snapshot_layout import layout, owned_tensors
 from tests.orchestrator.checkpoint.shards import write_shard
 from tests.orchestrator.checkpoint.states import make_info
 from tests.trainers.distributed import run_ranks

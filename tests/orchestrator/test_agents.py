@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from orchestrator.checkpoint.store import Store
-from orchestrator.messages import Ending, Event
+from orchestrator.messages.attempts import Ending, Event
 from orchestrator.prove import prove
-from tests.orchestrator.agents import make_spec, run_agents
+from tests.orchestrator.agent_processes import make_spec, run_agents
 from tests.orchestrator.independent import assert_same_state
 from tests.trainers.tiny import tiny_config
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.checkpoint.store import Store
-from orchestrator.messages import Ending
+from orchestrator.messages.attempts import Ending
 from orchestrator.prove import prove
-from tests.orchestrator.agents import PRELOAD, make_spec, run_agents
+from tests.orchestrator.agent_processes import PRELOAD, make_spec, run_agents
 from tests.orchestrator.test_agents import Script
 from tests.trainers.tiny import DIT, tiny_config
 

@@ -17,11 +17,11 @@ import pytest
 
 from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints
 from orchestrator.checkpoint.store import Store
-from orchestrator.failures import FailureConfig
-from orchestrator.messages import Ending, Event
+from orchestrator.coordination.failures import FailureConfig
+from orchestrator.messages.attempts import Ending, Event
 from orchestrator.prove import prove
 from orchestrator.tracking.recorder import Recorder
-from tests.orchestrator.agents import FAULTS, make_spec, run_agents
+from tests.orchestrator.agent_processes import FAULTS, make_spec, run_agents
 from tests.orchestrator.independent import assert_same_state
 from tests.orchestrator.test_agents import Script
 from tests.trainers.tiny import tiny_config
@@ -167,7 +167,7 @@ def test_steps_that_a_new_life_makes_again_are_compared_with_the_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All agents are gone, and with them what they knew; one sample is no longer what it was."""
-    monkeypatch.setattr("orchestrator.past.threading", SimpleNamespace(Thread=AtOnce))
+    monkeypatch.setattr("orchestrator.coordination.past.threading", SimpleNamespace(Thread=AtOnce))
     flag, script = tmp_path / "flag", Script()
     faulty(drift={sample_at(5, 3): str(flag)})
     spec = make_spec(tmp_path / "run", config(), EVERY)

@@ -9,9 +9,9 @@ import pytest
 
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import load_config, trainer_dict
-from orchestrator.messages import Ending
+from orchestrator.messages.attempts import Ending
 from orchestrator.prove import prove
-from tests.orchestrator.agents import make_spec, run_agents
+from tests.orchestrator.agent_processes import make_spec, run_agents
 from tests.orchestrator.independent import assert_same_state
 from tests.orchestrator.local_cluster import LocalCluster
 from tests.orchestrator.test_train import Driver, write_config

@@ -13,12 +13,12 @@ import pytest
 from orchestrator.checkpoint.catalog import scan_checkpoints
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig, to_dict
-from orchestrator.evaluating import Drew, Evaluated, Validated
-from orchestrator.messages import Ending, Event, FromTrainer, Stepped
+from orchestrator.messages.attempts import Ending, Event, FromTrainer, Stepped
+from orchestrator.messages.evaluations import Drew, Evaluated, Validated
 from orchestrator.prove import prove
 from orchestrator.run_identity import conflicting_keys
 from orchestrator.tracking.goodput import Bucket, account
-from tests.orchestrator.agents import FAULTS, make_spec, run_agents
+from tests.orchestrator.agent_processes import FAULTS, make_spec, run_agents
 from tests.orchestrator.group import Group
 from tests.orchestrator.independent import assert_same_state
 from tests.orchestrator.test_agents import Script

@@ -18,10 +18,10 @@ from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.cli import main
 from orchestrator.config import RunConfig
-from orchestrator.failures import FailureConfig
-from orchestrator.messages import Ending
+from orchestrator.coordination.failures import FailureConfig
+from orchestrator.messages.attempts import Ending
 from orchestrator.weights import open_model
-from tests.orchestrator.agents import PRELOAD, make_spec, run_agents
+from tests.orchestrator.agent_processes import PRELOAD, make_spec, run_agents
 from tests.orchestrator.test_agents import Script
 from tests.trainers.distributed import run_ranks
 from tests.trainers.families import LABELS, PROMPTS, STEPS, all_families, draw_elsewhere, train_families

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.messages import Ending, Event
-from orchestrator.watchdog import WatchdogConfig
-from tests.orchestrator.agents import PRELOAD, make_spec, run_agents
+from orchestrator.coordination.watchdog import WatchdogConfig
+from orchestrator.messages.attempts import Ending, Event
+from tests.orchestrator.agent_processes import PRELOAD, make_spec, run_agents
 from tests.orchestrator.hanging import PLANS
 from tests.orchestrator.independent import assert_same_state
 from tests.trainers.tiny import tiny_config

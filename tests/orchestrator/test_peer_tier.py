@@ -16,13 +16,13 @@ from orchestrator.checkpoint.attempts import check_not_superseded, claim_attempt
 from orchestrator.checkpoint.catalog import newest_stable
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import commit
+from orchestrator.coordination.halting import HaltOrder, Purpose
+from orchestrator.coordination.opening import Opener, Opening
 from orchestrator.errors import StorageError, SupersededError
-from orchestrator.halting import HaltOrder, Purpose
-from orchestrator.messages import Ending
-from orchestrator.opening import Opener, Opening
+from orchestrator.messages.attempts import Ending
 from orchestrator.sections import CheckpointConfig, Tier
 from orchestrator.stores import Stores
-from tests.orchestrator.agents import make_spec, run_agents
+from tests.orchestrator.agent_processes import make_spec, run_agents
 from tests.orchestrator.checkpoint.shards import write_shard
 from tests.orchestrator.checkpoint.states import equal, load, make_info, make_state, save, snapshot
 from tests.orchestrator.group import make_spec as make_plain_spec

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.messages import Ending, Event
-from tests.orchestrator.agents import make_spec, run_agents
+from orchestrator.messages.attempts import Ending, Event
+from tests.orchestrator.agent_processes import make_spec, run_agents
 from tests.orchestrator.independent import assert_same_state
 from tests.trainers.tiny import tiny_config
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from orchestrator.checkpoint.store import Store
-from orchestrator.messages import Ending
+from orchestrator.messages.attempts import Ending
 from orchestrator.prove import prove
-from tests.orchestrator.agents import make_spec, run_agents
+from tests.orchestrator.agent_processes import make_spec, run_agents
 from tests.orchestrator.test_agents import Script
 from tests.trainers.data import made_up
 from tests.trainers.data.test_training import images_config

@@ -13,12 +13,12 @@ from orchestrator.checkpoint.catalog import newest_stable
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import Shard, store_shard
-from orchestrator.committing import CommitEnded
-from orchestrator.coordinator import Coordinator
+from orchestrator.coordination.committing import CommitEnded
+from orchestrator.coordination.coordinator import Coordinator
 from orchestrator.errors import StorageError
-from orchestrator.messages import Ending, Event, FromTrainer, Listening
+from orchestrator.messages.attempts import Ending, Event, FromTrainer, Listening
 from orchestrator.prove import prove
-from tests.orchestrator.agents import make_spec, run_agents
+from tests.orchestrator.agent_processes import make_spec, run_agents
 from tests.orchestrator.independent import assert_same_state
 from tests.orchestrator.test_agents import EVERY, STEPS, Script, assert_same, config, straight
 from tests.s3.fault_proxy import Fault, Kind
@@ -39,7 +39,7 @@ def on_store(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[CheckpointR
             before(ref, shard.receipt.file.name)
             store_shard(store, ref, shard, *rest)
 
-        monkeypatch.setattr("orchestrator.shard_writer.store_shard", store_it)
+        monkeypatch.setattr("orchestrator.agents.shard_writer.store_shard", store_it)
 
     return install
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.screen import Screen
 
 

@@ -18,8 +18,8 @@ from click.testing import CliRunner, Result
 
 from orchestrator.checkpoint.store import Store
 from orchestrator.cli import main
-from orchestrator.jobs import Cluster
-from orchestrator.messages import Event
+from orchestrator.jobs.job_server import Cluster
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking.record import read_events
 from tests.orchestrator.job_cluster import JobCluster, environment, raylet_of, until
 from tests.orchestrator.straight_run import make_straight_run

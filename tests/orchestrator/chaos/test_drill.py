@@ -23,7 +23,7 @@ from orchestrator.checkpoint.catalog import list_checkpoints, newest_stable
 from orchestrator.checkpoint.reader import verify
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import load_config
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from tests.orchestrator.test_train import write_config
 from tests.orchestrator.tiny_run import make_run
 from trainers.errors import ConfigError

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.chaos.faults import Fault, FaultKind
 from orchestrator.chaos.scores import Injection, Score, Scorecard, score
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 
 
 def event(time_s: float, kind: str, /, **fields: Any) -> Event:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from orchestrator.checkpoint.store import Store
-from orchestrator.failures import FailureConfig
-from orchestrator.opening import Opener, Opening, Remembered
+from orchestrator.coordination.failures import FailureConfig
+from orchestrator.coordination.opening import Opener, Opening, Remembered
 from orchestrator.stores import Stores
 from tests.orchestrator.group import make_spec
 from trainers.progress import Progress

@@ -29,7 +29,7 @@ from orchestrator.checkpoint.policy import RetentionConfig, judge
 from orchestrator.checkpoint.retention import Pruner
 from orchestrator.checkpoint.selection import select_checkpoint
 from orchestrator.checkpoint.store import Store
-from orchestrator.committing import CommitJob, carry_out
+from orchestrator.coordination.committing import CommitJob, carry_out
 from orchestrator.errors import (
     DamagedCheckpointError,
     StorageError,

@@ -14,8 +14,8 @@ from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpoint.reader import verify
 from orchestrator.checkpoint.retention import Pruner, expire, pin
 from orchestrator.checkpoint.store import Store
+from orchestrator.coordination.restore_point import newest_sound
 from orchestrator.errors import DamagedCheckpointError
-from orchestrator.restore_point import newest_sound
 from tests.orchestrator.checkpoint.dict_store import DictStore
 from tests.orchestrator.checkpoint.serial_reads import serial_reads
 from tests.orchestrator.checkpoint.states import equal, load, make_state, save, write_shards

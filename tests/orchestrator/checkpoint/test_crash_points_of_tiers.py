@@ -9,7 +9,7 @@ from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints
 from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpoint.retention import Pruner
 from orchestrator.checkpoint.store import Store
-from orchestrator.opening import Opener, Opening, Remembered
+from orchestrator.coordination.opening import Opener, Opening, Remembered
 from orchestrator.sections import CheckpointConfig, Tier
 from orchestrator.stores import Stores
 from tests.orchestrator.checkpoint.dict_store import DictStore

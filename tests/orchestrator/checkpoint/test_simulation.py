@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.checkpoint import catalog, keys, policy, retention
 from orchestrator.checkpoint.catalog import CheckpointState
-from orchestrator.opening import Opener
+from orchestrator.coordination.opening import Opener
 from tests.orchestrator.checkpoint.serial_reads import serial_reads
 from tests.orchestrator.checkpoint.simulation import Simulation, first_violation, simulate
 

@@ -13,7 +13,7 @@ from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.cli import main
 from orchestrator.config import load_config, to_dict
-from orchestrator.jobs import Cluster
+from orchestrator.jobs.job_server import Cluster
 from tests.orchestrator.fake_jobs import FakeClient, cluster, request
 from tests.orchestrator.tiny_run import CONFIG
 
@@ -34,8 +34,8 @@ def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     """A cluster of one node, wherever one connects to."""
     client = FakeClient()
     monkeypatch.setattr(Cluster, "connect", staticmethod(lambda address: cluster(client)))
-    monkeypatch.setattr("orchestrator.jobs._AGAIN_S", 0.0)
-    monkeypatch.setattr("orchestrator.submission._MOST_PAUSE_S", 0.0)
+    monkeypatch.setattr("orchestrator.jobs.job_server._AGAIN_S", 0.0)
+    monkeypatch.setattr("orchestrator.jobs.submission._MOST_PAUSE_S", 0.0)
     return client
 
 

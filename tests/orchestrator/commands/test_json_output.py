@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from orchestrator.cli import main
 from orchestrator.commands.json_output import print_json
-from orchestrator.jobs import Cluster
+from orchestrator.jobs.job_server import Cluster
 from tests.orchestrator.fake_jobs import FakeClient, cluster
 from tests.orchestrator.tiny_run import CONFIG, make_run
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.cli import main
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking.live_page import Terminal, page, show
 from orchestrator.tracking.overview import RunView
 from tests.orchestrator.checkpoint.states import make_state, save

@@ -11,7 +11,7 @@ from typing import Any
 from wandb.proto import wandb_internal_pb2
 
 from orchestrator.checkpoint.keys import CheckpointRef
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking import wandb_files
 
 RUN_ID = "0123456789ab"

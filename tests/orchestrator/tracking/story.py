@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.checkpoint.keys import EVENTS, METRICS, RowsRef
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking.record import encode, event_row, step_row
 
 T0 = 1_700_000_000.0

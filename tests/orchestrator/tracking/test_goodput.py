@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking.goodput import Book, Bucket, account
 from tests.orchestrator.tracking.story import (
     T0,

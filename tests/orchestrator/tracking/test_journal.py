@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking.journal import Journal, encode, follow, last_opened
 from tests.orchestrator.tracking.made_up import attempt, event, opened
 

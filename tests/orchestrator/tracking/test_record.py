@@ -12,7 +12,7 @@ import pytest
 from orchestrator.checkpoint.keys import EVENTS, METRICS, RowsRef
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import MissingObjectError
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking.goodput import account
 from orchestrator.tracking.overview import Present
 from orchestrator.tracking.record import (

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from orchestrator.checkpoint.keys import EVENTS, METRICS
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking.record import read_events, read_metrics
 from orchestrator.tracking.recorder import Recorder, RecorderConfig
 from tests.orchestrator.tracking.story import attempt, event, finished, one_kill, step, steps

@@ -16,7 +16,7 @@ from PIL import Image
 from orchestrator.checkpoint import keys
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking.overview import Overview, RunView, State, as_json
 from orchestrator.tracking.report import MOST_CHECKPOINTS, page
 from orchestrator.tracking.telling import told

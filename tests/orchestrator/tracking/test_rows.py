@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking.rows import Rows
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from orchestrator.messages import Event
+from orchestrator.messages.attempts import Event
 from orchestrator.tracking.process import LOG
 from orchestrator.tracking.tracker import Tracker
 from tests.orchestrator.tracking.made_up import RUN_ID, attempt, event, history, opened, records

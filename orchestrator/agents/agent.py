@@ -1,0 +1,88 @@
+"""The Ray Train worker function: a light process that owns a rank's trainer, snapshots and uploads."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, cast
+
+import ray
+import ray.train
+import ray.train.collective
+
+from orchestrator.agents.forkserver import open_fork_server
+from orchestrator.agents.supervisor import Supervisor
+from orchestrator.checkpoint.peer_objects import PeerRing
+from orchestrator.cluster.control import take_orders
+from orchestrator.cluster.keepers import shared_name
+from orchestrator.cluster.peer_memory import home
+from orchestrator.coordination.committing import BackgroundChores
+from orchestrator.coordination.coordinator import Coordinator
+from orchestrator.coordination.hub import Hub, connect
+from orchestrator.errors import RegroupError
+from orchestrator.messages.attempts import Ending, Event
+from orchestrator.run_spec import RunSpec
+from orchestrator.stores import Stores
+from orchestrator.tracking.recorder import Recorder
+
+_Wire = tuple[tuple[str, int], bytes, PeerRing | None]
+"""Where the hub listens, the key to it, and the memory of the nodes."""
+
+
+def agent(arguments: dict[str, Any]) -> None:
+    """Serve this rank until the run has an outcome. Runs on every Ray Train worker.
+
+    It returns normally however the run ends; the outcome goes to the driver through `mailbox`. So whatever raises or
+    dies here is for Ray Train to place anew.
+
+    Args:
+        arguments: `spec`, the `RunSpec`; `mailbox`, the actor handle that takes `Event`s and has orders; `directory`,
+            the one that knows the memory of the nodes, or None.
+
+    Raises:
+        RegroupError: the group is to be placed anew, on other nodes.
+        ConnectionError: another agent is gone.
+    """
+    spec: RunSpec = arguments["spec"]
+    mailbox, directory = arguments["mailbox"], arguments["directory"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    with ExitStack() as closing:
+        wire = _start_hub(spec, world_size, mailbox, directory, closing) if rank == 0 else None
+        address, key, ring = cast(_Wire, ray.train.collective.broadcast_from_rank_zero(wire))
+        node = ray.get_runtime_context().get_node_id()
+        wire, forks = connect(address, key, rank), partial(open_fork_server, shared_name(spec.session, node))
+        outcome = Supervisor(spec, rank, world_size, wire, node, forks, ring=home(ring)).run()
+    if outcome.ending is Ending.REGROUP:
+        raise RegroupError(outcome.message)
+
+
+def _start_hub(spec: RunSpec, world_size: int, mailbox: Any, directory: Any, closing: ExitStack) -> _Wire:
+    """Start the coordinator on rank 0.
+
+    Args:
+        closing: gets what is to be closed in the end.
+    """
+    host = ray.util.get_node_ip_address()
+    hub = Hub(host, key := secrets.token_bytes(32), world_size)
+    ring = cast(PeerRing, ray.get(directory.ring.remote())) if directory is not None else None
+
+    def tell(event: Event) -> None:
+        mailbox.put.remote(event)  # not waited for: a driver that is slow to listen must not hold up a decision
+
+    def notify(event: Event) -> None:
+        tell(event)
+        recorder.take(event)
+
+    recorder = Recorder(spec.run_url, spec.session, report=tell)
+    closing.callback(recorder.close)
+    stores = Stores.open(spec.run_url, home(ring))
+    if ring is not None:
+        notify(Event(kind="peers", fields={"num_nodes": len(ring.peers)}, time_s=time.time()))
+    chores = BackgroundChores(spec, stores, notify)
+    closing.callback(chores.close)
+    hub.start(lambda send: Coordinator(spec, stores, world_size, host, send, notify, chores), chores.results)
+    take_orders(mailbox, hub.order)
+    return hub.address, key, ring

@@ -1,0 +1,149 @@
+"""How Ray Train places a group of agents, and replaces it: on nodes that answer, waiting for none that is lost."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+from ray._private.state import state as cluster
+from ray._raylet import RAY_NODE_ID_KEY  # pyright: ignore[reportAttributeAccessIssue]
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from orchestrator.messages.attempts import Event
+
+_ANSWER_S = 2.0
+_LOOK_S = 0.2
+"""Between two looks for nodes, as long as there are too few."""
+
+
+def live_nodes(ask: bool = False) -> dict[str, dict[str, float]]:
+    """Total resources of every node that is alive and not being drained.
+
+    Args:
+        ask: connect to each of them: Ray itself learns of a lost node seconds after its agents are gone.
+    """
+    draining = cluster.get_draining_nodes()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+    if ask:
+        nodes = [node for node, answers in _asked(nodes) if answers]
+    return {node["NodeID"]: node["Resources"] for node in nodes}
+
+
+def _silent_nodes() -> list[str]:
+    """The nodes that Ray takes for alive, but that do not answer."""
+    return [node["NodeID"] for node, answers in _asked([node for node in ray.nodes() if node["Alive"]]) if not answers]
+
+
+def _asked(nodes: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], bool]]:
+    with ThreadPoolExecutor(max_workers=64) as pool:
+        return list(zip(nodes, pool.map(_answers, nodes), strict=True))
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    try:
+        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=_ANSWER_S):
+            return True
+    except OSError:
+        return False
+
+
+def count_workers(worker: Mapping[str, float], nodes: Mapping[str, Mapping[str, float]], most: int) -> int:
+    """How many workers fit onto these nodes, up to `most`."""
+    needs = {name: amount for name, amount in worker.items() if amount > 0}
+    if not needs:
+        return most if nodes else 0
+    # The smallest amount that Ray can count is 1/10000; without it 3 * 0.1 does not fit into 0.3.
+    fits = [min(int((has.get(name, 0.0) + 1e-4) / need) for name, need in needs.items()) for has in nodes.values()]
+    return min(most, sum(fits))
+
+
+class LiveNodesPolicy(ElasticScalingPolicy):
+    """Ray Train's elastic policy on what the cluster has now.
+
+    Ray's own looks at reservations that are renewed every 20 s, so after the loss of a node it asks for the lost
+    workers again and waits for them in vain. And it resizes a running group at once, which loses the steps since the
+    last checkpoint; here the driver orders growth, and the group stops at a checkpoint.
+    """
+
+    def __init__(self, scaling_config: Any) -> None:
+        super().__init__(scaling_config)
+        self._starts = 0
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._starts += 1
+        decision = super().make_decision_for_non_running_worker_group()
+        if isinstance(decision, NoopDecision):
+            time.sleep(_LOOK_S)  # the controller asks again at once: it would take half a core from a node that starts
+        return decision
+
+    def make_decision_for_running_worker_group(self, *_: Any, **__: Any) -> ScalingDecision:
+        self._starts = 0
+        self._maybe_send_resource_request()
+        return NoopDecision()
+
+    def _get_reserved_resources(self) -> Any:
+        nodes = live_nodes(ask=True)
+        if self._starts <= 1:
+            return nodes
+        # It did not start: somebody else may hold a part of the cluster. Take what is free.
+        free = cluster.available_resources_per_node()
+        return {node: resources for node, resources in free.items() if node in nodes}
+
+
+class Replacing(ControllerCallback, WorkerGroupCallback):
+    """Keeps Ray Train from waiting for what is lost when it replaces a group, and tells how far it is."""
+
+    def __init__(self, mailbox: Any) -> None:
+        """Args: mailbox: the actor handle that takes `Event`s."""
+        self._mailbox = mailbox
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        self._tell("group_lost")
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        # Each is asked to end next, and has 5 s to answer. Those on a lost node never do, and Ray takes them for alive
+        # until its health checks have failed; of those that are ended here it knows.
+        for worker in worker_group.get_workers():
+            ray.kill(worker.actor)
+
+    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
+        self._tell("placing", num_workers=num_workers)
+        # A lost node looks free as long as Ray takes it for alive. What is placed there waits until it does not.
+        silent = _silent_nodes()
+        return {RAY_NODE_ID_KEY: f"!in({','.join(silent)})"} if silent else None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._tell("placed")
+
+    def _tell(self, kind: str, /, **fields: Any) -> None:
+        self._mailbox.put.remote(Event(kind=kind, fields=fields, time_s=time.time()))
+
+
+class _ByValue:
+    """The train function as Ray Train wants it, and as a part of the calls that take it to the workers.
+
+    Ray Train's own way is an object in the store of the nodes. A new worker may ask a node for it that has just been
+    lost, and hears of that after 10 s.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def get(self) -> Any:
+        return self._value
+
+
+class Trainer(DataParallelTrainer):
+    """Ray Train with our choice of the number of workers, where that is elastic, and our way to the workers."""
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            arguments["scaling_policy"] = LiveNodesPolicy(self.scaling_config)
+        arguments["train_fn_ref"] = _ByValue(arguments["train_fn_ref"].get())
+        return super()._initialize_and_run_controller(**arguments)

@@ -1,0 +1,91 @@
+"""What has failed in the life of a coordinator, what was decided, and what the run leaves out since."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from orchestrator.checkpoint.catalog import CheckpointInfo
+from orchestrator.coordination.failures import Action, Decision, Failure, classify, decide
+from orchestrator.messages.attempts import ExitKind, TrainerExit
+from orchestrator.run_spec import RunSpec
+from trainers.exclusions import Exclusions
+
+
+class Casebook:
+    """Judges one failed attempt after the other.
+
+    It need not survive its process: what is left out stands in every later checkpoint, and from an older one training
+    fails or diverges at the same step again, which leads to the same decision.
+    """
+
+    def __init__(self, spec: RunSpec, event: Callable[..., None]) -> None:
+        """Args: event: reports; called with the event's kind and its fields."""
+        self._spec = spec
+        self._event = event
+        self._history: list[Failure] = []
+        self.exclusions = Exclusions()
+        """What trainers are told to leave out, beside what stands in their checkpoint."""
+        self.changed_from: int | None = None
+        """From this step on the last decision changes the numbers; None: it changes none."""
+
+    def learn(self, checkpoint: CheckpointInfo | None) -> Exclusions:
+        """What is left out, now that training goes on from `checkpoint`, which may know of earlier lives."""
+        manifest = checkpoint.manifest if checkpoint else None
+        if manifest is not None and "exclusions" in manifest.scalars:
+            self.exclusions = self.exclusions.merged(Exclusions.from_scalars(manifest.scalars["exclusions"]))
+        return self.exclusions
+
+    def judge(self, attempt: int, exits: Mapping[int, TrainerExit], restored_step: int, reached_step: int) -> Decision:
+        """Decide on the attempt that ended with `exits`, and report it."""
+        rank, cause = classify(exits)
+        failure = Failure(rank=rank, exit=cause, restored_step=restored_step, reached_step=reached_step)
+        self._history.append(failure)
+        spec = self._spec
+        decision = decide(self._history, spec.failures, spec.quarantine, len(self.exclusions.samples))
+        self._event(
+            "failure",
+            attempt=attempt,
+            rank=rank,
+            kind=cause.kind.value,
+            action=decision.action.value,
+            reason=decision.reason,
+            details=cause.details,
+            step=reached_step,
+            **_whereabouts(cause),
+        )
+        self.changed_from = None
+        if decision.action is Action.ROLL_BACK:
+            assert cause.skip is not None
+            self._leave_out(cause.skip[0], Exclusions(steps=(cause.skip,)))
+            self._event(
+                "diverged",
+                attempt=attempt,
+                reason=cause.message,
+                skip=list(cause.skip),
+                rollback=cause.num_rollbacks + 1,
+            )
+        elif decision.action is Action.LEAVE_OUT:
+            assert cause.place is not None
+            step, samples = cause.place.step, cause.place.samples
+            self._leave_out(step, Exclusions(samples=tuple((step, index) for index in samples)))
+            self._event("left_out", attempt=attempt, step=step, samples=list(samples), reason=decision.reason)
+        return decision
+
+    @property
+    def last_kind(self) -> ExitKind:
+        """The kind of the last failure."""
+        return self._history[-1].kind
+
+    def _leave_out(self, step: int, more: Exclusions) -> None:
+        self.exclusions = self.exclusions.merged(more)
+        self.changed_from = step
+
+
+def _whereabouts(cause: TrainerExit) -> dict[str, Any]:
+    place = cause.place
+    return {
+        "where": cause.frame,
+        "microbatch": None if place is None else place.microbatch,
+        "samples": [] if place is None else list(place.samples),
+    }

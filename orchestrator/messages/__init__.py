@@ -1,0 +1,1 @@
+"""What driver, agents and trainers say to each other: plain values, pickled and sent."""

@@ -1,0 +1,1 @@
+"""Hyper-parameter search: many runs, each of which restarts as runs do."""
