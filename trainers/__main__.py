@@ -22,7 +22,7 @@ from trainers.decode import decode
 from trainers.errors import ConfigError, DivergedError
 from trainers.export import ExportWeights, export_pipeline
 from trainers.loop import train
-from trainers.parallel import gather_rows
+from trainers.parallel import gather_rows, kept_buffers
 from trainers.ports import Unsaved
 from trainers.progress import Progress
 from trainers.state import TrainState, combined_fingerprint, fingerprints
@@ -76,8 +76,7 @@ def _write_weights(state: TrainState, config: TrainerConfig, out: Path) -> None:
     }
     if dist.get_rank() == 0:
         description = f"EMA profile {profile}" if profile else "raw weights"
-        kept = state.model.state_dict()
-        buffers = {name: value.cpu() for name, value in state.model.named_buffers() if name in kept}
+        buffers = {name: value.cpu() for name, value in kept_buffers(state.model).items()}
         export_pipeline(
             out,
             config,

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from trainers.allocation import keep_freed_memory
 from trainers.compilation import compile_blocks
 from trainers.config import TrainerConfig
 from trainers.data.batch import Batch
@@ -31,7 +32,7 @@ from trainers.models import empty_model, null_label
 from trainers.norm import StepSums
 from trainers.objectives import Objective
 from trainers.optimizers import make_optimizer
-from trainers.parallel import LocalParameter, make_topology, shard_model
+from trainers.parallel import LocalParameter, gather_for_good, make_topology, shard_model
 from trainers.progress import Progress
 from trainers.reduction import Rounds, Topology
 from trainers.state import TrainState, combined_fingerprint, sharded_fingerprints, sharded_tensor
@@ -52,6 +53,8 @@ def build(
         ConfigError: the model, data or strategy cannot be built from this configuration.
     """
     use_deterministic_kernels(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     topology, mesh = make_topology(config.parallel, device)
     trace = trace or StepTrace(config.train.microbatch_size)
     rounds = _rounds(config, topology.world_size, trace)
@@ -97,9 +100,10 @@ def _shard(
     """This rank's rows of every parameter, with the weights that the run begins at. Collective: all ranks."""
     if config.model.compile:
         compile_blocks(model, torch.device(mesh.device_type))
-    whole = shard_model(model, config.parallel, topology, mesh, rounds, config.train.precision == "bf16")
+    bf16 = config.train.precision == "bf16"
+    whole = shard_model(model, config.parallel, topology, mesh, rounds, bf16)
     load_initial_weights(config.model, config.seed, model, whole)
-    return whole
+    return gather_for_good(model, whole) if topology.shard_size == 1 and not bf16 else whole
 
 
 def _parts(config: TrainerConfig, source: Source, trace: StepTrace) -> tuple[GuardedSource, GuardedSource | None]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from trainers.models import ModelConfig, build_model, pretrained_weights, stored_name
-from trainers.parallel import LocalParameter
+from trainers.parallel import LocalParameter, kept_buffers
 
 
 @torch.no_grad()
@@ -40,10 +40,8 @@ def _read(config: ModelConfig, seed: int, model: nn.Module, parameters: Sequence
             parameter.local.copy_(config.lora.initial(parameter.name, parameter.shape, seed)[start:stop])
         elif stop > start:
             parameter.local.copy_(weights.rows(stored, start, stop))
-    kept = model.state_dict()
-    for name, buffer in model.named_buffers():
-        if name in kept:  # the others are constants of the class
-            buffer.copy_(weights.whole(name))
+    for name, buffer in kept_buffers(model).items():
+        buffer.copy_(weights.whole(name))
 
 
 def _broadcast(whole: nn.Module | None, model: nn.Module, parameters: Sequence[LocalParameter]) -> None:

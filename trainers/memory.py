@@ -28,9 +28,10 @@ class RankMemory:
     """Bytes that one rank takes, while it trains."""
 
     parameters: int
-    """The float32 rows of the weights; under ddp twice, because FSDP works on a copy."""
+    """The float32 rows of the weights."""
     gathered: int
-    """The largest two units, whole: the one that is computed and the one that is fetched ahead."""
+    """The largest two units, whole: the one that is computed and the one that is fetched ahead. Under ddp nothing, but
+    in bfloat16 all."""
     gradients: int
     accumulation: int
     """Sums of gradients that are kept from one microbatch to the next, whole under `accumulation: local`."""
@@ -66,7 +67,8 @@ def rank_memory(config: TrainerConfig, source: Source, world_size: int) -> RankM
         sum(_rows(p, shards) for p in model.parameters() if p.requires_grad or not only_trained)
         for only_trained in (False, True)
     )
-    width = 2 if config.train.precision == "bf16" else 4
+    bf16 = config.train.precision == "bf16"
+    width = 2 if bf16 else 4
     units = [unit for modules in sharding_units(model) for unit in modules]
     inside = {id(p) for unit in units for p in unit.parameters()}
     root = sum(p.numel() for p in model.parameters() if id(p) not in inside)
@@ -74,7 +76,7 @@ def rank_memory(config: TrainerConfig, source: Source, world_size: int) -> RankM
     folder = config.model.folder()
     return RankMemory(
         parameters=4 * every,
-        gathered=width * (sum(largest[:2]) if shards > 1 else sum(p.numel() for p in model.parameters())),
+        gathered=width * (sum(largest[:2]) if shards > 1 else every if bf16 else 0),
         gradients=4 * trained,
         accumulation=4 * _kept_sums(config, model, world_size),
         optimizer=4 * trained * len(config.optimizer.moments),

@@ -1,15 +1,18 @@
 """Strategies: how parameters and gradients are spread over ranks.
 
 All three are FSDP2 on a mesh of R replicas x S shards, so that they share one code path and one kind of number:
-fsdp is 1 x W, hsdp is W/S x S, and ddp is W x 1 (every rank holds all parameters, plus one working copy that FSDP2
-makes of them). Parameters are DTensors on the shard dimension of the mesh; the replicas are kept alike by the
-reduction in `trainers.reduction`.
+fsdp is 1 x W, hsdp is W/S x S, and ddp is W x 1. Parameters are DTensors on the shard dimension of the mesh; the
+replicas are kept alike by the reduction in `trainers.reduction`.
+
+Where every rank holds all parameters, in the precision that it computes in, FSDP2 gathers them once, at the start: that
+copy is what is trained from then on, and the shards' own memory is given back. Otherwise it is gathered in every step.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -70,7 +73,9 @@ class LocalParameter:
     parameter: torch.nn.Parameter
     """A DTensor; its `grad` too."""
     local: torch.Tensor
-    """Its local rows: shares their memory, and is no part of the autograd graph. (rows, ...)"""
+    """Its local rows: the memory that is trained, no part of the autograd graph. (rows, ...)"""
+    computed_with: bool
+    """The model computes with this very memory; else with what FSDP gathers of it."""
 
     def local_grad(self) -> torch.Tensor | None:
         """This rank's rows of the gradient, (rows, ...), or None if there is no gradient."""
@@ -126,8 +131,7 @@ def shard_model(
             reshard_after_forward=keep,
         )
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=keep)
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
+    for unit in fsdp_modules(model):
         if topology.shard_size > 1:  # for one shard it is 1 anyway, and FSDP would go over all gradients to divide
             unit.set_gradient_divide_factor(1.0)  # the loss is already divided by the number of microbatches
         unit.set_force_sum_reduction_for_comms(True)
@@ -140,6 +144,53 @@ def shard_model(
     device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     return _local_parameters(model, topology)
+
+
+def gather_for_good(model: torch.nn.Module, parameters: list[LocalParameter]) -> list[LocalParameter]:
+    """Have FSDP keep what it gathers, and train that; what it was gathered from keeps its place, not its memory. Local:
+    for models of which every rank has all rows, in float32.
+
+    From here on `reshard` would free the weights; and so would `state_dict`, which is refused.
+    """
+    for module in model.modules():
+        module.register_state_dict_pre_hook(_refuse)  # before FSDP's, which comes with the first `unshard`
+    for module in fsdp_modules(model):
+        module.set_reshard_after_backward(False, recurse=False)
+        module.unshard()
+    gathered = dict(model.named_parameters())
+    for parameter in parameters:
+        cast(DTensor, parameter.parameter.data).to_local().untyped_storage().resize_(0)
+    return [replace(p, local=gathered[p.name].detach(), computed_with=True) for p in parameters]
+
+
+def _refuse(*_: object) -> None:
+    raise AssertionError("state_dict() would free the weights of this model; take TrainState.tensors()")
+
+
+def fsdp_modules(model: torch.nn.Module) -> list[FSDPModule]:
+    """The units of a sharded model, and its root."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def weights_changed(model: torch.nn.Module, parameters: Sequence[LocalParameter]) -> None:
+    """Call it when something but the optimizer has written to `local`: what FSDP has gathered before, and may keep for
+    the next forward pass, is of the other weights. Local."""
+    if not all(parameter.computed_with for parameter in parameters):
+        for module in fsdp_modules(model):
+            module.reshard()
+
+
+def kept_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of `model` that belong into a checkpoint, by name; the others are constants of the class.
+
+    What `state_dict` has of buffers, for models on which it may not be called.
+    """
+    constants = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    return {name: buffer for name, buffer in model.named_buffers() if name not in constants}
 
 
 def _all_reduce(topology: Topology, grad: torch.Tensor) -> None:
@@ -160,19 +211,28 @@ def _local_parameters(model: torch.nn.Module, topology: Topology) -> list[LocalP
                 row_offset=offset,
                 parameter=parameter,
                 local=local,
+                computed_with=False,
             )
         )
     return parameters
 
 
-def begin_round(model: torch.nn.Module, config: ParallelConfig, rounds: Rounds) -> None:
+def begin_round(
+    model: torch.nn.Module, parameters: Sequence[LocalParameter], config: ParallelConfig, rounds: Rounds
+) -> None:
     """Tell FSDP whether this round's gradients are reduced. `InvariantReduction` takes every round's, and adds them up
     itself: what FSDP has of the round before must not be added as well."""
     if config.reduction == "invariant":
         if rounds.current:
-            model.zero_grad(set_to_none=True)
+            drop_gradients(parameters)
     elif rounds.local:
         cast(FSDPModule, model).set_requires_gradient_sync(rounds.is_last)
+
+
+def drop_gradients(parameters: Sequence[LocalParameter]) -> None:
+    """Free the gradients of the local rows."""
+    for parameter in parameters:
+        parameter.parameter.grad = None
 
 
 def gather_rows(local: torch.Tensor, parameter: LocalParameter, topology: Topology) -> torch.Tensor:

@@ -17,7 +17,7 @@ from trainers.exclusions import Exclusions
 from trainers.fingerprint import format_fingerprint, partial_fingerprint
 from trainers.generators import GeneratorStates
 from trainers.identity import check_hashes
-from trainers.parallel import LocalParameter
+from trainers.parallel import LocalParameter, kept_buffers
 from trainers.progress import Progress
 from trainers.reduction import Topology
 from trainers.shards import TensorSpec
@@ -87,11 +87,8 @@ class TrainState:
         for profile in sorted(averages):
             for parameter in self.parameters:
                 yield self._sharded(f"ema/{profile}", parameter, averages[profile][parameter.name])
-        buffers = list(self.model.named_buffers())
-        kept = self.model.state_dict() if buffers else {}  # slow, and most models have none
-        for name, value in buffers:
-            if name in kept:
-                yield self._replicated(f"model/{name}", value)
+        for name, value in kept_buffers(self.model).items():
+            yield self._replicated(f"model/{name}", value)
         for name, value in self.generators.tensors.items():
             yield self._replicated(f"rng/{name}", value)
 

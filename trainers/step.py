@@ -19,7 +19,7 @@ from trainers.frozen import Frozen
 from trainers.generators import settle
 from trainers.norm import StepSums, clip_
 from trainers.objectives import Objective
-from trainers.parallel import begin_round
+from trainers.parallel import begin_round, drop_gradients
 from trainers.reduction import Rounds
 from trainers.rng import seed_global_generators
 from trainers.schedules import learning_rate
@@ -103,7 +103,7 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
     losses = torch.zeros(train.num_microbatches, device=task.device)
     broken: list[str] = []
     for _ in task.rounds:
-        begin_round(state.model, task.config.parallel, task.rounds)
+        begin_round(state.model, state.parameters, task.config.parallel, task.rounds)
         index = task.rounds.microbatch(state.topology.rank)
         if index is not None:
             losses[index], names = _backward(state, task, index, scale=1.0 / train.num_microbatches)
@@ -124,8 +124,7 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
         state.ema.update(step)
     else:
         values["skipped"] = 1.0
-    for parameter in state.parameters:
-        parameter.parameter.grad = None
+    drop_gradients(state.parameters)
     _advance(state, task)
     state.divergence.check(step, reason, num_rollbacks=len(state.exclusions.steps))
     return values | _ema_health(state, task)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from trainers.evaluation.config import RAW
+from trainers.parallel import weights_changed
 from trainers.state import TrainState
 
 
@@ -38,7 +38,4 @@ def _exchange(state: TrainState, averages: dict[str, torch.Tensor]) -> None:
         kept = parameter.local.clone()
         parameter.local.copy_(averages[parameter.name])
         averages[parameter.name].copy_(kept)
-    # What FSDP has gathered before, and may keep for the next forward pass, is of the other weights.
-    for module in state.model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    weights_changed(state.model, state.parameters)
