@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from trainers.exchanges import Exchanges, Reduction
-from trainers.tree import TreeSum, aligned_heights
+from trainers.tree import TreeSum, add_up, aligned_heights
 
 # Renamed in torch 2.13; the old name warns there, the new one is missing before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -211,31 +211,32 @@ class InvariantReduction(ReduceScatter):
             begun = self._exchange(of_replica.nodes(), output, topology.replicas, topology.replicate_group)
             yield from begun.works()
             nodes, heights = begun.parts(), self._heights(topology.replicas)
-        for height, node in zip(heights, nodes, strict=True):
-            self._tree.push(node, height)
         if self._rounds.is_last:
-            yield from self._hand_back(self._tree.finish(), output)
+            nodes, heights = [*self._tree.nodes(), *nodes], [*self._tree.heights(), *heights]
+            self._tree = TreeSum()
+            yield from self._hand_back(nodes, heights, output)
             if topology.shard_size == 1 and not output.is_cuda:
                 self._whole = output  # these gradients are of no use any more when the next ones are made
         else:
+            for height, node in zip(heights, nodes, strict=True):
+                self._tree.push(node, height)
             self._tree.own_memory()
 
-    def _hand_back(self, total: torch.Tensor, output: torch.Tensor) -> Reduction:
-        """Put the finished sum of the whole shard into `output`, of which this rank has its slice."""
-        topology = self._topology
+    def _hand_back(self, nodes: list[torch.Tensor], heights: list[int], output: torch.Tensor) -> Reduction:
+        """Put the sum of `nodes` into `output`, the whole shard, of which this rank has its slice of each node."""
+        topology, part = self._topology, nodes[0].numel()
         if topology.num_replicas == 1:
-            torch.add(total, 0.0, out=output)  # -0.0 becomes 0.0
+            add_up(nodes, heights, output)
             return
         options = {"group": topology.replicate_group, "async_op": not output.is_cuda}
         if topology.num_replicas > _FEW:
-            total.add_(0.0)
-            gathered = total.new_empty(topology.num_replicas * total.numel())
-            works = [_all_gather(gathered, total, **options)]
+            add_up(nodes, heights, nodes[0])
+            gathered = output.new_empty(topology.num_replicas * part)
+            works = [_all_gather(gathered, nodes[0], **options)]
         else:  # in place, where an all-gather would need memory for all of it
-            gathered, slices = output, output.split(total.numel())
+            gathered, slices = output, output.split(part)
             if topology.replica < len(slices):  # with few elements not everybody has a slice
-                mine = slices[topology.replica]
-                torch.add(total[: len(mine)], 0.0, out=mine)
+                add_up(nodes, heights, slices[topology.replica])
             works = [dist.broadcast(part, group_src=owner, **options) for owner, part in enumerate(slices)]
         yield from (work for work in works if work is not None)
         if gathered is not output:

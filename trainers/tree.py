@@ -7,7 +7,12 @@ not on who makes them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+_BLOCK_NUMEL = 1 << 16
+"""256 KiB: a few of them fit into a core's cache."""
 
 
 class TreeSum:
@@ -33,6 +38,10 @@ class TreeSum:
         """The sums not yet added to each other, in leaf order: the nodes of `aligned_heights(start, stop)`."""
         return [node for _, node in self._stack]
 
+    def heights(self) -> list[int]:
+        """Those of `nodes`."""
+        return [height for height, _ in self._stack]
+
     def own_memory(self) -> None:
         """Copy what is kept for the next exchange, so that the receive buffers it lies in can be freed."""
         self._stack = [(height, node.clone()) for height, node in self._stack]
@@ -45,6 +54,19 @@ class TreeSum:
             total = left.add_(total)
         self._stop = self._start
         return total
+
+
+def add_up(nodes: Sequence[torch.Tensor], heights: Sequence[int], out: torch.Tensor) -> None:
+    """Sum as many elements of `nodes` as `out` has into `out`. Writes to the nodes too, of which `out` may be the first.
+
+    On a CPU block by block, so that what one addition leaves is in the cache when the next one needs it.
+    """
+    block = out.numel() if out.is_cuda else _BLOCK_NUMEL
+    for first in range(0, out.numel(), max(1, block)):
+        tree, place = TreeSum(), slice(first, min(first + block, out.numel()))
+        for height, node in zip(heights, nodes, strict=True):
+            tree.push(node[place], height)
+        torch.add(tree.finish(), 0.0, out=out[place])  # -0.0 becomes 0.0
 
 
 def aligned_heights(start: int, stop: int) -> list[int]:
