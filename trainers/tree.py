@@ -57,7 +57,7 @@ class TreeSum:
 
 
 def add_up(nodes: Sequence[torch.Tensor], heights: Sequence[int], out: torch.Tensor) -> None:
-    """Sum as many elements of `nodes` as `out` has into `out`. Writes to the nodes too, of which `out` may be the first.
+    """Sum as many elements of `nodes` as `out` has into `out`. They are written to; `out` may be the first of them.
 
     On a CPU block by block, so that what one addition leaves is in the cache when the next one needs it.
     """

@@ -22,8 +22,8 @@ from orchestrator.messages.attempts import (
     Stepped,
 )
 from orchestrator.messages.liveness import AtGate, Beat, Dump, Gate, Stack, StopAt, Told
-from tests.orchestrator.group import Group
 from tests.orchestrator.coordination.test_blame import IN_USER_CODE, WAITING
+from tests.orchestrator.group import Group
 from trainers.progress import Progress
 
 
