@@ -26,6 +26,7 @@ from orchestrator.agents.checkpointer import SharedMemoryCheckpointer
 from orchestrator.agents.snapshot_layout import layout, owned_tensors
 from orchestrator.checkpoint.keys import shard_name
 from orchestrator.checkpoint.writer import hash_shard, lay_out_shard
+from orchestrator.processes import cpu_s, parent
 from trainers.progress import Progress
 from trainers.state import TrainState
 from trainers.step import Task, train_step
@@ -92,18 +93,14 @@ def _time(turn: Turn, scratch: Path) -> dict[str, float]:
 
 def _cpu_s() -> float:
     """CPU seconds of this process with its children, and of its agent."""
-    return sum(_stat(pid)[1] for pid in (_agent(), os.getpid(), *_children()))
+    return sum(map(cpu_s, (_agent(), os.getpid(), *_children())))
 
 
 def _agent() -> int:
     """The process id of this rank's agent: it is above the fork server."""
-    return _stat(os.getppid())[0]
-
-
-def _stat(pid: int) -> tuple[int, float]:
-    """The parent of a process, and its CPU seconds."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[1]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    agent = parent(os.getppid())
+    assert agent is not None, "a trainer does not outlive its fork server"
+    return agent
 
 
 def _children() -> list[int]:

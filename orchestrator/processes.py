@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -17,26 +18,33 @@ def parent(pid: int) -> int | None:
     return None if fields is None else int(fields[1])
 
 
-def _fields(pid: int) -> list[str] | None:
-    """What the kernel says of a process, from its state on; the name before may hold spaces. None: it has ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
+def process_state(pid: int) -> str:
+    """One letter: R running, S asleep, D waiting for a device, T stopped by a signal, Z ended; "": there is none."""
+    fields = _fields(pid)
+    return "" if fields is None else fields[0]
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds that a process has used, with all of its threads; 0 if there is none."""
+    fields = _fields(pid)
+    return 0.0 if fields is None else (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def descendants(pid: int) -> list[int]:
     """All processes that come from `pid`, parents first."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                # The name in parentheses may hold spaces; the parent is the second field after it.
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue  # it has just ended
-            children.setdefault(parent, []).append(int(entry.name))
+        if entry.name.isdigit() and (above := parent(int(entry.name))) is not None:
+            children.setdefault(above, []).append(int(entry.name))
     found = children.get(pid, []).copy()
     for below in found:
         found.extend(children.get(below, ()))
     return found
+
+
+def _fields(pid: int) -> list[str] | None:
+    """What the kernel says of a process, from its state on; the name before may hold spaces. None: it has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None

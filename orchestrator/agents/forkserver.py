@@ -16,11 +16,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
 from subprocess import Popen
 
-from orchestrator.agents.trainer_probe import process_state
 from orchestrator.coordination.watchdog import BEAT_S, STOPPED_LIMIT_S, Silence
 from orchestrator.errors import StartError
 from orchestrator.messages.attempts import ChildEnded, ImportFailed
-from orchestrator.processes import parent
+from orchestrator.processes import parent, process_state
 
 _COMMAND = (sys.executable, "-m", "orchestrator.agents.forking")
 _FIND_S = 1.0

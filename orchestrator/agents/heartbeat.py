@@ -6,9 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from orchestrator.agents.trainer_probe import process_state, starved_s
+from orchestrator.agents.trainer_probe import starved_s
 from orchestrator.coordination.watchdog import BEAT_S
 from orchestrator.messages.liveness import Beat
+from orchestrator.processes import process_state
 
 
 class Heartbeat:

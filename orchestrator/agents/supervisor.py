@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from orchestrator.agents.forkserver import ForkServer
 from orchestrator.agents.heartbeat import Heartbeat
 from orchestrator.agents.shard_writer import HeldSnapshot, ShardWriter
-from orchestrator.agents.trainer_probe import STACK_SIGNAL, busy_s, process_state, read_stack
+from orchestrator.agents.trainer_probe import STACK_SIGNAL, busy_s, read_stack
 from orchestrator.checkpoint.peer_objects import PeerRing
 from orchestrator.coordination.hub import Wire
 from orchestrator.coordination.stragglers import REPORT_S, REPORT_STEPS
@@ -36,6 +36,7 @@ from orchestrator.messages.attempts import (
 )
 from orchestrator.messages.liveness import Busy, Dump, Gate, Stack, StopAt, Told
 from orchestrator.messages.saves import MemorySnapshot, Overwriting, Paused, SaveEnded, Skipped, Snapshot
+from orchestrator.processes import process_state
 from orchestrator.run_spec import RunSpec
 from orchestrator.stores import Stores
 from trainers.progress import Progress

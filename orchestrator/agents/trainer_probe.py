@@ -1,4 +1,4 @@
-"""What an agent can find out about its trainer from outside: its state, its work, its stack."""
+"""What an agent can find out about its trainer from outside: its work, its stack."""
 
 from __future__ import annotations
 
@@ -12,15 +12,6 @@ STACK_SIGNAL = signal.SIGRTMIN + 7
 
 _SIGNAL_WAIT_S = 1.0
 _QUIET_S = 0.05
-
-
-def process_state(pid: int) -> str:
-    """Letter of a process's state in /proc; "" when there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
 
 
 def busy_s(pid: int) -> float | None:

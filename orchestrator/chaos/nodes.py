@@ -159,7 +159,7 @@ class LocalNodes:
 
     def drain(self, place: Place) -> None:
         self._add()
-        self._leaving.append(_raylet_above(place.agent))
+        self._leaving.append(raylet_above(place.agent))
         drain_node(self._address, place.node, self.environment)
 
     def take_drained(self) -> None:
@@ -247,7 +247,7 @@ def _end_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _raylet_above(pid: int) -> int:
+def raylet_above(pid: int) -> int:
     """The daemon of the node that `pid` works on. Raises ProcessLookupError if `pid` is gone."""
     while pid > 1:
         if "raylet" in _read(pid, "comm"):
@@ -258,7 +258,7 @@ def _raylet_above(pid: int) -> int:
 
 def kill_node_of(pid: int) -> None:
     """Kill everything of Ray on this machine's node that `pid` works on. Raises ProcessLookupError if it is gone."""
-    _kill_node(_raylet_above(pid))
+    _kill_node(raylet_above(pid))
 
 
 def _kill_node(raylet: int) -> None:

@@ -97,14 +97,6 @@ def until(condition: Callable[[], Any], check: Callable[[], None] = lambda: None
         time.sleep(0.1)
 
 
-def raylet_of(pid: int) -> int:
-    """The daemon of the node that process `pid` works on."""
-    while _name(pid) != "raylet":
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        assert pid > 1
-    return pid
-
-
 def _name(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_text().strip()
 

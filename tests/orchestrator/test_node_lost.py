@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from orchestrator.chaos.nodes import raylet_above
 from tests.orchestrator.test_train import Driver, write_config
 from tests.s3.server import free_ports
 
@@ -58,14 +59,6 @@ def start(folder: Path, options: list[str]) -> subprocess.Popen[str]:
     raise AssertionError(f"ray start {options} ended with {process.wait()}: {(folder / 'start.log').read_text()}")
 
 
-def raylet_of(pid: int) -> int:
-    """The node's daemon, above one of its workers."""
-    while "raylet" not in (name := Path(f"/proc/{pid}/comm").read_text()):
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        assert pid > 1, name
-    return pid
-
-
 def test_a_lost_node_costs_at_most_the_interval_of_the_memory_tier(tmp_path: Path, cluster: Path) -> None:
     path = write_config(tmp_path)
     config = yaml.safe_load(path.read_text())
@@ -76,7 +69,7 @@ def test_a_lost_node_costs_at_most_the_interval_of_the_memory_tier(tmp_path: Pat
     path.write_text(yaml.safe_dump(config))
     driver = Driver(cluster, path)
     driver.until(r"step \d+/400 .* newest stable checkpoint: step [1-9]")
-    os.kill(raylet_of(driver.agents[1]), signal.SIGKILL)
+    os.kill(raylet_above(driver.agents[1]), signal.SIGKILL)
     driver.until(r"from checkpoint \d+-\d+ in the memory of the nodes")
     begun = int(driver.until(r"goes on from step (\d+)")[1])
     assert begun % EVERY == 0 and begun > 0

@@ -16,12 +16,13 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from orchestrator.chaos.nodes import raylet_above
 from orchestrator.checkpoint.store import Store
 from orchestrator.cli import main
 from orchestrator.jobs.job_server import Cluster
 from orchestrator.messages.attempts import Event
 from orchestrator.tracking.record import read_events
-from tests.orchestrator.job_cluster import JobCluster, environment, raylet_of, until
+from tests.orchestrator.job_cluster import JobCluster, environment, until
 from tests.orchestrator.straight_run import make_straight_run
 from tests.trainers.tiny import tiny_config
 
@@ -76,7 +77,7 @@ def last_event(run: Path, kind: str, **fields: int) -> Event:
 
 def lose_a_node(cluster: JobCluster, run: Path) -> None:
     """SIGKILL to the raylet of a node that is not the head's and has a worker."""
-    nodes = {raylet_of(last_event(run, "trainer", rank=rank).fields["agent_pid"]) for rank in (0, 1)}
+    nodes = {raylet_above(last_event(run, "trainer", rank=rank).fields["agent_pid"]) for rank in (0, 1)}
     assert len(nodes) == 2, "one CPU a node"
     os.kill((nodes - {cluster.head}).pop(), signal.SIGKILL)
 

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from orchestrator.checkpoint.store import Store
+from orchestrator.processes import birth, parent
 from orchestrator.tracking.goodput import account
 from orchestrator.tracking.record import read_events, read_metrics
 from tests.orchestrator.independent import assert_same_state
@@ -95,18 +96,6 @@ def prove(a: Path, b: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, text=True, capture_output=True, check=False)
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
 def test_trainers_agents_and_driver_killed(straight: Path, ray_folder: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path)
     driver = Driver(ray_folder, config, "checkpoint.every_steps=5")
@@ -127,7 +116,7 @@ def test_trainers_agents_and_driver_killed(straight: Path, ray_folder: Path, tmp
     again = Driver(ray_folder, config)
     assert again.end() == 0, "".join(again.lines)
     assert "goes on from step 0" not in "".join(again.lines)
-    assert [pid for pid in doomed if alive(pid)] == [], "nothing is left of the first driver"
+    assert [pid for pid in doomed if birth(pid) is not None] == [], "nothing is left of the first driver"
     proof = prove(tmp_path / "run", straight)
     assert proof.returncode == 0 and "bitwise the same" in proof.stdout, proof
     assert_same_state(tmp_path / "run", straight)
