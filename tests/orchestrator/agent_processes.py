@@ -42,14 +42,16 @@ os.environ["UNBROKEN_TEST_FAULTS"] = str(FAULTS)
 
 _THREADS = {"hub", "hub-beat", "heartbeat", "shard-hasher", "shard-writer", "committer", "pruner"}
 _KEPT: dict[tuple[str, ...], tuple[str, Keeper]] = {}
+_KEEPING = threading.Lock()
 
 
 def _fork_server(preload: Sequence[str]) -> ForkServer:
     """One for the whole session, as one for all groups of agents of a run: so that no test imports torch anew."""
     if not set(PRELOAD) <= set(preload):
         return ForkServer.start(preload)
-    if (key := tuple(preload)) not in _KEPT:
-        _KEPT[key] = (name := uuid.uuid4().hex, Keeper(name, preload))
+    with _KEEPING:  # all ranks ask at once: a second keeper would be dropped while its process runs
+        if (key := tuple(preload)) not in _KEPT:
+            _KEPT[key] = (name := uuid.uuid4().hex, Keeper(name, preload))
     return open_fork_server(_KEPT[key][0], preload)
 
 
