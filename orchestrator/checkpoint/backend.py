@@ -14,8 +14,8 @@ class Unfinished:
 
     path: str
     """Where the object would be, or below which folder."""
-    begun_s: float
-    """Unix time, by the clock of the store."""
+    age_s: float
+    """Seconds since it was begun, or last written to, by the clock of the store."""
     handle: Any
     """Only for the backend."""
 
@@ -68,6 +68,10 @@ class Backend(ABC):
     def abort(self, upload: Unfinished) -> None:
         """Remove one of them; nothing happens if it is gone, or has been finished."""
         raise NotImplementedError("there was none")
+
+    def age_s(self, path: str) -> float | None:
+        """Seconds since an object was written, by the clock of the store alone; None: it does not tell."""
+        return None
 
     def clock_skew_s(self, path: str) -> float | None:
         """Seconds by which the store's clock is ahead of ours; None: it does not tell."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -60,14 +62,18 @@ class LocalFolder(Backend):
         found = []
         for folder, _, names in os.walk(path):
             for name in filter(_is_temporary, names):
+                temporary = os.path.join(folder, name)
                 with suppress(FileNotFoundError):  # its owner was faster
-                    temporary = os.path.join(folder, name)
-                    found.append(Unfinished(path=folder, begun_s=os.stat(temporary).st_mtime, handle=temporary))
+                    found.append(Unfinished(path=folder, age_s=self.age_s(temporary), handle=temporary))
         return found
 
     def abort(self, upload: Unfinished) -> None:
         with suppress(FileNotFoundError):
             os.unlink(upload.handle)
+
+    def age_s(self, path: str) -> float:
+        written_s = os.stat(path).st_mtime
+        return _now_s(os.path.dirname(path)) - written_s
 
     def free_bytes(self, path: str) -> int | None:
         while not os.path.exists(path):
@@ -94,6 +100,15 @@ def _complete_file(path: str, parts: Sequence[bytes | memoryview]) -> Iterator[s
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _now_s(folder: str) -> float:
+    """As its files are dated: by the clock of another machine, where the folder is mounted from there."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:  # a full disk must not keep anybody from making room
+        return time.time()
 
 
 def _is_temporary(name: str) -> bool:

@@ -2,9 +2,12 @@
 
 A checkpoint is removed in two strokes, so that nobody who reads it loses it:
 1. It is marked as expired. From here on nobody begins to read it, except a run that has nothing newer left.
-2. `grace_s` after this process saw the mark (its own clock, so that no two have to agree), if the policy still does not
-   keep it: the manifest goes first, so that there is no moment at which a checkpoint counts and lacks a file; then the
-   files; the mark last, so that a removal that was interrupted is recognised and completed.
+2. `grace_s` after the mark was set, if the policy still does not keep it: the manifest goes first, so that there is no
+   moment at which a checkpoint counts and lacks a file; then the files; the mark last, so that a removal that was
+   interrupted is recognised and completed.
+
+The age of a mark that an earlier process has set is asked of the store, by its one clock, so that no two have to agree;
+where a store has none, it counts from when this process saw it.
 
 What an older attempt never committed was never readable and goes at once; but the mark that it was abandoned stays in
 the place of its manifest for good (some 150 bytes), or that attempt could wake up and commit what has lost its files.
@@ -87,7 +90,7 @@ class Pruner:
         """Seconds until others that are unfinished may go."""
         waits = []
         for upload in self._store.unfinished_uploads():
-            wait = upload.begun_s + _patience_s(self._store.upload_key(upload), attempt, self._config) - time.time()
+            wait = _patience_s(self._store.upload_key(upload), attempt, self._config) - upload.age_s
             if wait <= 0:
                 check_not_superseded(self._store, attempt)
                 self._store.abort_upload(upload)
@@ -107,13 +110,21 @@ class Pruner:
             if not info.expired:
                 self._expired_at.pop(info.ref, None)  # whatever took an earlier mark away, readers may have begun
                 expire(self._store, info.ref, verdict.reason)
-            expired_at = self._expired_at.setdefault(info.ref, self._clock())
-            wait = expired_at + self._config.grace_s - began
+            if info.ref not in self._expired_at:
+                age_s = self._age_s(info)
+                self._expired_at[info.ref] = self._clock() - age_s
+            wait = self._expired_at[info.ref] + self._config.grace_s - began
             if self._config.grace_s and wait > 0:
                 return wait
         if remove(self._store, info, attempt):
             report(Removal(ref=info.ref, reason=verdict.reason))
         return 0.0
+
+    def _age_s(self, info: CheckpointInfo) -> float:
+        """Of the mark."""
+        if not info.expired:
+            return 0.0  # it was not there when we looked
+        return max(0.0, self._store.age_s(info.ref.expired) or 0.0)  # below 0: somebody has set the clock back
 
 
 def _without_tensors(info: CheckpointInfo) -> CheckpointInfo:

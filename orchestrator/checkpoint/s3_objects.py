@@ -98,10 +98,7 @@ class S3Objects(Backend):
             raise
 
     def size(self, path: str) -> int:
-        bucket, key = _split(path)
-        return self._run(path, self._requests.repeat(lambda client, _: client.head_object(Bucket=bucket, Key=key)))[
-            "ContentLength"
-        ]
+        return self._head(path)["ContentLength"]
 
     def list(self, path: str) -> list[str]:
         bucket, key = _split(path)
@@ -140,10 +137,11 @@ class S3Objects(Backend):
             found, marker = [], {}
             while True:
                 answer = await page(marker)
+                now_s = _date_s(answer) or time.time()
                 for upload in answer.get("Uploads", ()):
-                    begun_s = upload["Initiated"].timestamp()
+                    age_s = now_s - upload["Initiated"].timestamp()
                     place = f"{bucket}/{upload['Key']}"
-                    found.append(Unfinished(path=place, begun_s=begun_s, handle=upload["UploadId"]))
+                    found.append(Unfinished(path=place, age_s=age_s, handle=upload["UploadId"]))
                 if not answer.get("IsTruncated"):
                     return found
                 marker = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
@@ -154,15 +152,22 @@ class S3Objects(Backend):
         bucket, key = _split(upload.path)
         self._run(upload.path, self._abort(bucket, key, upload.handle))
 
+    def age_s(self, path: str) -> float | None:
+        answer = self._head(path)
+        now_s = _date_s(answer)
+        return None if now_s is None else now_s - answer["LastModified"].timestamp()
+
     def clock_skew_s(self, path: str) -> float | None:
         bucket, _ = _split(path)
         began = time.time()
         answer = self._run(path, self._requests.repeat(lambda client, _: client.head_bucket(Bucket=bucket)))
-        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-        if date is None:
-            return None
+        now_s = _date_s(answer)
         # The header counts whole seconds and was written somewhere between sending and receiving.
-        return email.utils.parsedate_to_datetime(date).timestamp() + 0.5 - (began + time.time()) / 2
+        return None if now_s is None else now_s + 0.5 - (began + time.time()) / 2
+
+    def _head(self, path: str) -> Any:
+        bucket, key = _split(path)
+        return self._run(path, self._requests.repeat(lambda client, _: client.head_object(Bucket=bucket, Key=key)))
 
     def _run(self, path: str, coroutine: Coroutine[Any, Any, T]) -> T:
         with _missing_found(path):
@@ -176,7 +181,7 @@ class S3Objects(Backend):
             parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(self._send(upload, pieces), 1)]
             run(self._complete(upload, {"Parts": parts}, sum(len(view) for piece in pieces for view in piece)))
         except BaseException:
-            with suppress(Exception):  # what is left over costs money until `abort_unfinished` finds it
+            with suppress(Exception):  # what is left over costs money until the `Pruner` finds it
                 run(self._requests.once(lambda client, _: client.abort_multipart_upload(**upload), 5.0))
             raise
 
@@ -229,6 +234,12 @@ def _missing_found(path: str) -> Iterator[None]:
         if code(error) in _MISSING:
             raise FileNotFoundError(path) from error
         raise
+
+
+def _date_s(answer: Any) -> float | None:
+    """When the store answered, by its own clock; None: it does not say."""
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return None if date is None else email.utils.parsedate_to_datetime(date).timestamp()
 
 
 def _cut(parts: Sequence[memoryview], size: int) -> Iterator[list[memoryview]]:

@@ -202,6 +202,16 @@ class Store:
         with self._translated("abort an upload in", ""):
             self.backend.abort(upload)
 
+    def age_s(self, key: str) -> float | None:
+        """Seconds since an object was written, by the clock of the store alone; None where it does not tell.
+
+        Raises:
+            MissingObjectError: there is no such object.
+            StorageError: it could not be asked.
+        """
+        with self._translated("look at", key):
+            return self.backend.age_s(self._path(key))
+
     def clock_skew_s(self) -> float | None:
         """Seconds by which the store's clock is ahead of ours, to about one; None if it does not tell."""
         with self._translated("ask for the time at", ""):

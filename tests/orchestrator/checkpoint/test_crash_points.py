@@ -54,7 +54,18 @@ class MortalStore:
 
     def __init__(self, inner: Store, countdown: Countdown) -> None:
         self.url, self.backend, self.conditional_create = inner.url, inner.backend, True
-        names = ("read", "read_into", "write", "create", "exists", "size", "list", "delete", "unfinished_uploads")
+        names = (
+            "read",
+            "read_into",
+            "write",
+            "create",
+            "exists",
+            "size",
+            "list",
+            "delete",
+            "unfinished_uploads",
+            "age_s",
+        )
         for name in names:
             setattr(self, name, countdown.around(getattr(inner, name)))
 

@@ -14,6 +14,7 @@ from orchestrator.checkpoint.retention import Pruner, claim_fields, claimed_conf
 from orchestrator.checkpoint.selection import select_checkpoint
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError, SupersededError
+from tests.orchestrator.checkpoint.dict_store import DictStore
 from tests.orchestrator.checkpoint.states import make_state, save, write_shards
 from tests.s3.stores import abort_all
 from trainers.errors import ConfigError
@@ -56,12 +57,34 @@ def test_marked_first_and_removed_after_the_grace_period(store):
     ]
 
 
-def test_the_grace_period_begins_when_this_process_sees_the_mark(store):
-    run = Run(store, 2, last=1)
-    expire(store, run.refs[0], "by somebody whose clock we do not know")
+def test_a_store_that_has_no_clock_counts_from_when_this_process_sees_the_mark():
+    run = Run(DictStore(), 2, last=1)
+    expire(run.store, run.refs[0], "by somebody whose clock we do not know")
     assert run.prune(1e9) == GRACE_S and run.steps == [1, 2]
     run.prune(GRACE_S)
     assert run.steps == [2]
+
+
+@pytest.mark.parametrize("off_s", [0, 86_400 * 365, -86_400 * 365], ids=["right", "ahead", "behind"])
+def test_processes_that_live_shorter_than_the_grace_period_remove_all_the_same(tmp_path, monkeypatch, off_s):
+    run = Run(Store.open(str(tmp_path)), 3, last=1)
+    now_s = time.time()
+    monkeypatch.setattr(time, "time", lambda: now_s + off_s)  # whatever this machine takes for the time
+    for ref, age_s in zip(run.refs, (GRACE_S + 10, 30), strict=False):
+        expire(run.store, ref, "by a process that has ended")
+        os.utime(tmp_path / ref.expired, (now_s - age_s,) * 2)
+    waits = run.prune()
+    assert run.steps == [2, 3] and GRACE_S - 40 < waits <= GRACE_S - 30 + 1
+    left = leave_upload(run.store, f"checkpoints/0000000000040-{run.attempt:04d}", 40 + off_s)
+    run.prune()
+    assert left.exists(), "it is being written"
+
+
+def test_a_mark_of_the_future_counts_from_when_it_is_seen(tmp_path):
+    run = Run(Store.open(str(tmp_path)), 2, last=1)
+    expire(run.store, run.refs[0], "by a process that has ended")
+    os.utime(tmp_path / run.refs[0].expired, (time.time() + 3600,) * 2)
+    assert run.prune() == GRACE_S
 
 
 def test_nobody_begins_to_read_what_is_expired(store):

@@ -31,6 +31,8 @@ class TestContract:
         assert store.read("a/b", 2, 5) == b"234"
         assert store.read("a/b", 7) == b"789"
         assert store.size("a/b") == 10 and store.exists("a/b")
+        age_s = store.age_s("a/b")
+        assert (age_s is None) == (store.backend.kind == "memory") and -2 < (age_s or 0.0) < 60
 
     def test_parts_larger_than_one_piece_arrive_in_order(self, store, monkeypatch):
         monkeypatch.setattr(fsspec_objects, "_WRITE_PIECE_BYTES", 1000)
