@@ -156,6 +156,15 @@ def test_the_newest_attempt_s_own_save_is_not_closed(store):
     assert [info.state for info in take_over(store, attempt)] == [CheckpointState.WRITING]
 
 
+def test_what_a_store_lists_late_is_not_missing(store, monkeypatch):
+    ref = save(store, make_state(1), step=1).ref
+    real = store.list
+    monkeypatch.setattr(store, "list", lambda folder: [name for name in real(folder) if not name.startswith("shard")])
+    assert newest_stable(store).ref == ref
+    store.delete(ref.shard(0, 3))
+    assert newest_stable(store) is None and states(store) == [(10, "damaged")]
+
+
 def test_a_missing_file_is_seen_without_reading_any(store):
     first, second = (save(store, make_state(step), step=step, world_size=2).ref for step in (1, 2))
     store.delete(second.shard(1, 2))
