@@ -39,10 +39,26 @@ def newest_attempt(store: Store) -> int:
 def read_attempts(store: Store) -> Iterator[dict[str, Any]]:
     """What every attempt stored at its claim, newest first, each read when it is asked for: a long run has thousands.
 
+    Raises StorageError as `read_attempt` does.
+    """
+    return (read_attempt(store, attempt) for attempt in sorted(_claimed(store), reverse=True))
+
+
+def read_attempt(store: Store, attempt: int) -> dict[str, Any]:
+    """What an attempt stored at its claim.
+
     Of a damaged one there is the number alone. That is what fences. The rest is for reports and budgets: a flipped bit
     in it must not keep a run from going on.
+
+    Raises:
+        StorageError: the store could not be read, or there is none.
     """
-    return (_read(store, attempt) for attempt in sorted(_claimed(store), reverse=True))
+    try:
+        return records.load(store, keys.attempt_key(attempt))
+    except StorageError:
+        raise
+    except UnbrokenError:
+        return {"attempt": attempt}
 
 
 def check_not_superseded(store: Store, attempt: int) -> None:
@@ -54,15 +70,6 @@ def check_not_superseded(store: Store, attempt: int) -> None:
     newest = newest_attempt(store)
     if newest > attempt:
         raise SupersededError(f"attempt {attempt} of {store.url} is superseded by attempt {newest}; it stops here")
-
-
-def _read(store: Store, attempt: int) -> dict[str, Any]:
-    try:
-        return records.load(store, keys.attempt_key(attempt))
-    except StorageError:
-        raise
-    except UnbrokenError:
-        return {"attempt": attempt}
 
 
 def _claimed(store: Store) -> list[int]:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from orchestrator.checkpoint.keys import METRICS
+from orchestrator.checkpoint.attempts import read_attempt
+from orchestrator.checkpoint.keys import EVENTS, METRICS
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import UnbrokenError
 from orchestrator.messages.attempts import Event
 from orchestrator.run_spec import RunSpec
 from orchestrator.tracking.goodput import Bucket, account
-from orchestrator.tracking.record import Row, RowsReader, one_row_a_step, read_events
+from orchestrator.tracking.record import Row, RowsReader, in_order, one_row_a_step
 from trainers.exclusions import Exclusions
 
 _ENOUGH_ROWS = 10_000
+_ENOUGH_EVENTS = 10_000
+_CHANGES = frozenset({"diverged", "left_out"})
+_SIGNS_OF_LIFE = frozenset({"step", "alive"})
+_TIMES = frozenset({"started", "attempt", "training", "down", "agent_lost", "hang", "regroup", "controller_lost"})
+_ENDS = frozenset({"outcome", "interrupted"})
 _NO_FAILURES = frozenset({"interrupted", "regroup", "stopped"})
 
 
@@ -27,6 +32,7 @@ class Past:
     steps: Mapping[int, Row] = field(default_factory=dict)
     """By step, the numbers that it must give when it is made again."""
     trained_s: float = 0.0
+    """With a driver. This and the next one are known only if the interval of saves is found out from them."""
     failures: int = 0
 
 
@@ -61,42 +67,64 @@ class PastReader:
             self._event("past_unread", error=why)
 
     def _found(self, attempt: int, step: int, exclusions: Exclusions) -> Past:
-        store = Store.open(self._spec.run_url)
-        events, rows = read_events(store), RowsReader(store, METRICS).rows(_ENOUGH_ROWS)
-        before = [event for event in events if event.fields.get("attempt", 0) < attempt]
+        store, spec = Store.open(self._spec.run_url), self._spec
+        rows: list[Row] = []
+        if spec.config.get("parallel", {}).get("reduction", "invariant") != "fast":  # whose numbers depend on workers
+            rows = RowsReader(store, METRICS).rows(_ENOUGH_ROWS)
+        rows = [row for row in rows if row["step"] > step and row["attempt"] < attempt]
+        attempts = {row["attempt"] for row in rows}
+        alike = {number for number in attempts if read_attempt(store, number).get("versions") == spec.versions}
+        # A run of weeks has a million events: of most attempts none is read, and of the others few are kept.
+        events = RowsReader(store, EVENTS, _outline if spec.checkpoint.automatic else _changes)
+        enough = _ENOUGH_EVENTS if spec.checkpoint.automatic else 0
+        found = in_order(events.rows(enough, since=min(alike, default=None)))
+        before = [event for event in found if event.fields.get("attempt", 0) < attempt]
         book = account(before)
         return Past(
-            steps=binding_steps(rows, before, step, self._spec, exclusions),
+            steps=binding_steps(rows, alike, before, exclusions),
             trained_s=book.wall_s - book.seconds[Bucket.DOWN],
             failures=sum(recovery.cause not in _NO_FAILURES for recovery in book.recoveries),
         )
 
 
-def binding_steps(
-    rows: Iterable[Row], before: Sequence[Event], step: int, spec: RunSpec, exclusions: Exclusions
-) -> dict[int, Row]:
-    """The rows of the record that steps after `step` must repeat bit by bit.
+def _changes(rows: list[Row]) -> list[Row]:
+    """What makes later numbers others."""
+    return [row for row in rows if row["event"] in _CHANGES]
 
-    Not those of drivers with other versions of libraries or another machine; not those from before a rollback or a
-    quarantine of samples on, unless the attempt leaves the same out; none with `parallel.reduction: fast`, whose
-    numbers depend on the workers.
+
+def _outline(rows: list[Row]) -> list[Row]:
+    """That, and when training went on and when not; of signs of life in a row, the first and the last."""
+    kept: list[Row] = []
+    for row in rows:
+        if row["event"] in _SIGNS_OF_LIFE and [_sign_of(other) for other in kept[-2:]] == [row["writer"]] * 2:
+            kept[-1] = row
+        elif row["event"] in _SIGNS_OF_LIFE | _TIMES | _ENDS | _CHANGES:
+            kept.append(row)
+    return kept
+
+
+def _sign_of(row: Row) -> str | None:
+    return row["writer"] if row["event"] in _SIGNS_OF_LIFE else None
+
+
+def binding_steps(
+    rows: Iterable[Row], alike: Collection[int], before: Sequence[Event], exclusions: Exclusions
+) -> dict[int, Row]:
+    """By step, the rows of the record that must be repeated bit by bit.
+
+    Not those from before a rollback or a quarantine of samples on, unless the attempt leaves the same out.
 
     Args:
-        before: events of earlier attempts.
+        rows: of steps that are to be made again.
+        alike: attempts with the same versions of libraries on the same kind of machine.
+        before: events of these attempts and of later ones that are over.
         exclusions: what the attempt that begins leaves out.
     """
-    if spec.config.get("parallel", {}).get("reduction", "invariant") == "fast":
-        return {}
-    alike = {
-        event.fields["session"] for event in before if event.kind == "started" and _versions(event) == spec.versions
-    }
-    attempts = {event.fields["attempt"] for event in before if event.kind == "attempt" and _session(event) in alike}
     changes = [change for event in before if (change := _change(event, exclusions)) is not None]
     binding = one_row_a_step(
         row
         for row in rows
-        if row["step"] > step
-        and row["attempt"] in attempts
+        if row["attempt"] in alike
         and not any(row["step"] >= since and (until is None or row["attempt"] <= until) for since, until in changes)
     )
     return {row["step"]: row for row in binding if None not in (row.get("loss"), row.get("grad_norm"))}
@@ -112,11 +140,3 @@ def _change(event: Event, exclusions: Exclusions) -> tuple[int, int | None] | No
         known = all((fields["step"], index) in exclusions.samples for index in fields["samples"])
         return fields["step"], fields["attempt"] if known else None
     return None
-
-
-def _versions(event: Event) -> Any:
-    return event.fields.get("versions")
-
-
-def _session(event: Event) -> Any:
-    return event.fields.get("session")

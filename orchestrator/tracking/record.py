@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -93,9 +93,11 @@ def _parse(line: bytes) -> Any:
 class RowsReader:
     """The rows of one folder. It remembers what it has read: looking again costs only what is new."""
 
-    def __init__(self, store: Store, folder: str) -> None:
+    def __init__(self, store: Store, folder: str, keep: Callable[[list[Row]], list[Row]] = lambda rows: rows) -> None:
+        """Args: keep: what is wanted of the rows of one object; the rest is forgotten as soon as it is read."""
         self._store = store
         self._folder = folder
+        self._keep = keep
         self._read: dict[RowsRef, tuple[list[Row], int]] = {}
         self.complete = True
         """Whether the last `rows` were all there are."""
@@ -106,27 +108,35 @@ class RowsReader:
         where = f"{self._store.url}/{self._folder}"
         return [f"{where}/{ref}: {bad} lines are damaged" for ref, (_, bad) in sorted(self._read.items()) if bad]
 
-    def rows(self, enough: int | None = None) -> list[Row]:
+    def rows(self, enough: int | None = None, since: int | None = None) -> list[Row]:
         """All rows, or at least the `enough` newest of them, in no particular order and some maybe twice.
+
+        Args:
+            since: also all rows of this attempt and of later ones.
 
         Raises:
             StorageError: the store could not be read.
         """
         for _ in range(_LISTINGS - 1):
             try:
-                return self._pass(enough)
+                return self._pass(enough, since)
             except MissingObjectError:
                 continue  # merged into another object, which a new listing names
-        return self._pass(enough)
+        return self._pass(enough, since)
 
-    def _pass(self, enough: int | None) -> list[Row]:
+    def _pass(self, enough: int | None, since: int | None) -> list[Row]:
         refs = [ref for name in self._store.list(self._folder) if (ref := RowsRef.parse(name))]
         refs.sort(reverse=True)
         found: list[Row] = []
         used: set[RowsRef] = set()
         with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-            while refs and (enough is None or len(found) < enough):
-                some, refs = refs[:_PARALLEL_READS], refs[_PARALLEL_READS:]
+            while refs:
+                some = refs[:_PARALLEL_READS]
+                if enough is not None and len(found) >= enough:
+                    some = [ref for ref in some if since is not None and ref.attempt >= since]
+                if not some:
+                    break
+                refs = refs[len(some) :]
                 unread = [ref for ref in some if ref not in self._read]
                 for ref, content in zip(unread, pool.map(self._decode, unread), strict=True):
                     self._read[ref] = content
@@ -138,7 +148,8 @@ class RowsReader:
         return found
 
     def _decode(self, ref: RowsRef) -> tuple[list[Row], int]:
-        return decode(self._store.read(f"{self._folder}/{ref}"), self._folder)
+        rows, bad = decode(self._store.read(f"{self._folder}/{ref}"), self._folder)
+        return self._keep(rows), bad
 
 
 def one_row_a_step(rows: Iterable[Row]) -> list[Row]:
