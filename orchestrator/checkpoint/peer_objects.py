@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,6 +24,8 @@ from orchestrator.checkpoint.store import Store
 
 _CONNECT_S = 5.0
 _SILENCE_S = 20.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 15.0, 240.0
+"""For so long a node that has failed is not asked; twice as long each time, until it answers."""
 _COPIES = 2
 
 
@@ -50,7 +53,11 @@ class PeerRing:
 
 
 class PeerObjects(Backend):
-    """A backend of `Store`. A node that does not answer is left out from then on."""
+    """A backend of `Store`. A node that does not answer is left out for a while.
+
+    What it missed meanwhile does it no harm: a key counts if any node has it. What was deleted meanwhile may come back
+    with it: older checkpoints, which are superfluous once more, or quarantined once more.
+    """
 
     kind = "peer"
 
@@ -67,8 +74,18 @@ class PeerObjects(Backend):
         return self._first(path, lambda node: node.read_into(path, begin, outs))
 
     def write(self, path: str, parts: Sequence[memoryview]) -> None:
-        for node in self._nearest()[:_COPIES]:
-            node.put("write", path, parts)
+        copies, failure = 0, ConnectionError("no peer answers")
+        for node in self._nearest():
+            try:
+                node.put("write", path, parts)
+            except ConnectionError as error:  # lost just now: the next one takes its place
+                failure = error
+            else:
+                copies += 1
+                if copies == _COPIES:
+                    return
+        if not copies:
+            raise failure
 
     def create_once(self, path: str, data: bytes, timeout_s: float) -> None:
         if any(size is not None for size in self._all("size", path)):
@@ -128,7 +145,13 @@ class _Node:
         self._peer = peer
         self._key = key
         self._local = threading.local()
-        self.lost = False
+        self._again_at = 0.0
+        self._pause_s = _FIRST_PAUSE_S
+
+    @property
+    def lost(self) -> bool:
+        """It has failed, and is not asked for now."""
+        return time.monotonic() < self._again_at
 
     def read(self, path: str, begin: int | None, end: int | None) -> bytes | None:
         def receive_it(raw: socket.socket, connection: Connection) -> bytes | None:
@@ -174,11 +197,15 @@ class _Node:
         try:
             if not hasattr(self._local, "wire"):
                 self._local.wire = _Wire(self._peer, self._key)
-            return exchange(self._local.wire.raw, self._local.wire.connection)
+            answer = exchange(self._local.wire.raw, self._local.wire.connection)
         except (OSError, EOFError, AuthenticationError) as error:
-            self.lost = True
             self._local.__dict__.pop("wire", None)
+            if not self.lost:  # several threads may find out at once
+                self._again_at = time.monotonic() + self._pause_s
+                self._pause_s = min(_LONGEST_PAUSE_S, 2 * self._pause_s)
             raise ConnectionError(f"the memory of {self._peer.host}:{self._peer.port} is gone ({error!r})") from error
+        self._pause_s = _FIRST_PAUSE_S
+        return answer
 
 
 class _Wire:

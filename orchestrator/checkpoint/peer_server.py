@@ -13,6 +13,14 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any
 
+_PAUSE_S = 0.1
+_KEEPALIVE = {
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE): 60,  # seconds
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL): 20,  # seconds
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT): 3,
+}
+
 
 class PeerServer:
     """Serves until its process ends."""
@@ -22,12 +30,14 @@ class PeerServer:
         self._key = key
         self._objects: dict[str, bytearray] = {}
         self._lock = threading.Lock()
+        self._closed = threading.Event()
         self._listener = socket.create_server((host, 0))
         self.port = int(self._listener.getsockname()[1])
         threading.Thread(target=self._accept, name="peer-memory", daemon=True).start()
 
     def close(self) -> None:
         """Serve nobody any more and forget everything."""
+        self._closed.set()
         with suppress(OSError):  # wakes who accepts
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -39,7 +49,12 @@ class PeerServer:
             try:
                 end, _ = self._listener.accept()
             except OSError:
-                return  # closed
+                if self._closed.wait(_PAUSE_S):
+                    return
+                continue  # too many open files, say: that passes
+            # Or the thread of a client whose machine lost its power would wait for it for ever.
+            for option, value in _KEEPALIVE.items():
+                end.setsockopt(*option, value)
             threading.Thread(target=self._serve, args=(end,), daemon=True).start()
 
     def _serve(self, end: socket.socket) -> None:
@@ -47,7 +62,7 @@ class PeerServer:
             try:
                 deliver_challenge(connection, self._key)
                 answer_challenge(connection, self._key)
-                while self._listener.fileno() >= 0:
+                while not self._closed.is_set():
                     self._answer(end, connection, *connection.recv())
             except (AuthenticationError, EOFError, OSError):
                 return  # a stranger, or somebody who has died

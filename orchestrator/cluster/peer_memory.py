@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.checkpoint.peer_objects import Peer, PeerRing
 from orchestrator.checkpoint.peer_server import PeerServer
+from orchestrator.cluster.silent_nodes import silent_nodes
 
 _START_S = 60.0
 
@@ -40,17 +41,18 @@ class _Directory:
         self._holders: dict[str, Any] = {}
 
     def ring(self) -> PeerRing:
-        """The memory of all nodes that are there now; of those that are new it is empty."""
-        alive = {
-            node["NodeID"]
-            for node in ray.nodes()
-            if node["Alive"] and node["Resources"].get("CPU", 0.0) >= max(self._cpus, 0.01)
-        }
+        """The memory of all nodes that answer now; of those that are new it is empty."""
+        nodes = [
+            node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0.0) >= max(self._cpus, 0.01)
+        ]
+        alive = {node["NodeID"] for node in nodes}
         self._holders = {node: holder for node, holder in self._holders.items() if node in alive}
         for node in alive - self._holders.keys():
             where = NodeAffinitySchedulingStrategy(node, soft=False)
             self._holders[node] = _Holder.options(scheduling_strategy=where).remote(node, self._key)
-        asked = {holder.peer.remote(): node for node, holder in self._holders.items()}
+        # A node that is lost would be waited for until Ray knows it; one that is only cut off keeps what it holds.
+        silent = silent_nodes(nodes)
+        asked = {holder.peer.remote(): node for node, holder in self._holders.items() if node not in silent}
         ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_START_S)
         peers = []
         for answer in ready:

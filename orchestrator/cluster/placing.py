@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 import time
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -15,9 +13,9 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from orchestrator.cluster.silent_nodes import silent_nodes
 from orchestrator.messages.attempts import Event
 
-_ANSWER_S = 2.0
 _LOOK_S = 0.2
 """Between two looks for nodes, as long as there are too few."""
 
@@ -26,31 +24,14 @@ def live_nodes(ask: bool = False) -> dict[str, dict[str, float]]:
     """Total resources of every node that is alive and not being drained.
 
     Args:
-        ask: connect to each of them: Ray itself learns of a lost node seconds after its agents are gone.
+        ask: without those that do not answer.
     """
     draining = cluster.get_draining_nodes()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
     if ask:
-        nodes = [node for node, answers in _asked(nodes) if answers]
+        silent = silent_nodes(nodes)
+        nodes = [node for node in nodes if node["NodeID"] not in silent]
     return {node["NodeID"]: node["Resources"] for node in nodes}
-
-
-def _silent_nodes() -> list[str]:
-    """The nodes that Ray takes for alive, but that do not answer."""
-    return [node["NodeID"] for node, answers in _asked([node for node in ray.nodes() if node["Alive"]]) if not answers]
-
-
-def _asked(nodes: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], bool]]:
-    with ThreadPoolExecutor(max_workers=64) as pool:
-        return list(zip(nodes, pool.map(_answers, nodes), strict=True))
-
-
-def _answers(node: Mapping[str, Any]) -> bool:
-    try:
-        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=_ANSWER_S):
-            return True
-    except OSError:
-        return False
 
 
 def count_workers(worker: Mapping[str, float], nodes: Mapping[str, Mapping[str, float]], most: int) -> int:
@@ -115,8 +96,8 @@ class Replacing(ControllerCallback, WorkerGroupCallback):
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
         self._tell("placing", num_workers=num_workers)
         # A lost node looks free as long as Ray takes it for alive. What is placed there waits until it does not.
-        silent = _silent_nodes()
-        return {RAY_NODE_ID_KEY: f"!in({','.join(silent)})"} if silent else None
+        silent = silent_nodes([node for node in ray.nodes() if node["Alive"]])
+        return {RAY_NODE_ID_KEY: f"!in({','.join(sorted(silent))})"} if silent else None
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._tell("placed")

@@ -36,9 +36,9 @@ class Remembered:
 
     progress: Progress
     committed: Progress
-    """Of the newest checkpoint that this group committed or began from."""
+    """As of the `Opening` that this group began with, or newer."""
     checkpoint: str | None
-    """Its name."""
+    """Name of the newest checkpoint that this group committed in storage, or began from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +53,13 @@ class Opening:
     memory: Progress | None = None
     """Begin from the snapshot of this progress in the agents' buffers."""
     committed: Progress = field(default_factory=Progress)
-    """Of the newest committed checkpoint."""
+    """Of the newest checkpoint committed in storage. Where it begins near, that is looked up only for
+    `checkpoint.max_lag_steps`."""
 
     @property
     def progress(self) -> Progress:
         """Where it begins."""
-        return self.memory or self.committed
+        return self.memory or (self.checkpoint.progress if self.checkpoint else Progress())
 
     @property
     def restore(self) -> str | None:
@@ -89,6 +90,7 @@ class Opener:
         self._peer = stores.peer
         self._world_size = world_size
         self._event = event
+        self._group = uuid.uuid4().hex
         self._probed = False
         self._alone = True
         """Nobody else has claimed an attempt since this group's last one began."""
@@ -126,7 +128,8 @@ class Opener:
         if cause == "start":
             self._check_progress_since(seen)
         info = {"session": self._spec.session, "cause": cause, "from": seen, "world_size": self._world_size}
-        info["conditional_create"] = self._store.conditional_create
+        info |= {"conditional_create": self._store.conditional_create, "versions": dict(self._spec.versions)}
+        info["group"] = self._group
         previous = self.claimed
         info |= claim_fields(self._spec.checkpoint.retention)
         self.claimed = attempt = claim_attempt(self._store, info)
@@ -142,13 +145,14 @@ class Opener:
     def _from_checkpoint(self, attempt: int, exclusions: Exclusions) -> Opening:
         """Begin from the newest sound checkpoint, near or far."""
         near = self._newest_in_memory(attempt, exclusions)
-        if near is not None and not self._lists_newer(near.progress):
-            return Opening(attempt=attempt, checkpoint=near, tier="peer", committed=near.progress)
+        near_is_newest = near is not None and not self._lists_newer(near.progress)
+        if near_is_newest and self._spec.checkpoint.max_lag_steps is None:
+            return Opening(attempt=attempt, checkpoint=near, tier="peer")
         checkpoint = newest_sound(self._store, attempt, self._report_quarantine, exclusions)
-        if near is not None and (checkpoint is None or checkpoint.progress.step < near.progress.step):
-            return Opening(attempt=attempt, checkpoint=near, tier="peer", committed=near.progress)
-        progress = checkpoint.progress if checkpoint else Progress()
-        return Opening(attempt=attempt, checkpoint=checkpoint, committed=progress)
+        committed = checkpoint.progress if checkpoint else Progress()
+        if near is not None and committed.step <= near.progress.step:
+            return Opening(attempt=attempt, checkpoint=near, tier="peer", committed=committed)
+        return Opening(attempt=attempt, checkpoint=checkpoint, committed=committed)
 
     def _probe(self) -> None:
         """Once for each group of agents; what an earlier group found is remembered by the peers."""
@@ -219,14 +223,15 @@ class Opener:
 
     def _check_progress_since(self, newest: str | None) -> None:
         """Groups of agents that die one after the other leave nothing in memory; count them in storage."""
-        stalled = 0
+        groups: set[str] = set()  # each may have claimed many attempts, for trainers that died
         for record in self._records_in_memory() or read_attempts(self._store):
             if record.get("session") != self._spec.session or record.get("from") != newest:
                 break
-            stalled += 1
-        if stalled >= (budget := self._spec.failures.agents):
+            groups.add(record.get("group", ""))
+        if len(groups) >= (budget := self._spec.failures.agents):
             raise GaveUpError(
-                f"{stalled} groups of agents in a row made no newer checkpoint than {newest} (failures.agents={budget})"
+                f"{len(groups)} groups of agents in a row made no newer checkpoint than {newest}"
+                f" (failures.agents={budget})"
             )
 
 

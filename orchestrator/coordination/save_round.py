@@ -53,7 +53,7 @@ class SaveRound:
         self.committed = Progress()
         """Of the newest checkpoint committed in storage."""
         self.checkpoint: str | None = None
-        """Its name."""
+        """Name of that, or of the one that this group began from."""
         self._noted: tuple[Progress, Mapping[str, float], str | None] = (Progress(), {}, None)
         self._cadence = Cadence(spec, past, event)
         self._attempt = 0

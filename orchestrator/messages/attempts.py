@@ -134,7 +134,7 @@ class Begin:
     memory: MemorySnapshot | None
     """What to start from instead: it lies in the agent's buffer."""
     committed: Progress
-    """Of the newest committed checkpoint."""
+    """Of the newest checkpoint committed in storage, as far as `max_lag_steps` asks for it."""
     exclusions: Exclusions
     """What is left out, beside what the checkpoint says."""
     every_steps: int | None = None
@@ -188,8 +188,8 @@ class FromTrainer:
 
     attempt: int
     message: object
-    """`Listening`, `Reached`, `Restored`, `Stepped`, `Skipped`, `Paused` or `Finished`; `Entered` or `AtGate` of
-    `liveness`; those of `evaluating`."""
+    """`Listening`, `Reached`, `Restored`, `Stepped` or `Finished`; `Skipped` or `Paused` of `saves`; `Entered` or
+    `AtGate` of `liveness`; those of `evaluations`."""
 
 
 # coordinator -> agent
@@ -207,7 +207,7 @@ class Launch:
     memory: Progress | None = None
     """Start from the snapshot of this progress in the agents' buffers; no other one is to be used any more."""
     committed: Progress = field(default_factory=Progress)
-    """Of the newest committed checkpoint."""
+    """Of the newest checkpoint committed in storage, as far as `max_lag_steps` asks for it."""
     exclusions: Exclusions = field(default_factory=Exclusions)
     every_steps: int | None = None
     """Steps to the first save; None: the config says it."""

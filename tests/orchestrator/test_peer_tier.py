@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from orchestrator.checkpoint import peer_objects
 from orchestrator.checkpoint.attempts import check_not_superseded, claim_attempt
 from orchestrator.checkpoint.catalog import newest_stable
+from orchestrator.checkpoint.peer_objects import Peer
 from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import commit
 from orchestrator.coordination.halting import HaltOrder, Purpose
@@ -61,10 +64,10 @@ def save_in_memory(nodes: Nodes, step: int, attempt: int = 1) -> None:
 class Group:
     """What a new group of agents does first."""
 
-    def __init__(self, nodes: Nodes, storage: Store) -> None:
+    def __init__(self, nodes: Nodes, storage: Store, **checkpoint: Any) -> None:
         self.events: list[str] = []
         self.stores = Stores(storage=storage, peer=nodes.ring("c").open() if nodes.servers else None)
-        spec = make_plain_spec("", checkpoint=CheckpointConfig(tiers=TIERS))
+        spec = make_plain_spec("", checkpoint=CheckpointConfig(tiers=TIERS, **checkpoint))
         self._opener = Opener(spec, self.stores, 2, lambda kind, /, **_: self.events.append(kind))
 
     def open(self, *steps: tuple[int, int]) -> Opening:
@@ -122,6 +125,16 @@ def test_what_is_newer_in_storage_is_taken_from_there(nodes: Nodes, storage: Sto
     assert Group(nodes, storage).open().tier == "storage"
 
 
+def test_how_far_training_may_get_ahead_counts_from_storage(nodes: Nodes, storage: Store) -> None:
+    Group(nodes, storage).open()
+    save(storage, make_state(3), step=3, world_size=2)
+    save_in_memory(nodes, 5)
+    opening = Group(nodes, storage, max_lag_steps=6).open()
+    assert (opening.tier, opening.progress.step, opening.committed.step) == ("peer", 5, 3)
+    save(storage, make_state(5), step=5, attempt=2, world_size=2)
+    assert Group(nodes, storage, max_lag_steps=6).open().committed.step == 5
+
+
 def test_what_a_rollback_undid_is_not_gone_on_from_in_memory_either(nodes: Nodes, storage: Store) -> None:
     Group(nodes, storage).open()
     for step in (3, 5):
@@ -158,6 +171,44 @@ class TestStore:
         assert claim_attempt(nodes.ring("b").open(), {}) == 1
         nodes.servers["a"] = late
         assert claim_attempt(nodes.ring("b").open(), {}) == 2
+
+    def test_a_node_that_failed_once_is_asked_again(self, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock, tried, cut_off = SimpleNamespace(now=1000.0), [], {nodes.servers["a"].port}
+        connect = peer_objects._Wire
+
+        def wire(peer: Peer, key: bytes) -> Any:
+            tried.append(peer.node)
+            if peer.port in cut_off:
+                raise ConnectionResetError
+            return connect(peer, key)
+
+        monkeypatch.setattr(peer_objects, "_Wire", wire)
+        monkeypatch.setattr(peer_objects, "time", SimpleNamespace(monotonic=lambda: clock.now))
+        store = nodes.ring().open()
+        for _ in range(2):
+            store.write("x", [b"1"])
+        assert tried == ["a", "b", "c"], "another one holds the second copy, and a is not asked again at once"
+        clock.now += peer_objects._FIRST_PAUSE_S
+        assert store.list("") == ["x"] and tried.count("a") == 2
+        clock.now += peer_objects._FIRST_PAUSE_S
+        assert store.list("") == ["x"] and tried.count("a") == 2, "less and less often"
+        cut_off.clear()
+        clock.now += peer_objects._FIRST_PAUSE_S
+        store.write("y", [b"2"])
+        assert tried.count("a") == 3 and "/y" in nodes.servers["a"]._objects
+
+    def test_too_many_open_files_silence_no_node(self, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+        accept, errors = socket.socket.accept, [OSError(24, "Too many open files")]
+
+        def full(listener: socket.socket) -> Any:
+            if errors:
+                raise errors.pop()
+            return accept(listener)
+
+        monkeypatch.setattr(socket.socket, "accept", full)
+        for home in "ab":
+            nodes.ring(home).open().write(home, [b"1"])
+        assert errors == [] and nodes.ring("c").open().list("") == ["a", "b"]
 
     def test_nobody_without_the_key_is_served(self, nodes: Nodes) -> None:
         with pytest.raises(StorageError):
