@@ -215,17 +215,25 @@ def _supervise(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell, inter
         outcome = listener.finish()
         if outcome is not None:
             return outcome
-        newest = newest_stable(Store.open(spec.run_url))
-        step = newest.manifest.progress.step if newest and newest.manifest else 0
+        step = _newest_step(spec)
         deaths = deaths + 1 if step == stalled_at else 1
         stalled_at = step
         reason = (
             f"Ray Train ended without an outcome: {type(error).__name__}: {str(error).splitlines()[0] if error else ''}"
         )
         if deaths >= _MAX_CONTROLLER_DEATHS:
-            raise UnbrokenError(f"{reason}; {deaths} times in a row at step {step}. Ray's logs say more")
+            raise UnbrokenError(f"{reason}; {deaths} times in a row without a newer checkpoint. Ray's logs say more")
         note(_event("controller_lost", reason=reason))
         time.sleep(min(10.0, 0.5 * 2**deaths))
+
+
+def _newest_step(spec: RunSpec) -> int | None:
+    """Of the newest stable checkpoint; None: there is none, or storage does not say, which ends no run."""
+    try:
+        newest = newest_stable(Store.open(spec.run_url))
+    except UnbrokenError:
+        return None
+    return newest.step if newest is not None else None
 
 
 def _fit(trainer: Trainer, interrupts: Interrupts, listener: Listener, mailbox: Any) -> Exception | None:

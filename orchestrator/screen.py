@@ -220,7 +220,7 @@ class Screen:
     def _already_finished(self, at: float, *, step: int, checkpoint: str) -> None:
         self._write(f"finished: step {step} of {self._num_steps} is in checkpoint {checkpoint}; nothing to do")
 
-    def _outcome(self, at: float, *, ending: str, message: str) -> None:
+    def _outcome(self, at: float, *, ending: str, message: str, attempt: int = 0) -> None:
         if ending == "finished":
             self._write(f"finished: {message}")
 

@@ -94,7 +94,8 @@ class CheckpointConfig:
     when_busy: Literal["wait", "skip"] = "wait"
     """When a save is due and the one before still runs: training waits, or this one is left out on all workers."""
     deadline_s: float = 600.0
-    """Seconds in which a failed write, or commit, is repeated; then training goes on without this checkpoint, >= 0."""
+    """Seconds in which a failed write, or commit, is repeated; then training goes on without this checkpoint, >= 0. A
+    restart waits so long for storage too, a minute at least."""
     max_lag_steps: int | None = None
     """Steps without a committed checkpoint; then training waits for one, and stops if that fails. Null: no limit."""
     verify: Verify = "full"

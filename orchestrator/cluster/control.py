@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -89,7 +90,7 @@ class Listener:
         self._outcome: dict[str, Any] | None = None
         self._done = threading.Event()
         self._seen: dict[int, str] = {}
-        self._world_size = 0
+        self._attempt = self._world_size = 0
         self._thread = threading.Thread(target=self._listen, name="mailbox", daemon=True)
         self._thread.start()
 
@@ -97,6 +98,9 @@ class Listener:
         """Stop listening; the outcome, if one arrived."""
         self._done.set()
         self._thread.join(timeout=5)
+        if self._outcome is None:
+            with suppress(RayError):  # its node may be what was lost
+                ray.kill(self._mailbox)  # or its process, and the thread that waits for it, would stay
         return self._outcome
 
     @property
@@ -111,10 +115,17 @@ class Listener:
                 self._outcome = dict(event.fields)
             case "attempt":
                 self._seen, self._world_size = {}, event.fields["world_size"]
+                self._attempt = event.fields["attempt"]
             case "trainer":
                 self._seen = {**self._seen, event.fields["rank"]: event.fields["node"]}
             case "agent_lost" | "group_lost" | "regroup":
                 self._seen = {}
+
+    def _tell(self, event: Event) -> None:
+        try:
+            self._show(event)
+        except Exception:  # a bug there must go unnoticed no more than it may make the driver deaf to the outcome
+            traceback.print_exc()
 
     def _listen(self) -> None:
         while True:
@@ -123,8 +134,11 @@ class Listener:
             except (RayError, TimeoutError):
                 return
             for event in events:
-                self._note(event)
-                self._show(event)
+                # A group that was cut off, and replaced, finds out when it is back that it is superseded: this run is
+                # not, for who has superseded it is the next group.
+                if event.kind != "outcome" or event.fields.get("attempt", self._attempt) >= self._attempt:
+                    self._note(event)
+                    self._tell(event)
             if self._outcome is not None:
                 return
 

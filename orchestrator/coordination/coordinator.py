@@ -18,6 +18,7 @@ from orchestrator.coordination.evaluation_log import EvaluationLog
 from orchestrator.coordination.failures import Action
 from orchestrator.coordination.guard import Guard
 from orchestrator.coordination.halting import HaltOrder, Purpose
+from orchestrator.coordination.next_launch import NextLaunch
 from orchestrator.coordination.opening import Opener, Opening
 from orchestrator.coordination.past import PastReader
 from orchestrator.coordination.save_round import SaveRound
@@ -46,9 +47,6 @@ from orchestrator.run_spec import RunSpec
 from orchestrator.stores import Stores
 from trainers.progress import Progress
 
-_MAX_LAUNCH_FAILURES = 10
-"""Times in a row that storage may fail an attempt to launch: about a minute in all."""
-
 
 class Coordinator:
     """One for each group of agents, beside rank 0."""
@@ -74,18 +72,14 @@ class Coordinator:
         self._steps = StepLog(self._past, self._event)
         self._opener = Opener(spec, stores, world_size, self._event)
         self._opening = Opening(attempt=0)
-        self._joined: set[int] = set()
-        self._ready: set[int] = set()
-        self._finished: set[int] = set()
+        self._joined, self._ready, self._finished = set[int](), set[int](), set[int]()
         self._down: dict[int, Down] = {}
         self._stopping = False
         self._save = SaveRound(spec, stores, world_size, chores, send, self._event, lambda: self._past.past)
         self._evaluations = EvaluationLog(self._save, chores, self._event)
         self._memory: Progress | None = None
         self._guard = Guard(spec, world_size, send, self._event)
-        self._launch_at: float | None = None
-        self._launch_failures = 0
-        self._cause = "start"
+        self._next = NextLaunch(spec.checkpoint.deadline_s)
         self.outcome: Outcome | None = None
         """Set when there is nothing left to do; every agent has been told."""
 
@@ -97,7 +91,7 @@ class Coordinator:
             case Joined():
                 self._joined.add(rank)
                 if len(self._joined) == self._world_size:
-                    self._try_launch(cause="start")
+                    self._try_launch()
             case Started():
                 self._event("trainer", rank=rank, **vars(message))
                 self._guard.hear_trainer(rank, message)
@@ -122,39 +116,38 @@ class Coordinator:
         if self.outcome is not None or not self._guard.halt.request(order):
             return
         self._event("halting", purpose=order.purpose.value, reason=order.reason)
-        if order.purpose is not Purpose.GROW and (self._launch_at is not None or not self._guard.halt.can_save):
-            self._launch_at = None
+        if order.purpose is not Purpose.GROW and (self._next.planned or not self._guard.halt.can_save):
+            self._next.cancel()
             self._after_save(self._end_halted)
 
     @property
     def wait_s(self) -> float | None:
         """Seconds until `tick` has something to do; None: nothing is due."""
-        return self._guard.wait_s if self._launch_at is None else max(0.0, self._launch_at - time.monotonic())
+        return self._next.wait_s if self._next.planned else self._guard.wait_s
 
     def tick(self) -> None:
         """Do what is due."""
-        if self._launch_at is not None and time.monotonic() >= self._launch_at:
-            self._launch_at = None
-            self._try_launch(self._cause)
+        if self._next.take():
+            self._try_launch()
         if (causes := self._guard.tick()) is not None:
             self._stop(causes)
+        if self._stopping and (late := set(range(self._world_size)) - self._down.keys()):
+            if self._guard.will_not_end(late):
+                self._replace_agents(late)
 
-    def _try_launch(self, cause: str) -> None:
+    def _try_launch(self) -> None:
         """Launch, or try again in a while if storage does not answer; the trainers are down and lose nothing."""
         try:
-            self._launch(cause)
+            self._launch(self._next.cause)
         except GaveUpError as error:
             self._end(Ending.GAVE_UP, str(error))
         except UnbrokenError as error:
-            self._launch_failures += 1
-            if self._launch_failures >= _MAX_LAUNCH_FAILURES:
+            if (delay_s := self._next.failed()) is None:
                 self._end(Ending.STORAGE, str(error))
-                return
-            delay_s = min(10.0, 0.2 * 2**self._launch_failures)
-            self._event("storage_trouble", message=str(error), retry_s=delay_s)
-            self._launch_at, self._cause = time.monotonic() + delay_s, cause
+            else:
+                self._event("storage_trouble", message=str(error), retry_s=delay_s)
         else:
-            self._launch_failures = 0
+            self._next.succeeded()
 
     def _launch(self, cause: str) -> None:
         remembered = self._save.remembered(self._memory)
@@ -229,6 +222,13 @@ class Coordinator:
         for rank in range(self._world_size):
             self._send(rank, Kill(attempt=self._attempt, cause=causes.get(rank)))
 
+    def _replace_agents(self, late: set[int]) -> None:
+        """Some have not ended their trainers: SIGKILL does not end what waits for a device, nor what is not sent it."""
+        for rank in sorted(late):
+            self._event("agent_lost", rank=rank, why="its trainer does not end")
+        self.outcome = Outcome(ending=Ending.REGROUP, message="a trainer can not be ended")
+        self._to_all(self.outcome)
+
     def _decide(self) -> None:
         exits = {rank: down.exit for rank, down in self._down.items()}
         decision = self._casebook.judge(self._attempt, exits, self._opening.progress.step, self._steps.reached.step)
@@ -255,7 +255,7 @@ class Coordinator:
         if self._guard.halt.order is not None:
             self._end_halted()
         else:
-            self._launch_at, self._cause = time.monotonic() + delay_s, self._casebook.last_kind.value
+            self._next.plan(delay_s, self._casebook.last_kind.value)
 
     def broken(self, error: BaseException) -> None:
         """The coordinator itself failed: end the run with the trace, rather than have everything restarted for ever."""
@@ -288,7 +288,8 @@ class Coordinator:
 
     def _end(self, ending: Ending, message: str) -> None:
         self.outcome = Outcome(ending=ending, message=message)
-        self._event("outcome", ending=ending.value, message=message)  # first: those who are told end
+        claimed = {"attempt": self._opener.claimed} if self._opener.claimed else {}
+        self._event("outcome", ending=ending.value, message=message, **claimed)  # first: those who are told end
         self._to_all(self.outcome)
 
     def _to_all(self, message: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from orchestrator.checkpoint.keys import stack_key
@@ -12,7 +13,7 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.coordination.blame import stuck_ranks
 from orchestrator.coordination.halting import Halt
 from orchestrator.coordination.stragglers import Stragglers
-from orchestrator.coordination.watchdog import STOPPED_LIMIT_S, TICK_S, Phase, Watchdog
+from orchestrator.coordination.watchdog import STOPPED_LIMIT_S, TICK_S, Phase, Silence, Watchdog
 from orchestrator.errors import UnbrokenError
 from orchestrator.messages.attempts import ExitKind, Finished, Reached, Restored, Started, Stepped, TrainerExit
 from orchestrator.messages.liveness import AtGate, Beat, Busy, Dump, Entered, Stack, Told
@@ -20,6 +21,8 @@ from orchestrator.run_spec import RunSpec
 
 _ANSWER_S = 3.0
 """Seconds that agents have to send stacks."""
+_END_LIMIT_S = 120.0
+"""Seconds that they have to end their trainers. To give back much memory, or a GPU, takes a while."""
 
 
 @dataclass
@@ -47,20 +50,32 @@ class Guard:
         self._watchdog = Watchdog(spec.watchdog, world_size)
         self._stragglers = Stragglers(world_size)
         self._stopped: set[int] = set()
+        self._started: set[int] = set()
         self._inquiry: _Inquiry | None = None
         self._running = False
+        self._ending = Silence(0.0)
         self.halt = Halt(world_size, spec.checkpoint.interval_steps, spec.num_steps, send)
 
     def begin_attempt(self, attempt: int) -> None:
         self._attempt, self._running, self._inquiry, self._stopped = attempt, True, None, set()
+        self._started = set()
         self._watchdog.launched(time.monotonic())
         self._stragglers = Stragglers(self._world_size)
         self.halt.begin_attempt(attempt)
 
     def end_attempt(self) -> None:
         """The trainers are being ended: nothing more is expected of them."""
-        self._running, self._inquiry = False, None
+        self._running, self._inquiry, self._ending = False, None, Silence(time.monotonic())
         self._watchdog.ended()
+
+    def will_not_end(self, late: AbstractSet[int]) -> bool:
+        """Whether the trainers of these ranks, which are not down since `end_attempt`, never will be. Call often.
+
+        An agent may still wait for what its first trainer imports, and hears of nothing else meanwhile.
+        """
+        started = late <= self._started
+        limit_s = _END_LIMIT_S if started else max(_END_LIMIT_S, self._spec.watchdog.start_timeout_s)
+        return self._ending.passed(time.monotonic()) >= limit_s
 
     @property
     def wait_s(self) -> float | None:
@@ -93,7 +108,11 @@ class Guard:
             case Reached(stage=stage):
                 self._watchdog.moved(now)
                 self._event("reached", attempt=self._attempt, rank=rank, stage=stage)
-            case Started() | Restored():
+            case Started(attempt=attempt):
+                self._watchdog.moved(now)
+                if attempt == self._attempt:
+                    self._started.add(rank)
+            case Restored():
                 self._watchdog.moved(now)
             case Entered(phase=phase):
                 self._watchdog.entered(rank, phase, now)

@@ -71,7 +71,8 @@ def test_old_checkpoints_are_pruned_after_a_commit_and_only_then(store: Store) -
     assert group.prunings == []
     group.coordinator.handle(1, group.receipt(1, 5))
     assert group.prunings == [1] and group.last(SaveEnded) == SaveEnded(progress=Progress(5, 50))
-    assert next(read_attempts(store))["keep"] == {"last": 10, "every_steps": None, "best": None, "grace_s": 600.0}
+    assert (claim := next(read_attempts(store)))["versions"] == {}, "whose rows bind whoever has the same"
+    assert claim["keep"] == {"last": 10, "every_steps": None, "best": None, "grace_s": 600.0}
     claim_attempt(store, {})
     group.save(10)
     assert group.prunings == [1]
@@ -217,6 +218,12 @@ def test_groups_of_agents_that_die_without_progress_end_the_run(store: Store) ->
     assert Group(store, session="another driver").join().coordinator.outcome is None
 
 
+def test_trainers_that_die_often_are_no_groups_of_agents(store: Store) -> None:
+    for _ in range(FailureConfig().agents):
+        claim_attempt(store, {"session": "s", "from": None, "group": "one"})
+    assert Group(store).join().coordinator.outcome is None
+
+
 def test_a_run_of_many_attempts_begins_as_quickly_as_any(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(9):
         claim_attempt(store, {"session": "earlier"})
@@ -272,14 +279,15 @@ def test_storage_that_stays_away_ends_the_run(store: Store, monkeypatch: pytest.
     def fail(*_: object) -> None:
         raise StorageError("unreachable")
 
+    now = [0.0]
+    monkeypatch.setattr("orchestrator.coordination.next_launch.time.monotonic", lambda: now[0])
     monkeypatch.setattr(Store, "list", fail)
     group = Group(store).join()
-    now = 0.0
     while group.coordinator.outcome is None:
-        now += 3600.0
-        monkeypatch.setattr("orchestrator.coordination.coordinator.time.monotonic", lambda now=now: now)
+        now[0] += 1.0
         group.coordinator.tick()
     assert group.last(Outcome) == Outcome(ending=Ending.STORAGE, message="unreachable")
+    assert 580 < now[0] < 605, "as long as a save waits: checkpoint.deadline_s"
 
 
 def test_a_checkpoint_has_the_numbers_of_its_step(store: Store) -> None:

@@ -19,6 +19,7 @@ from orchestrator.messages.attempts import (
     Launch,
     Outcome,
     Restored,
+    Started,
     Stepped,
 )
 from orchestrator.messages.liveness import AtGate, Beat, Dump, Gate, Stack, StopAt, Told
@@ -101,6 +102,21 @@ def test_a_stopped_trainer_is_known_at_once(group: Group, clock: Clock) -> None:
     group.both(Stack(attempt=1, state="S", text=WAITING), Stack(attempt=1, state="T", text=""))
     group.coordinator.tick()
     assert "SIGSTOP" in group.last(Kill).cause.message
+
+
+@pytest.mark.parametrize(("started", "limit_s"), [(True, 120), (False, 1800)])
+def test_a_trainer_that_can_not_be_ended_costs_its_agents_and_not_the_run(
+    group: Group, clock: Clock, started: bool, limit_s: int
+) -> None:
+    for rank in (0, 1) if started else (1,):  # the other one is still waiting for its imports
+        group.coordinator.handle(rank, Started(attempt=1, pid=1, agent_pid=1))
+    group.down(1, ExitKind.KILLED)
+    wait(group, clock, limit_s - 1)
+    assert group.coordinator.outcome is None
+    wait(group, clock, 1.0)
+    assert group.last(Outcome).ending is Ending.REGROUP and group.kinds().count("outcome") == 0
+    (lost,) = [event.fields for event in group.events if event.kind == "agent_lost"]
+    assert lost == {"rank": 0, "why": "its trainer does not end"}
 
 
 def halt(group: Group, purpose: Purpose, save: bool = True) -> None:

@@ -1,0 +1,73 @@
+"""What reaches the driver, without Ray: a mailbox that is a queue."""
+
+from __future__ import annotations
+
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from orchestrator.cluster import control
+from orchestrator.cluster.control import Listener
+from orchestrator.messages.attempts import Event
+
+
+class Mailbox:
+    """As the actor's handle."""
+
+    def __init__(self, *kinds: tuple[str, dict[str, Any]]) -> None:
+        self._events: SimpleQueue[list[Event] | None] = SimpleQueue()
+        self._events.put([Event(kind=kind, fields=fields, time_s=0.0) for kind, fields in kinds])
+        self.take = SimpleNamespace(remote=lambda: self._events)
+
+    def kill(self) -> None:
+        self._events.put(None)
+
+
+def get(events: SimpleQueue[list[Event] | None], timeout: float | None) -> list[Event]:
+    if (found := events.get()) is None:
+        raise RayActorError
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "ray", SimpleNamespace(get=get, kill=lambda mailbox: mailbox.kill()))
+
+
+def attempt(number: int) -> tuple[str, dict[str, Any]]:
+    return "attempt", {"attempt": number, "world_size": 1}
+
+
+def test_a_group_that_was_replaced_does_not_end_the_run() -> None:
+    shown: list[Event] = []
+    late = ("outcome", {"ending": "superseded", "message": "by attempt 2", "attempt": 1})
+    outcome = {"ending": "finished", "message": "done", "attempt": 2}
+    listener = Listener(Mailbox(attempt(1), attempt(2), late, ("outcome", outcome)), shown.append)
+    assert listener.finish() == outcome
+    assert [event.kind for event in shown] == ["attempt", "attempt", "outcome"]
+
+
+def test_a_group_that_gives_up_before_its_first_attempt_ends_it() -> None:
+    outcome = {"ending": "gave up", "message": "30 groups of agents in a row"}
+    assert Listener(Mailbox(attempt(7), ("outcome", outcome)), lambda _: None).finish() == outcome
+
+
+def test_a_screen_that_fails_makes_nobody_deaf(capsys: pytest.CaptureFixture[str]) -> None:
+    def show(event: Event) -> None:
+        raise KeyError(event.kind)
+
+    outcome = {"ending": "finished", "message": "done", "attempt": 1}
+    assert Listener(Mailbox(attempt(1), ("outcome", outcome)), show).finish() == outcome
+    assert "KeyError: 'outcome'" in capsys.readouterr().err
+
+
+def test_without_an_outcome_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = Listener(Mailbox(attempt(1)), lambda _: None)
+    join = listener._thread.join
+    monkeypatch.setattr(listener._thread, "join", lambda timeout=None: None)
+    assert listener.finish() is None
+    join(10)
+    assert not listener._thread.is_alive()
