@@ -39,6 +39,8 @@ class Watch:
         """When the one before it was."""
         self.highest = 0
         self.world_size = 0
+        self.moved = time.monotonic()
+        """When it last got on, by the clock that is never set."""
         self.saved = False
         """A checkpoint is in storage."""
         self.training = False
@@ -47,6 +49,7 @@ class Watch:
 
     def take(self, event: Event) -> None:
         fields = event.fields
+        self.moved = time.monotonic() if event.kind in ("step", "saved") else self.moved
         match event.kind:
             case "attempt":
                 self.attempt, self.world_size = fields["attempt"], fields["world_size"]
@@ -153,6 +156,8 @@ class Drill:
             if late:
                 kind = late[0].injection.fault.kind
                 return f"it has not recovered from {kind} in {self._plan.patience_s:g} s, and was ended"
+            if time.monotonic() - self._watch.moved > self._plan.patience_s:
+                return f"it has made no step in {self._plan.patience_s:g} s, and was ended"
             self._nodes.tend()
             self._inject_next()
 
@@ -190,13 +195,8 @@ class Drill:
         if not self._waiting or any(entry.injection.fault.kind is not FaultKind.NAN for entry in self._open):
             return
         fault = self._waiting[0]
-        whole = watch.training and len(watch.places) == watch.world_size
-        if (
-            not whole
-            or watch.world_size < self._least_for(fault)
-            or watch.step < fault.step
-            or watch.step < watch.highest
-        ):
+        whole = watch.training and len(watch.places) == watch.world_size >= self._least_for(fault)
+        if not whole or watch.step < max(fault.step, watch.highest):
             return
         if fault.kind is FaultKind.CORRUPT_CHECKPOINT and not watch.saved:
             return

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from types import FrameType
 
 from orchestrator.chaos import namespaces
 from orchestrator.chaos.drill import Drill, DrillPlan
-from orchestrator.chaos.faults import NAN_POSITIONS, NODE_KINDS, Fault, FaultKind, draw, poisoned
+from orchestrator.chaos.faults import NAN_POSITIONS, NODE_KINDS, Fault, FaultKind, draw, poisoned, steps_needed
 from orchestrator.chaos.nodes import LocalNodes, Nodes
 from orchestrator.chaos.process import DrilledProcess
 from orchestrator.chaos.scores import Score, Scorecard
@@ -33,6 +35,8 @@ from trainers.errors import ConfigError
 _Say = Callable[[str], None]
 _ENDPOINT = "AWS_ENDPOINT_URL_S3"
 _POISON = "orchestrator.chaos.poison"
+_NODE_S = 30.0
+"""Until a node that was lost is replaced and the run has grown again, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,10 @@ def _run_both(
             preload = [_POISON] if FaultKind.NAN in kinds else []
             return DrilledProcess(path, preload, nodes.environment, path.with_suffix(".log"))
 
-        plan = _plan(drilled, request, faults, _train_undisturbed(start(undisturbed), say))
+        num_workers, step_s = _train_undisturbed(start(undisturbed), say)
+        if (warning := _too_short(drilled, faults, num_workers, step_s)) is not None:
+            say(warning)
+        plan = _plan(drilled, request, faults, num_workers)
         causing = Drill(plan, nodes, lambda: start(drilled), say, slow.slow_down if slow else None)
         scores, error = causing.run()
         left_running = causing.left_running() if request.cluster is None else []
@@ -196,19 +203,37 @@ def _open_nodes(
     )
 
 
-def _train_undisturbed(process: DrilledProcess, say: _Say) -> int:
-    """Let it run to its end. Returns the number of workers."""
+def _train_undisturbed(process: DrilledProcess, say: _Say) -> tuple[int, float]:
+    """Let it run to its end. Returns the number of workers, and the seconds that a step took."""
     num_workers, began = 0, time.monotonic()
+    times_s: list[float] = []
     try:
         while (event := process.events.get()) is not None:
             if event.kind == "attempt":
                 num_workers = event.fields["world_size"]
+            elif event.kind in ("training", "step"):
+                times_s.append(event.time_s)
         if code := process.wait():
             raise UnbrokenError(f"the undisturbed run ended with exit code {code}: {process.last_words()}")
     finally:
         process.end()
     say(f"undisturbed run: done in {time.monotonic() - began:.0f} s")
-    return num_workers
+    return num_workers, median([after - before for before, after in pairwise(times_s)] or [0.0])
+
+
+def _too_short(config: RunConfig, faults: Sequence[Fault], num_workers: int, step_s: float) -> str | None:
+    """A warning, if the run may be over before all faults are caused: fewer workers go on while nodes start."""
+    if config.min_workers == config.max_workers:
+        return None
+    node_steps, spare = round(_NODE_S / max(step_s, 1e-3)), num_workers - config.min_workers - 1
+    needed = steps_needed(faults, max(0, spare), node_steps)
+    if needed <= config.train.num_steps:
+        return None
+    return (
+        f"warning: a lost node is back after some {_NODE_S:g} s, which is {node_steps} steps of this run; until all"
+        f" faults are caused it takes about {needed}, and train.num_steps={config.train.num_steps}: those that are not"
+        " caused will count as failed. Give more steps, or fewer faults (--count)"
+    )
 
 
 def _compare(drilled: str, undisturbed: str) -> tuple[bool | None, str]:

@@ -84,6 +84,24 @@ def draw(kinds: Sequence[FaultKind], count: int, seed: int, num_steps: int, num_
     ]
 
 
+def steps_needed(faults: Sequence[Fault], spare: int, node_steps: int) -> int:
+    """About how many steps it takes until all of them have been caused, if the run goes on while nodes are replaced.
+
+    Args:
+        spare: nodes that may be missing when another one is to be lost.
+        node_steps: steps that are made until a lost node is replaced and has joined.
+    """
+    at, back_at = 0, [0]
+    for fault in faults:
+        at = max(at, fault.step)
+        if fault.kind in NODE_KINDS:
+            allowed = 0 if fault.kind is FaultKind.RESIZE else spare
+            at = max(at, sorted(back_at, reverse=True)[allowed] if allowed < len(back_at) else 0)
+            back_at.append(at + node_steps)
+        at += 1  # recovered from when there is a new step
+    return at
+
+
 def poisoned(faults: Sequence[Fault], seed: int, global_batch_size: int) -> list[int]:
     """Position in the run of the sample that each `nan` makes bad: one in the batch of its step."""
     source = random.Random(f"poison {seed}")

@@ -163,7 +163,8 @@ class Scorecard:
 def _row(score: Score) -> tuple[str, ...]:
     injection = score.injection
     if injection is None:
-        return str(score.fault.kind), "-", "-", "-", "-", f"planned for step {score.fault.step}; the run was over first"
+        why = f"planned for step {score.fault.step}; the run was over first: give it more steps"
+        return str(score.fault.kind), "-", "-", "-", "-", why
     return (
         str(score.fault.kind),
         str(injection.step),

@@ -126,6 +126,13 @@ def test_a_resize_is_to_another_size_and_waits_for_all_nodes() -> None:
     assert told.sizes == [(3, 2), (2, 4)]
 
 
+def test_a_run_that_stands_still_is_not_waited_for() -> None:
+    told: Any = Told([*life(1, 1, range(1, 3)), *life(2, 1, range(3, 3))])
+    plan = DrillPlan(faults=[], run_url="", num_workers=2, patience_s=-1.0, sizes=(2, 2))
+    scores, error = Drill(plan, told, lambda: told, lambda _: None).run()
+    assert scores == [] and error is not None and error.startswith("it has made no step in ")
+
+
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     store = Store.open(make_run(tmp_path))
     newest = newest_stable(store)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from orchestrator.chaos.faults import Fault, FaultKind, draw, poisoned
+from orchestrator.chaos.faults import Fault, FaultKind, draw, poisoned, steps_needed
 from trainers.errors import ConfigError
 
 KINDS = [FaultKind.KILL_WORKER, FaultKind.HANG, FaultKind.NAN]
@@ -38,6 +38,17 @@ def test_too_short_a_run_is_refused_with_the_length_that_works() -> None:
     with pytest.raises(ConfigError, match=r"train.num_steps=10 is too short for 5 faults; give at least 14,"):
         draw(KINDS, 5, 0, 10, 1)
     assert len(draw(KINDS, 5, 0, 14, 1)) == 5
+
+
+@pytest.mark.parametrize(
+    ("spare", "node_steps", "needed"),
+    [(0, 100, 206), (1, 100, 106), (2, 100, 10), (0, 0, 10)],
+    ids=["one after the other", "two at a time", "enough for all", "nothing goes on meanwhile"],
+)
+def test_how_long_a_run_must_be_while_nodes_are_replaced(spare: int, node_steps: int, needed: int) -> None:
+    kinds = [FaultKind.KILL_NODE, FaultKind.KILL_WORKER, FaultKind.DRAIN, FaultKind.PARTITION]
+    faults = [Fault(kind=kind, step=step, rank=0) for kind, step in zip(kinds, (5, 6, 7, 9), strict=True)]
+    assert steps_needed(faults, spare, node_steps) == needed
 
 
 def test_poisoned_samples_are_in_the_batches_of_their_steps() -> None:
