@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from orchestrator.chaos.drill import Drill, DrillPlan, Watch, flip_a_bit
-from orchestrator.chaos.exercise import DrillRequest, choose_kinds, copy_of
+from orchestrator.chaos.exercise import DrillRequest, _too_short, _train_undisturbed, choose_kinds, copy_of
 from orchestrator.chaos.faults import Fault, FaultKind
 from orchestrator.chaos.namespaces import why_not
 from orchestrator.chaos.nodes import Place
@@ -124,6 +125,19 @@ def test_a_resize_is_to_another_size_and_waits_for_all_nodes() -> None:
     scores, error = Drill(plan, told, lambda: told, lambda _: None).run()
     assert error is None and all(score.passed for score in scores)
     assert told.sizes == [(3, 2), (2, 4)]
+
+
+def test_a_run_that_is_too_short_for_its_faults_is_said_to_be(tmp_path: Path) -> None:
+    events = [replace(event, time_s=index / 20) for index, event in enumerate(life(1, 2, range(1, 4)))]
+    told: Any = Told(events)
+    num_workers, step_s = _train_undisturbed(told, lambda _: None)
+    assert (num_workers, round(step_s, 3)) == (2, 0.05)
+    faults = [Fault(kind=FaultKind.KILL_NODE, step=step, rank=0) for step in (2, 4)]
+    elastic = load_config(write_config(tmp_path), ("workers={min: 1, max: 2}",))
+    warning = _too_short(elastic, faults, num_workers, step_s)
+    assert warning is not None and "which is 600 steps of this run" in warning and "about 603, " in warning
+    assert _too_short(elastic, faults, num_workers, 30.0) is None, "steps that take long"
+    assert _too_short(load_config(write_config(tmp_path), ()), faults, 2, step_s) is None, "it waits for its nodes"
 
 
 def test_a_run_that_stands_still_is_not_waited_for() -> None:
