@@ -64,7 +64,7 @@ def measure(saved: SavedModel, weights: str, request: Request, progress: Callabl
     network = open_network(request.network, device) if features else None  # first: it may not be there
     model = saved.load(weights).to(device)
     if request.guidance is None:
-        guidance = usual_guidance(model, saved.config.objective.label_drop)
+        guidance = usual_guidance(model, saved.config)
     else:
         guidance = request.guidance
     how = {"guidance": guidance, "num_steps": request.num_steps, "seed": request.seed}

@@ -29,7 +29,8 @@ class ConditioningConfig:
     """Tokens that a T5 or text_encoder sees of a caption, >= 1; null: as many as its pipeline (SD3 256, Flux 512) or
     tokenizer has it."""
     guidance: float = 1.0
-    """What a guidance-distilled model (Flux dev) is told that it imitates, in training and when sampled, >= 0."""
+    """What a guidance-distilled model (Flux dev) is told in training that it imitates, >= 0; 1 is usual. When it draws,
+    samples.guidance says what it is told."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -76,6 +77,19 @@ class Condition:
 def takes_text(model: nn.Module) -> bool:
     """Whether the model is conditioned on text."""
     return type_name(model) in _TEXT_MODELS
+
+
+def takes_guidance(model: nn.Module) -> bool:
+    """Whether the model is guidance-distilled: told a guidance, it makes in one pass what others need two for."""
+    return bool(cast(Any, model).config.get("guidance_embeds"))
+
+
+def takes_sizes(model: nn.Module) -> bool:
+    """Whether the model is told the size and the crop of an image."""
+    settings = cast(Any, model).config
+    if type_name(model) == "PixArtTransformer2DModel":
+        return bool(cast(Any, model).use_additional_conditions)
+    return settings.get("addition_embed_type") == "text_time"
 
 
 def type_name(model: nn.Module) -> str:
@@ -126,14 +140,14 @@ def _text_arguments(model: nn.Module, name: str, condition: Condition) -> dict[s
         arguments["pooled_projections"] = condition.pooled
     elif name == "PixArtTransformer2DModel":
         arguments |= {"encoder_attention_mask": condition.mask, "added_cond_kwargs": _pixart_sizes(model, condition)}
-    elif cast(Any, model).config.get("addition_embed_type") == "text_time":
+    elif takes_sizes(model):
         arguments["added_cond_kwargs"] = {"text_embeds": condition.pooled, "time_ids": condition.sizes}
     return arguments
 
 
 def _pixart_sizes(model: nn.Module, condition: Condition) -> dict[str, torch.Tensor | None]:
     """PixArt-alpha's resolution and aspect ratio (Chen et al., 2023, section 2.3), where the model takes them."""
-    if not cast(Any, model).use_additional_conditions:
+    if not takes_sizes(model):
         return {"resolution": None, "aspect_ratio": None}
     assert condition.sizes is not None
     target = condition.sizes[:, 4:]
@@ -148,13 +162,12 @@ def _call_flux(model: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, c
     places[..., 1] = torch.arange(height // 2, device=noisy.device)[:, None]
     places[..., 2] = torch.arange(width // 2, device=noisy.device)
     assert condition.tokens is not None
-    guided = cast(Any, model).config["guidance_embeds"]
     prediction = model(
         hidden_states=patches.reshape(batch, -1, channels * 4),  # (B, HW/4, 4C)
         encoder_hidden_states=condition.tokens,
         pooled_projections=condition.pooled,
         timestep=timesteps / 1000,  # the model takes 0 .. 1 and multiplies by 1000 itself
-        guidance=torch.full((batch,), condition.guidance, device=noisy.device) if guided else None,
+        guidance=torch.full((batch,), condition.guidance, device=noisy.device) if takes_guidance(model) else None,
         img_ids=places.view(-1, 3),
         txt_ids=torch.zeros(condition.tokens.shape[1], 3, device=noisy.device),
         return_dict=False,

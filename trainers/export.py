@@ -105,7 +105,7 @@ def _write_network(
     if model.config.get("sample_size") is None:
         model.register_to_config(sample_size=config.data.image_size)
     _save_variants(model, out_dir / "unet", weights, max_shard_size)
-    scheduler: Any = Objective(config.objective).scheduler()
+    scheduler: Any = Objective(config.objective).scheduler(pixels=config.data.source != "latents")
     scheduler.save_pretrained(out_dir / "scheduler")
     index = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
     index.save_config(out_dir)  # model_index.json
@@ -146,12 +146,12 @@ def _call_of(model: Any, config: TrainerConfig) -> tuple[str, str]:
     """How the pipeline of a network alone is called, and what kind of model that is."""
     drop, null = config.objective.label_drop, null_label(model)
     if takes_text(model):
-        return f'labels=["a text", "another one"], guidance={usual_guidance(model, drop):g}', "Draws what texts say."
+        return f'labels=["a text", "another one"], guidance={usual_guidance(model, config):g}', "Draws what texts say."
     if null is None:
         return "num_images=4", "Unconditional."
     last = num_classes_of(model, drop) - 1
     absent = f"; {null} stands for no label" if learns_null_label(model, drop) else ""
-    arguments = f"labels=[0, {last}], guidance={usual_guidance(model, drop):g}"
+    arguments = f"labels=[0, {last}], guidance={usual_guidance(model, config):g}"
     return arguments, f"Class-conditional: labels 0 to {last}{absent}."
 
 

@@ -6,7 +6,7 @@ import diffusers
 import torch
 from torch import nn
 
-from trainers.conditioning import Condition, ConditioningConfig, takes_text, type_name
+from trainers.conditioning import Condition, ConditioningConfig, takes_sizes, takes_text, type_name
 from trainers.config import TrainerConfig
 from trainers.data.latents import EMPTY
 from trainers.data.samples import LatentFacts, Source
@@ -14,7 +14,7 @@ from trainers.errors import ConfigError
 from trainers.evaluation.config import check_metrics, check_samples
 from trainers.evaluation.split import split
 from trainers.frozen import check_schedule, latent_shape
-from trainers.models import learns_null_label, null_label, num_classes_of, settings_of
+from trainers.models import can_be_guided, learns_null_label, null_label, num_classes_of, settings_of
 from trainers.pretrained import PretrainedFolder
 from trainers.text_encoder import encoder_facts
 
@@ -36,6 +36,11 @@ def check_fits(model: nn.Module, source: Source, config: TrainerConfig) -> tuple
     shape = latent_shape(folder, source.channels if made is None else None, image_size)
     if made is not None:
         _check_made(made, shape, config)
+        if takes_sizes(model) and not made.has_sizes:
+            raise ConfigError(
+                f"data.path={config.data.path} has no sizes, and a {type_name(model)} is told the size and the crop of"
+                " every image; add a tensor sizes, or make the latents by `unbroken data prepare`"
+            )
         encoded = encoded or made.has_text
     elif source.buckets is not None and shape is not None:
         _check_buckets(source.buckets.shapes, image_size // shape[1])
@@ -46,10 +51,11 @@ def check_fits(model: nn.Module, source: Source, config: TrainerConfig) -> tuple
     _check_channels(model, shape or data_shape(source, config), config)
     _check_captions(model, source, encoded)
     _check_labels(model, source.num_classes, config.objective.label_drop)
-    check_samples(config.samples, model, source, config.objective.label_drop)
+    guided = can_be_guided(model, config.model, config.objective.label_drop)
+    check_samples(config.samples, model, source, guided)
     _, held_out = split(config.validation, config.seed, len(source))
     if config.validation.metrics is not None and held_out is not None:
-        check_metrics(config.validation.metrics, model, source, len(held_out), config.objective.label_drop)
+        check_metrics(config.validation.metrics, model, source, len(held_out), guided)
     if source.buckets is not None and config.validation.holds_out:
         raise ConfigError(
             "validation holds samples out, which can not be cut into microbatches of one shape; remove data.buckets or"

@@ -56,6 +56,7 @@ def load_pipeline(
     has_variant = model.variant is not None and any(f".{model.variant}." in file.name for file in others)
     absent = {name: None for name in _UNUSED if name in folder.index}
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # else it tells of every long caption, in every step, that it is cut
     _silence_transformers(folder)
     try:
         return DiffusionPipeline.from_pretrained(
@@ -202,14 +203,13 @@ def open_frozen(model: ModelConfig, config: ConditioningConfig, device: torch.de
 
 def pipeline_scheduler(folder: PretrainedFolder, objective: ObjectiveConfig) -> Any:
     """The sampler of an exported pipeline: the folder's own, on the noise schedule that was trained on."""
-    ours: Any = Objective(objective).scheduler()
+    ours: Any = Objective(objective).scheduler(pixels=not folder.has("vae"))
     shared = _shared_settings(folder.scheduler, ours)
     cls: Any = getattr(diffusers, folder.scheduler["_class_name"]) if shared else type(ours)
     known = inspect.signature(cls.__init__).parameters
     # Stable Diffusion's PNDM can not rescale its betas, and would draw on another schedule without a word.
     if shared is None or (objective.zero_terminal_snr and "rescale_betas_zero_snr" not in known):
-        changed = {"clip_sample": False} if "clip_sample" in ours.config else {}  # latents reach beyond 1
-        return type(ours).from_config(ours.config, **changed)
+        return ours
     taken = {key: ours.config[key] for key in shared if key in known}
     if objective.zero_terminal_snr and "timestep_spacing" in known:
         taken["timestep_spacing"] = "trailing"  # else its steps would not begin at pure noise (Lin et al., 2024, 3.3)
@@ -231,6 +231,7 @@ def check_schedule(folder: PretrainedFolder, objective: ObjectiveConfig) -> None
         differing = [known]
     else:
         names = {"rescale_betas_zero_snr": "zero_terminal_snr"}
+        stored = {"prediction_type": "epsilon", **stored}  # what diffusers takes, and older folders do not say
         differing = [
             f"objective.{names.get(key, key)}={json.dumps(stored[key])}"
             for key in shared

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from trainers.conditioning import call_convention
+from trainers.conditioning import call_convention, takes_guidance, takes_text, type_name
 from trainers.dit import prepare_dit
 from trainers.errors import ConfigError
 from trainers.lora import LoraConfig, add_adapters, is_adapter
@@ -251,6 +251,18 @@ def null_label(model: nn.Module) -> int | None:
 def learns_null_label(model: nn.Module, label_drop: float) -> bool:
     """Whether training shows the model its null label, so that it can be guided."""
     return null_label(model) is not None and label_drop > 0
+
+
+def can_be_guided(model: nn.Module, config: ModelConfig, label_drop: float) -> bool:
+    """Whether guidance means something to the model: it is told one; or it knows images without their label or text,
+    out of this training, or as a pretrained model of text does."""
+    if takes_guidance(model):
+        return True
+    if not takes_text(model):
+        return learns_null_label(model, label_drop)
+    # Flux schnell is distilled to do without.
+    knows = config.pretrained is not None and not config.from_scratch and type_name(model) != "FluxTransformer2DModel"
+    return knows or label_drop > 0
 
 
 def num_classes_of(model: nn.Module, label_drop: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -91,6 +92,7 @@ def _holds(index: Mapping[str, Any], part: str) -> bool:
     return isinstance(index.get(part), list) and index[part][0] is not None
 
 
+@functools.cache  # asked for again and again, also in the middle of a run, when the hub may be away
 def _download(name: str, variant: str | None) -> Path:
     try:
         return Path(str(DiffusionPipeline.download(name, variant=variant)))

@@ -5,19 +5,21 @@ from __future__ import annotations
 import inspect
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
-from trainers.conditioning import Condition, call_model, takes_text
+from trainers.conditioning import Condition, call_model, takes_guidance
 from trainers.config import TrainerConfig
 from trainers.errors import ConfigError
 from trainers.frozen import load_pipeline, pipeline_scheduler
-from trainers.models import learns_null_label, null_label, settings_of
+from trainers.models import can_be_guided, learns_null_label, null_label, settings_of
 from trainers.objectives import Objective
 from trainers.rng import Stream, derive_seed, normal
 from trainers.text_encoder import open_text_encoder
@@ -71,7 +73,7 @@ def sample_texts(
     num_steps: int = 50,
 ) -> torch.Tensor:
     """As `sample_images`, of a model of pixels that was trained with `conditioning.text_encoder`."""
-    if guidance != 1 and config.objective.label_drop == 0:
+    if guidance != 1 and not can_be_guided(model, config.model, config.objective.label_drop):
         raise ConfigError(f"guidance={guidance} needs a model that was trained with dropped captions; use guidance=1")
     encoder = open_text_encoder(config.conditioning, torch.device("cpu"))
     given = encoder.condition(None, tuple(prompts), None)
@@ -122,6 +124,7 @@ def sample_pipeline(
 
     Args:
         model: whole; it was trained out of a pretrained pipeline.
+        guidance: as the pipeline's own `guidance_scale`: of a guidance-distilled model what it is told.
         prompts: a text or, for a pipeline of classes, a label for each image.
 
     Returns:
@@ -134,17 +137,13 @@ def sample_pipeline(
     pipeline.to(next(model.parameters()).device)
     pipeline.set_progress_bar_config(disable=True)
     known = inspect.signature(pipeline.__call__).parameters
-    wanted = {
-        "height": config.data.image_size,
-        "width": config.data.image_size,
-        "max_sequence_length": config.conditioning.max_tokens,
-        "use_resolution_binning": False,
-        "clean_caption": False,
-    }
-    options = {name: value for name, value in wanted.items() if name in known and value is not None}
+    options = {name: value for name, value in _call_options(config).items() if name in known and value is not None}
+    two_passes = guidance != 1 and "true_cfg_scale" in known and not takes_guidance(model)
     images = []
     for begin in range(0, len(prompts), _PIPELINE_BATCH_SIZE):
         part = list(prompts[begin : begin + _PIPELINE_BATCH_SIZE])
+        if two_passes:  # else a Flux that is told no guidance would go without, and say nothing
+            options |= {"true_cfg_scale": guidance, "negative_prompt": [""] * len(part)}
         seeds = [derive_seed(seed, Stream.SAMPLING, begin + i) for i in range(len(part))]
         images.append(
             pipeline(
@@ -157,6 +156,17 @@ def sample_pipeline(
             ).images
         )
     return torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).float() * 2 - 1  # (N, H, W, C) -> (N, C, H, W)
+
+
+def _call_options(config: TrainerConfig) -> dict[str, Any]:
+    """What any of the pipelines is called with, where it takes that."""
+    return {
+        "height": config.data.image_size,
+        "width": config.data.image_size,
+        "max_sequence_length": config.conditioning.max_tokens,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    }
 
 
 def draw(model: nn.Module, config: TrainerConfig, wanted: Sequence[Any], **how: Any) -> torch.Tensor:
@@ -179,10 +189,15 @@ def draw(model: nn.Module, config: TrainerConfig, wanted: Sequence[Any], **how: 
     return sample_images(model, Objective(config.objective), shape, labels, **how)
 
 
-def usual_guidance(model: nn.Module, label_drop: float) -> float:
-    """The guidance of who asks for none: 1.5 where training showed the model images without label or text, else 1."""
-    learned = label_drop > 0 if takes_text(model) else learns_null_label(model, label_drop)
-    return 1.5 if learned else 1.0
+def usual_guidance(model: nn.Module, config: TrainerConfig) -> float:
+    """The guidance of who asks for none: what diffusers' pipeline of this kind takes, of a network alone 1.5; 1 where
+    the model can not be guided."""
+    if not can_be_guided(model, config.model, config.objective.label_drop):
+        return 1.0
+    folder = config.model.folder()
+    cls = getattr(diffusers, folder.index.get("_class_name", ""), None) if folder else None
+    scale = inspect.signature(cls.__call__).parameters.get("guidance_scale") if cls else None
+    return 1.5 if scale is None else float(scale.default)
 
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -194,9 +209,13 @@ def guided(
 ) -> Predict:
     """The prediction of `model` under the condition `given`, led away from that `without`; 1 is no guidance.
 
+    A guidance-distilled model is told the guidance instead, as diffusers' Flux pipeline does.
+
     Args:
         dtype: what the model takes.
     """
+    if takes_guidance(model):
+        given, guidance = replace(given, guidance=guidance), 1.0
     given, without = given.cast(dtype), without.cast(dtype)
 
     def predict(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

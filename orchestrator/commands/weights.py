@@ -23,7 +23,9 @@ STEP = click.option(
     "--step", type=click.IntRange(min=0), help="Weights of the checkpoint of this step. Default: the newest stable one."
 )
 GUIDANCE = click.option(
-    "--guidance", type=click.FloatRange(min=0), help="Default: 1.5 where labels were dropped in training; 1 is none."
+    "--guidance",
+    type=click.FloatRange(min=0),
+    help="1 is none. Default: what diffusers' pipeline takes, 1.5 for a network alone; 1 if it learnt none.",
 )
 
 
@@ -71,10 +73,9 @@ def _draw(
         raise click.UsageError("this model draws what a text says; give --prompt TEXT, once or more")
     if prompts and not text:
         raise click.UsageError("--prompt has no effect on a model without text; leave it out")
-    label_drop = config.objective.label_drop
-    columns = len(prompts) if text else 10 if null is None else num_classes_of(model, label_drop)
+    columns = len(prompts) if text else 10 if null is None else num_classes_of(model, config.objective.label_drop)
     if guidance is None:
-        guidance = usual_guidance(model, label_drop)
+        guidance = usual_guidance(model, config)
     wanted = [prompts[i % columns] if text else i % columns for i in range(num)]  # every class in turn
     return draw(model, config, wanted, seed=seed, guidance=guidance), min(num, columns)
 

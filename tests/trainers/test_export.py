@@ -46,7 +46,7 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
-def export(folder, name, kind: Any = "epsilon"):
+def export(folder, name, kind: Any = "epsilon", data: DataConfig = DataConfig(image_size=8)):  # noqa: B008
     ema, raw = (build_model(MODELS[name], seed) for seed in (1, 2))
     objective = ObjectiveConfig(prediction_type=kind, label_drop=0.0 if name == "unet" else 0.1)
     weights = [
@@ -54,7 +54,7 @@ def export(folder, name, kind: Any = "epsilon"):
         ExportWeights(tensors=raw.state_dict(), description="raw weights", variant="non_ema"),
     ]
     train = TrainConfig(num_steps=1, global_batch_size=1, microbatch_size=1)
-    config = TrainerConfig(model=MODELS[name], train=train, data=DataConfig(image_size=8), objective=objective)
+    config = TrainerConfig(model=MODELS[name], train=train, data=data, objective=objective)
     export_pipeline(folder, config, weights, origin="run digits, step 7")
     return ema, raw, Objective(objective)
 
@@ -79,6 +79,13 @@ def test_loads_as_a_pipeline_with_both_variants(tmp_path, name):
     assert same(default.unet, ema) and same(variant.unet, raw)
     assert isinstance(default, DDPMPipeline) and type(default.unet) is type(ema)
     assert not list((tmp_path / "out").rglob("*.bin"))
+
+
+def test_latents_are_not_clipped_on_the_way_as_pixels_are(tmp_path):
+    export(tmp_path / "pixels", "unet")
+    export(tmp_path / "latents", "unet", data=DataConfig(source="latents", path="x", image_size=8))
+    clips = [load(tmp_path / kind).scheduler.config["clip_sample"] for kind in ("pixels", "latents")]
+    assert clips == [True, False]
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from trainers.config import TrainerConfig
+from trainers.data.samples import LatentFacts
 from trainers.decode import decode
 from trainers.errors import ConfigError
 from trainers.fitting import check_fits
@@ -76,3 +78,23 @@ def test_what_fits_is_let_through():
     check(unet(num_class_embeds=10), {})
     check(unet(num_class_embeds=11), {"label_drop": 0.1})
     check(dit(), {"label_drop": 0.1})
+
+
+@pytest.mark.parametrize("has_sizes", [True, False])
+def test_latents_must_have_the_sizes_that_the_model_is_told(has_sizes: bool) -> None:
+    told = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 40,
+    }
+    blocks = {"down_block_types": ["CrossAttnDownBlock2D"] * 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2}
+    args = {**UNET, **blocks, **told, "cross_attention_dim": 16, "in_channels": 4, "out_channels": 4}
+    made = LatentFacts(shape=(4, 8, 8), has_text=True, has_sizes=has_sizes)
+    source: Any = type("Given", (SimpleNamespace,), {"__len__": lambda self: 10})(
+        channels=4, num_classes=None, has_captions=False, buckets=None, latents=made
+    )
+    data = {"source": "latents", "path": "x", "image_size": 8}
+    model = {"class_name": "UNet2DConditionModel", "args": args}
+    config = decode(TrainerConfig, {"model": model, "train": TRAIN, "data": data})
+    with nullcontext() if has_sizes else pytest.raises(ConfigError, match=r"data\.path=x has no sizes"):
+        assert check_fits(build_model(config.model, seed=0), source, config) is None

@@ -129,8 +129,11 @@ def test_a_pipeline_without_one_of_its_text_encoders_is_refused(tmp_path):
 
 @pytest.mark.parametrize("stored", ["PNDMScheduler", "DDIMScheduler"])
 def test_an_export_draws_on_the_schedule_with_zero_terminal_snr(tmp_path, stored):
-    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
-    (tmp_path / "scheduler").mkdir()
+    parts = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(parts))
+    for name in ("unet", "scheduler"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
     known = {"_class_name": stored, "prediction_type": "v_prediction", "steps_offset": 1, "clip_sample": False}
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(known))
     objective = ObjectiveConfig(prediction_type="v_prediction", beta_schedule="linear", zero_terminal_snr=True)

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import json
+from types import MappingProxyType
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from trainers.conditioning import Condition
+from trainers.config import TrainerConfig
+from trainers.decode import decode
 from trainers.errors import ConfigError
+from trainers.models import empty_model
 from trainers.objectives import Objective, ObjectiveConfig
 from trainers.rng import Stream, normal
-from trainers.sampling import sample_images, save_grid
+from trainers.sampling import guided, sample_images, save_grid, usual_guidance
 
 IMAGES = torch.linspace(-0.9, 0.9, 3 * 16).view(3, 1, 4, 4)
 
@@ -56,6 +63,59 @@ def test_guidance_moves_away_from_the_unconditional_prediction():
     objective = Objective(ObjectiveConfig(prediction_type="flow", label_drop=0.1))
     images = sample_images(Oracle(objective), objective, (1, 1, 4, 4), torch.tensor([1]), guidance=1.2, num_steps=10)
     torch.testing.assert_close(images, IMAGES[2:] + 1.2 * (IMAGES[1:2] - IMAGES[2:]), rtol=0, atol=1e-4)
+
+
+def test_a_distilled_model_is_told_its_guidance_in_one_pass():
+    class Distilled(torch.nn.Module):
+        config = MappingProxyType({"guidance_embeds": True})
+
+    told = []
+
+    def call(model, noisy, timesteps, condition):
+        told.append(condition.guidance)
+        return noisy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainers.sampling.call_model", call)
+        guided(Distilled(), Condition(guidance=1.0), Condition(), 3.5)(torch.zeros(1, 1, 2, 2), torch.zeros(1))
+    assert told == [3.5]
+
+
+TINY_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "block_out_channels": [16],
+    "down_block_types": ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+    "norm_num_groups": 2,
+}
+TINY_FLUX = {"_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1}
+
+
+@pytest.mark.parametrize(
+    ("network", "pipeline", "keys", "label_drop", "expected"),
+    [
+        (TINY_UNET, "StableDiffusionPipeline", {}, 0.0, 7.5),  # learnt before this training
+        (TINY_UNET, "StableDiffusionXLPipeline", {}, 0.1, 5.0),
+        (TINY_UNET, "StableDiffusionPipeline", {"from_scratch": True}, 0.0, 1.0),
+        (TINY_UNET, "StableDiffusionPipeline", {"from_scratch": True}, 0.1, 7.5),
+        (TINY_UNET, None, {}, 0.0, 1.5),
+        ({**TINY_FLUX, "guidance_embeds": True}, "FluxPipeline", {"from_scratch": True}, 0.0, 3.5),
+        ({**TINY_FLUX, "guidance_embeds": False}, "FluxPipeline", {}, 0.0, 1.0),
+    ],
+)
+def test_the_usual_guidance_is_that_of_the_pipeline(tmp_path, network, pipeline, keys, label_drop, expected):
+    part = "unet" if network is TINY_UNET else "transformer"
+    folder = tmp_path / part if pipeline else tmp_path
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(network))
+    if pipeline:
+        index = {"_class_name": pipeline, part: ["diffusers", network["_class_name"]]}
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+    model = {"pretrained": str(tmp_path), **keys}
+    train = {"num_steps": 1, "global_batch_size": 1, "microbatch_size": 1}
+    config = decode(TrainerConfig, {"model": model, "train": train, "objective": {"label_drop": label_drop}})
+    with torch.device("meta"):
+        assert usual_guidance(empty_model(config.model, 0), config) == expected
 
 
 class Zero(Oracle):

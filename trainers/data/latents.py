@@ -79,6 +79,7 @@ class LatentSource(Source):
             if text and files.exists(EMPTY)
             else None,
             has_text=text,
+            has_sizes="sizes" in self._parts,
         )
         if "mean" in self._parts and self.latents.scale is None:
             raise ConfigError(f"{self._where} has mean and deviation, but no {INDEX} with shift and scale; add it")

@@ -99,6 +99,8 @@ class LatentFacts:
     empty: Text | None = None
     """One row: how the encoders see a caption that was dropped."""
     has_text: bool = False
+    has_sizes: bool = False
+    """Whether it is known how large the images were, and what was cut off."""
 
 
 class Source(Protocol):

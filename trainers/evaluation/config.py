@@ -11,7 +11,7 @@ from torch import nn
 from trainers.conditioning import takes_text
 from trainers.data.samples import Source
 from trainers.errors import ConfigError
-from trainers.models import learns_null_label, null_label
+from trainers.models import null_label
 
 RAW = "raw"
 """The weights themselves, among the names of EMA profiles."""
@@ -40,7 +40,8 @@ class MetricsConfig:
     num_steps: int = 50
     """Denoising steps, >= 1."""
     guidance: float | None = None
-    """Classifier-free guidance, >= 0; 1 is none. null: 1.5 where training drops labels or captions, else 1."""
+    """Classifier-free guidance, or what a guidance-distilled model is told, >= 0; 1 is none. null: what diffusers'
+    pipeline takes (Stable Diffusion 7.5, Flux 3.5); of a network alone 1.5; 1 where the model can not be guided."""
     seed: int = 0
     """Of the noise that the images are made of, >= 0."""
 
@@ -111,7 +112,8 @@ class SamplesConfig:
     num_steps: int = 50
     """Denoising steps, >= 1."""
     guidance: float | None = None
-    """Classifier-free guidance, >= 0; 1 is none. null: 1.5 where training drops labels or captions, else 1."""
+    """Classifier-free guidance, or what a guidance-distilled model is told, >= 0; 1 is none. null: what diffusers'
+    pipeline takes (Stable Diffusion 7.5, Flux 3.5); of a network alone 1.5; 1 where the model can not be guided."""
     prompts: tuple[str, ...] = ()
     """For models of text, which need at least one; each has a column."""
     labels: tuple[int, ...] = ()
@@ -147,8 +149,11 @@ def _due(every: int | None, step: int, num_steps: int) -> bool:
     return every is not None and (step % every == 0 or step == num_steps)
 
 
-def check_samples(samples: SamplesConfig, model: nn.Module, source: Source, label_drop: float) -> None:
+def check_samples(samples: SamplesConfig, model: nn.Module, source: Source, guided: bool) -> None:
     """Check that `model`, trained on `source`, can draw what `samples` asks for.
+
+    Args:
+        guided: as `can_be_guided`.
 
     Raises:
         ConfigError: it can't; the message names the key to change.
@@ -170,13 +175,14 @@ def check_samples(samples: SamplesConfig, model: nn.Module, source: Source, labe
         )
     if wrong := [label for label in samples.labels if not 0 <= label < num_classes]:
         raise ConfigError(f"samples.labels: the data has no class {wrong[0]}; give 0 to {num_classes - 1}")
-    _check_guidance("samples", samples.guidance, model, label_drop)
+    _check_guidance("samples", samples.guidance, guided)
 
 
-def check_metrics(
-    metrics: MetricsConfig, model: nn.Module, source: Source, num_held_out: int, label_drop: float
-) -> None:
+def check_metrics(metrics: MetricsConfig, model: nn.Module, source: Source, num_held_out: int, guided: bool) -> None:
     """Check that images of `model` can be drawn and compared with those of `source`.
+
+    Args:
+        guided: as `can_be_guided`.
 
     Raises:
         ConfigError: they can't; the message names the key to change.
@@ -189,11 +195,10 @@ def check_metrics(
         raise ConfigError(f"validation.metrics.clip={metrics.clip} needs a model of text; remove it")
     if set(metrics.names) != {"clip"} and metrics.network != INCEPTION and not Path(metrics.network).is_file():
         raise ConfigError(f"validation.metrics.network={metrics.network} is not there; give {INCEPTION} or a file")
-    _check_guidance("validation.metrics", metrics.guidance, model, label_drop)
+    _check_guidance("validation.metrics", metrics.guidance, guided)
 
 
-def _check_guidance(section: str, guidance: float | None, model: nn.Module, label_drop: float) -> None:
-    guided = label_drop > 0 if takes_text(model) else learns_null_label(model, label_drop)
+def _check_guidance(section: str, guidance: float | None, guided: bool) -> None:
     if guidance not in (None, 1) and not guided:
         raise ConfigError(
             f"{section}.guidance={guidance} needs a model that learns to do without label or caption;"

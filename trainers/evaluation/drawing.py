@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,8 @@ def draw_images(
     images = torch.zeros(num_images, *image_shape, dtype=torch.uint8, device=task.device)
     guidance = wanted.guidance
     if guidance is None:
-        guidance = usual_guidance(state.model, config.objective.label_drop)
+        guidance = usual_guidance(state.model, config)
+    scheduler = _scheduler(task)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     for part, counts in shares(-(-num_images // size), state.topology):
         alive()
@@ -52,7 +54,7 @@ def draw_images(
         noise = normal(wanted.seed, Stream.SAMPLING, numbers, shape).to(task.device)
         given, without = conditions(numbers)
         predict = guided(state.model, given, without, guidance, dtype)
-        drawn = denoise(predict, _scheduler(task), noise, wanted.num_steps)
+        drawn = denoise(predict, scheduler, noise, wanted.num_steps)
         if counts:
             drawn = task.frozen.images(drawn) if task.frozen else drawn
             images[numbers[0] : numbers[-1] + 1] = to_pixels(drawn)
@@ -75,7 +77,23 @@ def under_labels(task: Task, labels: torch.Tensor) -> tuple[Condition, Condition
 
 
 def _scheduler(task: Task) -> Any:
-    scheduler: Any = task.objective.scheduler()
-    if task.latent_shape is not None and "clip_sample" in scheduler.config:
-        return type(scheduler).from_config(scheduler.config, clip_sample=False)  # latents reach beyond 1
-    return scheduler
+    """The objective's sampler. Where the pipeline's shift follows from the size of the image, with that shift."""
+    scheduler = task.objective.scheduler(pixels=task.latent_shape is None)
+    folder = task.config.model.folder()
+    settings = folder.scheduler if folder else {}
+    if task.latent_shape is None or "shift" not in scheduler.config or not settings.get("use_dynamic_shifting"):
+        return scheduler
+    _, height, width = task.latent_shape
+    return type(scheduler).from_config(scheduler.config, shift=dynamic_shift(settings, height // 2 * (width // 2)))
+
+
+def dynamic_shift(settings: Mapping[str, Any], num_tokens: int) -> float:
+    """The shift of an image of so many tokens, as diffusers' Flux pipeline has it.
+
+    Args:
+        settings: of the pipeline's scheduler.
+    """
+    fewest, most = settings.get("base_image_seq_len", 256), settings.get("max_image_seq_len", 4096)
+    low, high = settings.get("base_shift", 0.5), settings.get("max_shift", 1.15)
+    mu = low + (high - low) * (num_tokens - fewest) / (most - fewest)
+    return mu if settings.get("time_shift_type") == "linear" else math.exp(mu)

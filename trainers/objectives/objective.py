@@ -132,12 +132,15 @@ class Objective:
         term = self._bound(variance, x0, guess, x_t, timesteps)
         return loss + self.config.vlb_weight * self.config.num_train_timesteps * term
 
-    def scheduler(self) -> DDIMScheduler | EDMEulerScheduler | FlowMatchEulerDiscreteScheduler:
+    def scheduler(self, *, pixels: bool = True) -> DDIMScheduler | EDMEulerScheduler | FlowMatchEulerDiscreteScheduler:
         """A new sampler that fits this objective, without random steps.
 
         DDIM (Song et al., 2021), which needs no variance, learned or not; Euler steps along the flow; or Euler steps of
         edm. The network's input is `scale_model_input` of x_t where the sampler has it, and the first x_t is noise
         times `init_noise_sigma` where it has that: edm's do more than nothing.
+
+        Args:
+            pixels: what is drawn are images, in [-1, 1]; latents reach beyond, and are not clipped on the way.
         """
         config = self.config
         if config.prediction_type == "flow":
@@ -153,6 +156,7 @@ class Objective:
             trained_betas=betas(config).tolist() if extra else None,
             rescale_betas_zero_snr=config.zero_terminal_snr,
             prediction_type=config.prediction_type,
+            clip_sample=pixels,
             # Start at the last, purest noise level, as training noise does (Lin et al., 2024, section 3.3).
             timestep_spacing="trailing",
         )
