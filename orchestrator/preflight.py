@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
-from orchestrator.data.files import data_files, reached_data_files
+from orchestrator.checkpoint.store import Store
+from orchestrator.data.files import data_files
 from trainers.conditioning import call_model
 from trainers.config import TrainerConfig
 from trainers.data.sources import open_source
@@ -25,7 +28,7 @@ def check_trainable(config: TrainerConfig, *, patient: bool = False) -> None:
     """
     with torch.device("meta"):  # shapes only: no memory and no arithmetic, however large the model
         model = empty_model(config.model, config.seed)
-    source = open_source(config.data, data_files if patient else reached_data_files)
+    source = open_source(config.data, data_files if patient else partial(data_files, opened=Store.reach))
     channels, height, width = check_fits(model, source, config) or data_shape(source, config)
     size = config.data.image_size
     shapes = source.buckets.shapes if source.buckets else ((size, size),)

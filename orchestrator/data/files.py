@@ -73,17 +73,12 @@ def _absolute(path: Any) -> Any:
     return path if path is None or "://" in path or not os.path.exists(path) else os.path.abspath(path)
 
 
-def data_files(path: str) -> Files:
-    """`FilesAt` for local paths and URLs."""
-    return _files(path, Store.open)
+def data_files(path: str, opened: Callable[[str], Store] = Store.open) -> Files:
+    """`FilesAt` for local paths and URLs.
 
-
-def reached_data_files(path: str) -> Files:
-    """The same for a command that a person waits for: see `Store.reach`."""
-    return _files(path, Store.reach)
-
-
-def _files(path: str, opened: Callable[[str], Store]) -> Files:
+    Args:
+        opened: `Store.reach` for a command that a person waits for.
+    """
     if path.startswith("file://"):
         return LocalFiles(path.removeprefix("file://"))
     return StoreFiles(path, opened) if "://" in path else local_files(path)
