@@ -206,8 +206,8 @@ def sample_losses(model: torch.nn.Module, task: Task, batch: Batch, seed: int, p
     """
     config, objective = task.config, task.objective
     clean, condition = _inputs(task, batch)
-    noise, in_input = (part.to(task.device) for part in objective.noises(batch.noise, seed, positions))
-    timesteps = objective.timesteps(batch.uniform).to(task.device)
+    noise, in_input = (_on(task.device, part) for part in objective.noises(batch.noise, seed, positions))
+    timesteps = _on(task.device, objective.timesteps(batch.uniform))
     noisy = objective.noisy(clean, in_input, timesteps)
     if config.train.precision == "bf16":
         noisy, condition = noisy.bfloat16(), condition.cast(torch.bfloat16)
@@ -218,17 +218,22 @@ def sample_losses(model: torch.nn.Module, task: Task, batch: Batch, seed: int, p
 def _inputs(task: Task, batch: Batch) -> tuple[torch.Tensor, Condition]:
     """What is made noisy, (B, c, h, w) float32, and under which condition; both on the device."""
     images, labels, sizes, posterior = (
-        None if value is None else value.to(task.device)
+        None if value is None else _on(task.device, value)
         for value in (batch.images, batch.labels, batch.sizes, batch.posterior)
     )
     assert images is not None
     if batch.text is not None:
-        text = {name: part.to(task.device) for name, part in batch.text.parts().items()}
+        text = {name: _on(task.device, part) for name, part in batch.text.parts().items()}
         return images, Condition(**text, labels=labels, sizes=sizes, guidance=task.config.conditioning.guidance)
     if task.frozen is None:
         return images, Condition(labels=labels)
     condition = task.frozen.condition(labels, batch.captions, sizes)
     return task.frozen.latents(images, posterior), condition
+
+
+def _on(device: torch.device, value: torch.Tensor) -> torch.Tensor:
+    """`value` on `device`; a GPU takes it when it has done what was asked of it before, and nobody waits for that."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def _update(state: TrainState, lr: float) -> None:
