@@ -1,10 +1,11 @@
-"""A folder of image files, with classes as sub-folders, or texts and classes in metadata.jsonl."""
+"""A folder of image files, with classes as sub-folders, and texts in metadata.jsonl or beside the images."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from trainers.data.images import Record, Records, digest, number_classes
 from trainers.errors import ConfigError
 
 METADATA = "metadata.jsonl"
+_READERS = 16  # threads that read texts, which mostly wait for storage
 
 
 class FolderRecords(Records):
@@ -21,7 +23,7 @@ class FolderRecords(Records):
 
     Sub-folders are classes, numbered in sorted order; without any, the images have no labels. Lines {"file_name": ...,
     "text": ..., "label": ...} of metadata.jsonl give captions, and labels in place of those of the folders; file names
-    are relative to the folder.
+    are relative to the folder. Without that file, a.txt is the caption of a.png.
     """
 
     def __init__(self, files: Files, names: list[str], captions: bool) -> None:
@@ -33,7 +35,7 @@ class FolderRecords(Records):
         self.num_classes: int | None = len(classes) or None
         numbers = {name: number for number, name in enumerate(classes)}
         self.labels = np.array([numbers[name.partition("/")[0]] for name in names]) if classes else None
-        entries = _read_metadata(files, names, required=captions)
+        entries = _read_metadata(files, captions) or (_read_texts(files, names) if captions else {})
         self._captions = _texts(files, names, entries) if captions else None
         if any("label" in entry for entry in entries.values()):
             labels: list[object] = [entries.get(name, {}).get("label") for name in names]
@@ -59,15 +61,32 @@ class FolderRecords(Records):
         )
 
 
-def _read_metadata(files: Files, names: list[str], required: bool) -> Mapping[str, Mapping[str, Any]]:
+def _read_texts(files: Files, names: list[str]) -> Mapping[str, Mapping[str, Any]]:
+    """File name -> the text in the file beside it, in the form of a line of metadata.jsonl."""
+    there = set(files.names((".txt",)))
+    beside = {name: f"{os.path.splitext(name)[0]}.txt" for name in names}
+    missing = [name for name in names if beside[name] not in there]
+    if missing:
+        raise ConfigError(
+            f"data.captions=true needs a text for every image, in {files.root}/{METADATA} or beside it, and"
+            f" {len(missing)} have none, such as {missing[0]}; write {beside[missing[0]]}, or for all of them lines"
+            ' {"file_name": "a.png", "text": "a red square"}'
+        )
+
+    def text(name: str) -> str:
+        try:
+            return files.read(beside[name]).decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{files.root}/{beside[name]} is not UTF-8 ({error}); write it again") from None
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return {name: {"text": found} for name, found in zip(names, pool.map(text, names), strict=True)}
+
+
+def _read_metadata(files: Files, required: bool) -> Mapping[str, Mapping[str, Any]]:
     """File name -> its line; empty without such a file."""
     where = f"{files.root}/{METADATA}"
     if not files.exists(METADATA):
-        if required:
-            raise ConfigError(
-                f"data.captions=true needs {where}; write a line for every image:"
-                ' {"file_name": "a.png", "text": "a red square"}'
-            )
         return {}
     try:
         text = files.read(METADATA).decode("utf-8-sig")  # some editors put a mark in front

@@ -132,6 +132,24 @@ def test_captions(folder):
     assert samples.sizes.tolist() == [[10, 20, 0, 2, 4, 4]] * 2
 
 
+def test_a_text_beside_every_image_is_its_caption(tmp_path):
+    (tmp_path / "10_dog").mkdir()
+    for name in ("10_dog/a.b.png", "10_dog/c.JPG"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name, "PNG")
+    config = DataConfig(source="folder", path=str(tmp_path), image_size=4, captions=True)
+    (tmp_path / "10_dog/a.b.txt").write_bytes(b"\xef\xbb\xbfa dog, \xc3\xa9\n")
+    with pytest.raises(ConfigError, match=r"and 1 have none, such as 10_dog/c\.JPG; write 10_dog/c\.txt, or"):
+        open_source(config)
+    (tmp_path / "10_dog/c.txt").write_text("")
+    found = open_source(config)
+    assert found.read(np.array([0, 1])).captions == ("a dog, \u00e9", "")
+    (tmp_path / "10_dog/c.txt").write_text("a cat")
+    assert open_source(config).identity != found.identity, "other texts are other data"
+    (tmp_path / "10_dog/c.txt").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"10_dog/c\.txt is not UTF-8"):
+        open_source(config)
+
+
 def pixels_of(tmp_path, name, image, **saved):
     image.save(tmp_path / name, **saved)
     source = open_source(DataConfig(source="folder", path=str(tmp_path), image_size=2))
