@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 @click.option("--seed", default=0, type=click.IntRange(0), show_default=True, help="Of the draws.")
 @click.option("--concurrent", type=click.IntRange(1), help="Trials at a time. Default: what the cluster has room for.")
 @click.option(
-    "--metric", default="loss", show_default=True, help="Compared by its mean over the last tenth of the steps."
+    "--metric",
+    default="loss",
+    show_default=True,
+    help="What is compared: loss or grad_norm, by the mean over the last tenth of the steps; or the last"
+    " validation/loss, validation/loss/ema/NAME, validation/kid/NETWORK, ...",
 )
 @click.option("--mode", default="min", type=click.Choice(["min", "max"]), show_default=True, help="Which is better.")
 @JSON
@@ -35,7 +39,7 @@ def sweep(
     """Train a config with many values of some of its keys, and compare.
 
     \b
-      unbroken sweep CONFIG --param 'optimizer.lr=[1e-4, 1e-3]' --param 'objective.weighting=[none, min_snr]'
+      unbroken sweep CONFIG --param 'optimizer.lr=[1e-4, 1e-3]' --param 'optimizer.weight_decay=[0, 0.01]'
       unbroken sweep CONFIG --param 'optimizer.lr=loguniform(1e-5, 1e-2)' --samples 20
     \b
     VALUES   [a, b]                 a grid: every combination
@@ -46,7 +50,8 @@ def sweep(
     and all else work on it. It restarts like every run. The same command again goes on with the search: finished
     trials are not trained again. A Ray of its own on this machine, or with RAY_ADDRESS that cluster.
 
-    The exit code is 3 if a trial did not finish.
+    Losses of different objectives mean different things: to search among these, compare distances of drawn images
+    (validation.metrics). The exit code is 3 if a trial did not finish.
     """
     return _sweep(config, overrides, (params, samples, seed), **options)  # pyright: ignore[reportArgumentType]
 
@@ -63,9 +68,10 @@ def _sweep(
 ) -> int:
     from orchestrator.config import load_config
     from orchestrator.preflight import check_trainable
-    from orchestrator.search.trials import make_trials, parse_parameter, ranked
+    from orchestrator.search.trials import check_metric, make_trials, parse_parameter, ranked
 
     base = load_config(path, overrides)
+    check_metric(metric, base.validation.holds_out)
     params, samples, seed = space
     trials = make_trials(base.run.name, [parse_parameter(text) for text in params], samples, seed)
     keys = {key for trial in trials for key in trial.values}
@@ -101,17 +107,21 @@ def _step(config: RunConfig) -> int:
 def _result(trial: Trial, config: RunConfig, metric: str, said: dict[str, str]) -> Result:
     from orchestrator.checkpoint.store import Store
     from orchestrator.config import run_url
-    from orchestrator.search.trials import Result, last_mean
-    from orchestrator.tracking.record import read_metrics
+    from orchestrator.search.trials import VALIDATION, Result, last_mean, last_validation
+    from orchestrator.tracking.record import read_events, read_metrics
 
-    step = _step(config)
+    step, store = _step(config), Store.open(run_url(config))
+    if metric.startswith(VALIDATION):
+        value = last_validation(read_events(store), metric.removeprefix(VALIDATION))
+    else:
+        value = last_mean(read_metrics(store), metric)
     return Result(
         name=trial.name,
         url=run_url(config),
         values=trial.values,
         state="finished" if step >= config.train.num_steps else said.get(trial.name) or "not finished",
         step=step,
-        metric=last_mean(read_metrics(Store.open(run_url(config))), metric),
+        metric=value,
     )
 
 

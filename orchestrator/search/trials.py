@@ -8,20 +8,23 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import yaml
 
-from orchestrator.tracking.record import Row
+from orchestrator.messages.attempts import Event
+from orchestrator.tracking.record import Row, of_the_owner
 from trainers.errors import ConfigError
 
 _DRAWN = re.compile(r"(choice|uniform|loguniform|randint)\((.*)\)", re.DOTALL)
 _FORMS = "key=[a, b], key=choice(a, b), key=uniform(low, high), key=loguniform(low, high) or key=randint(low, high)"
 _NOT_SEARCHED = ("run", "storage", "checkpoint", "tracking", "deploy")
 _LAST_SHARE = 0.1
+_OF_STEPS = ("loss", "grad_norm")
+VALIDATION = "validation/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,7 @@ class Result:
     """finished, or why not."""
     step: int
     metric: float | None
-    """Mean over the last tenth of the steps; None: it was never measured."""
+    """As `last_mean` or `last_validation` has it; None: it was never measured."""
 
 
 def parse_parameter(text: str) -> Parameter:
@@ -152,6 +155,21 @@ def last_mean(rows: Sequence[Row], metric: str) -> float | None:
     values = [row[metric] for row in rows if isinstance(row.get(metric), int | float)]
     last = values[-max(1, round(len(values) * _LAST_SHARE)) :]
     return sum(last) / len(last) if last else None
+
+
+def last_validation(events: Iterable[Event], name: str) -> float | None:
+    """What `name` was when it was last measured on the samples that are held out; None if it never was."""
+    values = [event.fields["metrics"].get(name) for event in of_the_owner(events) if event.kind == "validation"]
+    return next((value for value in reversed(values) if value is not None), None)
+
+
+def check_metric(metric: str, validates: bool) -> None:
+    """Raises ConfigError if nothing of that name is measured. Args: validates: whether the runs hold samples out."""
+    if metric.startswith(VALIDATION):
+        if not validates:
+            raise ConfigError(f"--metric {metric}: nothing is held out; set validation.num_samples and every_steps")
+    elif metric not in _OF_STEPS and not metric.startswith("ema/"):
+        raise ConfigError(f"--metric {metric} is not measured; give {', '.join(_OF_STEPS)} or {VALIDATION}loss")
 
 
 def ranked(results: Sequence[Result], mode: str) -> list[Result]:

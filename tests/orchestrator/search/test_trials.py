@@ -4,7 +4,16 @@ import math
 
 import pytest
 
-from orchestrator.search.trials import Result, last_mean, make_trials, parse_parameter, ranked
+from orchestrator.messages.attempts import Event
+from orchestrator.search.trials import (
+    Result,
+    check_metric,
+    last_mean,
+    last_validation,
+    make_trials,
+    parse_parameter,
+    ranked,
+)
 from trainers.errors import ConfigError
 
 
@@ -81,6 +90,28 @@ def test_the_metric_is_the_mean_of_the_last_tenth():
     assert last_mean(rows, "loss") == 38.5
     assert last_mean([*rows, {"step": 41, "loss": None}, {"step": 42}], "loss") == 38.5
     assert last_mean(rows[:3], "loss") == 3.0 and last_mean(rows, "fid") is None
+
+
+def test_a_validation_is_the_newest_that_was_measured():
+    events = [
+        Event(kind="validation", fields={"step": step, "metrics": metrics}, time_s=float(step))
+        for step, metrics in ((1, {"loss": 3.0}), (2, {"loss": 2.0}), (3, {"loss": None}))
+    ]
+    assert last_validation(events, "loss") == 2.0 and last_validation(events, "kid/means") is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "validates", "word"),
+    [
+        ("los", True, "--metric los is not measured; give loss, grad_norm or validation/loss"),
+        ("validation/loss", False, "nothing is held out"),
+    ],
+)
+def test_a_metric_that_is_not_measured_is_refused_before_anything_is_trained(metric, validates, word):
+    for known in ("loss", "ema/main/distance", *(["validation/loss"] if validates else [])):
+        check_metric(known, validates)
+    with pytest.raises(ConfigError, match=word):
+        check_metric(metric, validates)
 
 
 def test_the_best_is_the_first_and_what_was_not_measured_the_last():
