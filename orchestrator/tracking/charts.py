@@ -36,6 +36,8 @@ def line_chart(points: Sequence[tuple[int, float, float, float]], redone: Sequen
     upper = [f"{x(step):.1f},{y(high):.1f}" for step, _, _, high in points]
     lower = [f"{x(step):.1f},{y(low):.1f}" for step, _, low, _ in reversed(points)]
     mean = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value, _, _ in points)
+    if len(points) == 1:  # a line of one point is not seen
+        mean += f" {_WIDTH},{y(points[0][1]):.1f}"
     shapes = [f'<line class="grid" x1="0" x2="{_WIDTH}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>' for tick in axis.ticks]
     for begin, end, text in redone[-_MOST_MARKS:]:
         left, right = (x(min(last, max(first, step))) for step in (begin, end))
@@ -45,7 +47,9 @@ def line_chart(points: Sequence[tuple[int, float, float, float]], redone: Sequen
         )
     shapes += [f'<polygon class="band" points="{" ".join(upper + lower)}"/>', f'<polyline points="{mean}"/>']
     labels = "".join(f'<span style="top:{100 * (1 - axis.share(tick)):.2f}%">{tick:.3g}</span>' for tick in axis.ticks)
-    below = "".join(f"<span>{round(first + part * (last - first) / 4):,}</span>" for part in range(5))
+    parts = min(4, last - first)  # of a few steps none is named twice
+    names = (first + round(part * (last - first) / max(1, parts)) for part in range(parts + 1))
+    below = "".join(f"<span>{name:,}</span>" for name in names)
     kind = " (logarithmic)" if axis.logarithmic else ""
     return (
         f'<figure class="chart"><div class="ticks">{labels}</div>{_svg("".join(shapes), _HEIGHT)}'

@@ -85,7 +85,8 @@ def _heading(seen: Overview, name: str) -> Iterator[str]:
 def _loss(seen: Overview) -> str:
     points = thin(seen.metrics, "loss", _CURVE_POINTS)
     if not points:
-        return section("Loss", paragraph("No step is recorded yet."))
+        none = "No step has a finite loss." if seen.metrics else "No step is recorded yet."
+        return section("Loss", paragraph(none))
     redone = [
         (
             recovery.to_step,
@@ -98,6 +99,8 @@ def _loss(seen: Overview) -> str:
     last = f"{points[-1][1]:.4g} at step {points[-1][0]:,}"
     missing = seen.metrics[-1]["step"] - seen.metrics[0]["step"] + 1 - len(seen.metrics)
     gaps = f"; {missing:,} steps are not in the record" if missing else ""
+    without = sum(row.get("loss") is None for row in seen.metrics)
+    gaps += f"; {without:,} steps have no finite loss" if without else ""
     restarts = "; dashed: a failure; shaded: steps that were done again" if redone else ""
     return section("Loss", line_chart(points, redone), paragraph(f"{last}{restarts}{gaps}", "note"))
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,18 @@ def test_a_run_with_no_step_and_one_with_no_event():
 def test_one_step_and_equal_losses():
     store = new_store()
     record(store, [started(0), attempt(1, 1), training(2, 1, 0), *steps(2, 1, [1])])
-    check(page(look(store, now=4), store))
+    text = page(look(store, now=4), store)
+    check(text)
+    assert re.search(r'<polyline points="0\.0,([\d.]+) 1000,\1"/>', text), "a line that can be seen"
+    assert '<div class="steps"><span>1</span></div>' in text
+
+
+def test_steps_without_a_finite_loss_are_said_and_not_drawn():
+    seen = look(new_store())
+    rows = [{"step": step, "loss": None if step == 2 else 1.0} for step in (1, 2, 3)]
+    text = page(replace(seen, metrics=rows), new_store())
+    assert "; 1 steps have no finite loss" in text and "<span>1</span><span>2</span><span>3</span></div>" in text
+    assert "No step has a finite loss." in page(replace(seen, metrics=rows[1:2]), new_store())
 
 
 def test_a_run_of_100_000_steps_is_quick_and_small():
