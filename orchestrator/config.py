@@ -202,6 +202,10 @@ def _read(path: Path) -> DictConfig:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text; give a YAML file") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}{_yaml_reason(error)}; correct the YAML") from None
+    except RecursionError:
+        raise ConfigError(
+            f"{path}: lists or sections lie in each other too deep; give the YAML file of a run"
+        ) from None
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{path} holds a list; write `key: value` lines")
     refuse_secrets(OmegaConf.to_container(tree), str(path))  # also where ${oc.env:NAME} would fetch one

@@ -6,7 +6,7 @@ import diffusers
 import torch
 from torch import nn
 
-from trainers.conditioning import Condition, ConditioningConfig, takes_sizes, takes_text, type_name
+from trainers.conditioning import Condition, ConditioningConfig, takes_guidance, takes_sizes, takes_text, type_name
 from trainers.config import TrainerConfig
 from trainers.data.latents import EMPTY
 from trainers.data.samples import LatentFacts, Source
@@ -50,6 +50,7 @@ def check_fits(model: nn.Module, source: Source, config: TrainerConfig) -> tuple
         _check_adapters(folder)
     _check_channels(model, shape or data_shape(source, config), config)
     _check_captions(model, source, encoded)
+    _check_conditioning(model, folder, config.conditioning)
     _check_labels(model, source.num_classes, config.objective.label_drop)
     guided = can_be_guided(model, config.model, config.objective.label_drop)
     check_samples(config.samples, model, source, guided)
@@ -146,6 +147,25 @@ def _check_captions(model: nn.Module, source: Source, encoded: bool) -> None:
         raise ConfigError("data.captions=false, but the model is conditioned on text; set data.captions=true")
     if source.has_captions and not text:
         raise ConfigError("data.captions=true has no effect on a model without text; set it to false")
+
+
+def _check_conditioning(model: nn.Module, folder: PretrainedFolder | None, config: ConditioningConfig) -> None:
+    """Nothing that was set may have no effect."""
+    classes = [entry[1] for entry in folder.index.values() if isinstance(entry, list)] if folder and folder.part else []
+    if config.guidance != 1 and not takes_guidance(model):
+        raise ConfigError(
+            f"conditioning.guidance={config.guidance:g} has no effect on a {type_name(model)}, which is told none;"
+            " remove it: samples.guidance is what images are drawn with"
+        )
+    if config.text_encoder is not None:
+        return
+    if config.max_tokens is not None and "T5EncoderModel" not in classes:
+        raise ConfigError(f"conditioning.max_tokens={config.max_tokens} has no effect without a T5; remove it")
+    if config.precision != "fp32" and not classes:
+        raise ConfigError(
+            f"conditioning.precision={config.precision} has no effect without a pipeline as model.pretrained, or"
+            " conditioning.text_encoder; remove it"
+        )
 
 
 def _check_text_encoder(model: nn.Module, folder: PretrainedFolder | None, config: ConditioningConfig) -> None:

@@ -181,10 +181,6 @@ def open_frozen(model: ModelConfig, config: ConditioningConfig, device: torch.de
         return open_text_encoder(config, device)
     folder = model.folder()
     if folder is None or folder.part is None or not folder.index:
-        if config != ConditioningConfig():
-            raise ConfigError(
-                f"conditioning={config} has no effect without a model.pretrained pipeline or text_encoder; remove it"
-            )
         return None
     absent = [name for name in folder.index if name.startswith("text_encoder") and not folder.has(name)]
     if absent:  # SD3 may be drawn from without its T5; its pipeline then asks the network what to put there

@@ -71,12 +71,14 @@ def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
     Keys, values, the model's arguments, and whether the model fits the data. Exit code 2 and one line if it cannot run.
     """
+    from orchestrator.checkpoint.store import Store
     from orchestrator.config import load_config, run_url
     from orchestrator.preflight import check_trainable
     from orchestrator.run_identity import config_hash
 
     loaded = load_config(config, overrides)
     check_trainable(loaded)
+    Store.open(run_url(loaded))  # whether there is such a protocol; nobody is asked
     facts = {
         "run": run_url(loaded),
         "workers": [loaded.min_workers, loaded.max_workers],

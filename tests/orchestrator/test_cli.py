@@ -64,6 +64,7 @@ def unbroken(*args: str) -> Result:
         (["train", "tiny.yaml", "model.args.out_channels=3"], "cannot take images"),
         (["config", "show", "tiny.yaml", "seed=x"], 'seed="x" is a text; give a whole number'),
         (["config", "validate", "tiny.yaml", "fast"], "'fast' is not of the form key=value"),
+        (["config", "validate", "tiny.yaml", "storage=foo://x"], "storage='foo://x/tiny' cannot be opened"),
         (["config", "validate", "tiny.yaml", "model.args.norm_num_groups=7"], "is refused by UNet2DModel"),
         (["prove", "runs/a"], "Missing argument 'RUN_B'"),
         (["prove", "runs/a", "runs/b"], "no run at"),
@@ -169,6 +170,12 @@ def test_show_prints_a_config_that_reads_back(config: str, tmp_path: Path):
 def test_show_trainers_only_is_what_trainers_read(config: str):
     result = unbroken("config", "show", config, "--trainers-only", "--json")
     assert decode(TrainerConfig, json.loads(result.stdout)).train.num_steps == 4
+
+
+def test_a_file_without_an_end_is_no_bug(tmp_path: Path):
+    (tmp_path / "deep.yaml").write_text(f"a: {'[' * 3000}{']' * 3000}")
+    result = unbroken("config", "show", str(tmp_path / "deep.yaml"))
+    assert result.exit_code == 2 and "lie in each other too deep" in result.stderr
 
 
 def test_validate_says_what_would_run(config: str, tmp_path: Path):

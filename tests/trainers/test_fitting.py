@@ -51,6 +51,7 @@ def check(model: dict[str, Any], given: dict[str, Any]) -> None:
         **{key: fits[key] for key in ("channels", "num_classes", "has_captions")}, buckets=None, latents=None
     )
     sections = {"data": {"image_size": fits["image_size"]}, "objective": {"label_drop": fits["label_drop"]}}
+    sections["conditioning"] = given.get("conditioning", {})
     config = decode(TrainerConfig, {"model": model, "train": TRAIN, **sections})
     assert check_fits(build_model(config.model, seed=0), source, config) is None
 
@@ -65,6 +66,9 @@ def check(model: dict[str, Any], given: dict[str, Any]) -> None:
         (dit(), {"num_classes": None}, "no labels"),
         (dit(), {"num_classes": 11}, "model.args.num_embeds_ada_norm=10"),
         (unet(num_class_embeds=10), {"label_drop": 0.1}, "model.args.num_class_embeds=10"),
+        (unet(), {"conditioning": {"guidance": 3.5}}, "conditioning.guidance=3.5 has no effect on a UNet2DModel"),
+        (unet(), {"conditioning": {"max_tokens": 8}}, "conditioning.max_tokens=8 has no effect without a T5"),
+        (unet(), {"conditioning": {"precision": "bf16"}}, "conditioning.precision=bf16 has no effect"),
     ],
 )
 def test_what_does_not_fit_the_data_is_refused(model, given, word):

@@ -84,8 +84,8 @@ class DataConfig:
     """Part of a data set (source: datasets) that has several, such as train."""
     columns: Columns = field(default_factory=Columns)
     image_size: int = 8
-    """Images are resized to this many pixels a side, >= 1. latents: of the images they were made of; without a VAE, of
-    the latents."""
+    """Images are resized to this many pixels a side, 1 to 16384 (digits: 256). latents: of the images that they were
+    made of; without a VAE, of the latents."""
     buckets: BucketConfig | None = None
     """Train images in about their own aspect ratio; null: cut all of them to squares."""
     crop: Literal["center", "random"] = "center"
@@ -111,6 +111,9 @@ class DataConfig:
     """Local folder for what is found out by reading through the data once; null: ~/.cache/unbroken."""
 
     def __post_init__(self) -> None:
+        most = 256 if self.source == "digits" else 16384  # of digits all are held in memory
+        if self.image_size > most:
+            raise ConfigError(f"image_size={self.image_size} must be at most {most} for source={self.source}")
         for key, least in (("image_size", 1), ("num_workers", 0), ("prefetch", 1)):
             if getattr(self, key) < least:
                 raise ConfigError(f"{key}={getattr(self, key)} must be at least {least}")

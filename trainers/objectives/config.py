@@ -17,7 +17,7 @@ class ObjectiveConfig:
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow", "edm"] = "epsilon"
     """epsilon (noise), v_prediction, sample (x0), flow (rectified flow velocity), or edm (Karras preconditioning)."""
     num_train_timesteps: int = 1000
-    """Noise levels, >= 1; for flow, which has a continuum of them, the timestep of pure noise; not for edm."""
+    """Noise levels, 1 to 100000; for flow, which has a continuum of them, the timestep of pure noise; not for edm."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = "squaredcos_cap_v2"
     """Noise schedule in diffusers' words; for epsilon, v_prediction and sample."""
     beta_start: float = 0.0001
@@ -65,8 +65,8 @@ class ObjectiveConfig:
     """Share of samples trained without their label or caption, 0 <= p <= 1; above 0 for models of these only."""
 
     def __post_init__(self) -> None:
-        if self.num_train_timesteps < 1:
-            raise ConfigError(f"num_train_timesteps={self.num_train_timesteps} must be at least 1; 1000 is usual")
+        if not 1 <= self.num_train_timesteps <= 100_000:
+            raise ConfigError(f"num_train_timesteps={self.num_train_timesteps} must be 1 to 100000; 1000 is usual")
         for key, usual in _ABOVE_0.items():
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key}={getattr(self, key)} must be above 0; {usual} is usual")

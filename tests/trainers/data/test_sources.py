@@ -105,6 +105,8 @@ def test_refusals(tmp_path):
         DataConfig(source="folder")
     with pytest.raises(ConfigError, match="path=x has no effect"):
         DataConfig(path="x")
+    with pytest.raises(ConfigError, match="image_size=512 must be at most 256 for source=digits"):
+        DataConfig(image_size=512)
     with pytest.raises(ConfigError, match="image_size=0"):
         DataConfig(image_size=0)
     with pytest.raises(ConfigError, match="is not there"):

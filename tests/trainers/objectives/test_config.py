@@ -12,6 +12,7 @@ from trainers.objectives.config import _ONLY_WITH, ObjectiveConfig
     ("settings", "word"),
     [
         ({"num_train_timesteps": 0}, "num_train_timesteps=0"),
+        ({"num_train_timesteps": 10**12}, "num_train_timesteps=1000000000000 must be 1 to 100000"),
         ({"min_snr_gamma": 0.0}, r"min_snr_gamma=0\.0"),
         ({"label_drop": 1.5}, r"label_drop=1\.5"),
         ({"offset_noise": -0.1}, r"offset_noise=-0\.1"),
