@@ -18,6 +18,7 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig, run_url
 from orchestrator.errors import UnbrokenError
 from orchestrator.preflight import check_trainable
+from trainers.memory import optimizer_bytes
 from trainers.models import empty_model
 
 _DEADLINE_S = 15.0
@@ -73,8 +74,8 @@ def state_size(config: RunConfig) -> StateSize:
         model = empty_model(config.model, config.seed)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     buffers = sum(value.numel() * value.element_size() for value in model.buffers())
-    copies = 1 + len(config.optimizer.moments) + len(config.ema)
-    return StateSize(parameters=trained, total=buffers + copies * trained)
+    copies = (1 + len(config.ema)) * trained
+    return StateSize(parameters=trained, total=buffers + copies + optimizer_bytes(model, config.optimizer))
 
 
 def _memory(config: RunConfig, size: StateSize) -> Check:

@@ -14,6 +14,7 @@ from trainers.config import TrainerConfig
 from trainers.data.sources import open_source
 from trainers.errors import ConfigError
 from trainers.fitting import blank_condition, check_fits, data_shape
+from trainers.memory import optimizer_bytes
 from trainers.models import empty_model
 
 
@@ -24,10 +25,12 @@ def check_trainable(config: TrainerConfig, *, patient: bool = False) -> None:
         patient: wait for data that is far away as long as a training does, not as long as a person does.
 
     Raises:
-        ConfigError: unknown model, refused arguments, missing data, or a model that does not fit the data.
+        ConfigError: unknown model, refused arguments, missing data, a model that does not fit the data, or an optimizer
+            that is not installed or has a group without parameters.
     """
     with torch.device("meta"):  # shapes only: no memory and no arithmetic, however large the model
         model = empty_model(config.model, config.seed)
+    optimizer_bytes(model, config.optimizer)  # makes the optimizer
     source = open_source(config.data, data_files if patient else partial(data_files, opened=Store.reach))
     channels, height, width = check_fits(model, source, config) or data_shape(source, config)
     size = config.data.image_size

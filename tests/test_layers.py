@@ -17,6 +17,8 @@ DOORS = {
     "fsspec": {"orchestrator/checkpoint/store.py"},
     "s3fs": set(),
     "wandb": {"orchestrator/tracking/wandb_sink.py"},
+    "bitsandbytes": {"trainers/whole_tensor_optimizers.py"},
+    "prodigyopt": {"trainers/whole_tensor_optimizers.py"},
     "torchmetrics": {"trainers/evaluation/metrics.py"},
     "pyarrow": {"trainers/data/tables.py"},
     "datasets": {"trainers/data/hugging_face.py"},

@@ -22,10 +22,8 @@ from trainers.ema import EMA
 from trainers.errors import ConfigError
 from trainers.evaluation.metrics import open_networks
 from trainers.evaluation.split import split
-from trainers.exclusions import Exclusions
 from trainers.fitting import check_fits
 from trainers.frozen import Frozen, open_frozen
-from trainers.generators import GeneratorStates
 from trainers.identity import agreed, check_encoders
 from trainers.initial_weights import load_initial_weights
 from trainers.models import empty_model, null_label
@@ -33,11 +31,11 @@ from trainers.norm import StepSums
 from trainers.objectives import Objective
 from trainers.optimizers import make_optimizer
 from trainers.parallel import LocalParameter, gather_for_good, make_topology, shard_model
-from trainers.progress import Progress
 from trainers.reduction import Rounds, Topology
 from trainers.state import TrainState, combined_fingerprint, sharded_fingerprints, sharded_tensor
 from trainers.step import Task
 from trainers.trace import StepTrace
+from trainers.whole_tensor_optimizers import hidden_matrices
 
 
 def build(
@@ -67,14 +65,12 @@ def build(
     state = TrainState(
         model=model,
         parameters=parameters,
-        optimizer=make_optimizer(parameters, config.optimizer),
+        optimizer=make_optimizer(parameters, config.optimizer, hidden_matrices(model)),
         moments=config.optimizer.moments,
+        numbers=config.optimizer.numbers,
         ema=EMA(config.ema, {p.name: p.local for p in parameters}, config.train.global_batch_size),
-        generators=GeneratorStates(),
         divergence=DivergenceGuard(config.divergence),
-        exclusions=Exclusions(),
         topology=topology,
-        progress=Progress(),
         frozen=agreed(_hash_of_untrained(whole, topology) | _unchanging(config, frozen, source)),
     )
     trained_on, validation = _parts(config, source, trace)

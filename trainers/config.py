@@ -75,6 +75,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         self.samples.check_weights(list(self.ema))
+        self.optimizer.check_strategy(self.parallel)
         if self.model.compile and self.data.buckets is not None:
             raise ConfigError(
                 "model.compile=true would compile again in the middle of the run, for every shape of data.buckets; set"

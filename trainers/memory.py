@@ -12,11 +12,14 @@ from trainers.config import TrainerConfig
 from trainers.data.samples import Source
 from trainers.fitting import blank_condition, check_fits, data_shape
 from trainers.models import empty_model
+from trainers.optimizers import OptimizerConfig, make_optimizer
+from trainers.parallel import LocalParameter
 from trainers.pretrained import PretrainedFolder
 from trainers.reduction import Rounds
 from trainers.text_encoder import encoder_facts
 from trainers.tree import aligned_heights
 from trainers.units import sharding_units
+from trainers.whole_tensor_optimizers import hidden_matrices
 
 _TEXT_TOKENS = {"SD3Transformer2DModel": 77 + 256, "FluxTransformer2DModel": 512, "PixArtTransformer2DModel": 120}
 _CLIP_TOKENS = 77
@@ -36,7 +39,7 @@ class RankMemory:
     accumulation: int
     """Sums of gradients that are kept from one microbatch to the next, whole under `accumulation: local`."""
     optimizer: int
-    """Its moments."""
+    """Its state: moments, and what else it keeps for every parameter."""
     ema: int
     """Every profile, also those that begin later."""
     frozen: int
@@ -57,7 +60,7 @@ def rank_memory(config: TrainerConfig, source: Source, world_size: int) -> RankM
     parameters. Kernels' workspaces, communication buffers and the allocator's waste come on top.
 
     Raises:
-        ConfigError: the model cannot be trained on this data, or not by so many workers.
+        ConfigError: the model cannot be trained on this data, by this optimizer, or by so many workers.
     """
     with torch.device("meta"):
         model = empty_model(config.model, config.seed)
@@ -79,11 +82,34 @@ def rank_memory(config: TrainerConfig, source: Source, world_size: int) -> RankM
         gathered=width * (sum(largest[:2]) if shards > 1 else every if bf16 else 0),
         gradients=4 * trained,
         accumulation=4 * _kept_sums(config, model, world_size),
-        optimizer=4 * trained * len(config.optimizer.moments),
+        optimizer=optimizer_bytes(model, config.optimizer, shards),
         ema=4 * trained * len(config.ema),
         frozen=_frozen_bytes(folder, config.conditioning),
         activations=_activation_bytes(model, config, shape),
     )
+
+
+def optimizer_bytes(model: nn.Module, config: OptimizerConfig, shards: int = 1) -> int:
+    """What the optimizer keeps on the rank that has the most rows. Local; `model` may be without memory.
+
+    Raises:
+        ConfigError: it cannot be made; see `make_optimizer`.
+    """
+    parameters = [
+        LocalParameter(
+            name=name,
+            shape=tuple(parameter.shape),
+            row_offset=0,
+            parameter=parameter,
+            local=parameter.detach()[: -(-len(parameter) // shards)] if parameter.ndim else parameter.detach(),
+            computed_with=False,
+        )
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+    optimizer = make_optimizer(parameters, config, hidden_matrices(model))
+    kept = (slot[name] for slot in optimizer.state.values() for name in config.moments if name in slot)
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
 def _kept_sums(config: TrainerConfig, model: nn.Module, world_size: int) -> int:

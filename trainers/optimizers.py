@@ -1,21 +1,31 @@
-"""Optimizers: torch's elementwise ones, so that sharding can not change a bit.
+"""Optimizers: torch's elementwise ones, so that sharding can not change a bit, for every strategy.
 
-What looks at more than one element at a time (Adafactor, Muon, Prodigy, 8-bit blocks) would see other elements at
-another world size, and is therefore not offered.
+What looks at more than one element at a time is in `trainers.whole_tensor_optimizers`, for ddp alone.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from trainers.errors import ConfigError
 from trainers.fused_adam import FusedAdam
-from trainers.parallel import LocalParameter
+from trainers.parallel import LocalParameter, ParallelConfig
+from trainers.whole_tensor_optimizers import (
+    WHOLE_MODEL_STATE,
+    WHOLE_TENSOR_STATE,
+    AdafactorConfig,
+    MuonAndAdamW,
+    MuonConfig,
+    ProdigyConfig,
+    make_adafactor,
+    make_adamw8bit,
+    make_prodigy,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +54,18 @@ class ParameterGroup:
 class OptimizerConfig:
     """The optimizer and gradient clipping."""
 
-    name: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
-    """adamw (Loshchilov and Hutter, 2019), adam (Kingma and Ba, 2015), sgd or rmsprop: torch's, all elementwise."""
+    name: Literal["adamw", "adam", "sgd", "rmsprop", "muon", "adafactor", "prodigy", "adamw8bit"] = "adamw"
+    """adamw (Loshchilov and Hutter, 2019), adam (Kingma and Ba, 2015), sgd or rmsprop: torch's, all elementwise. muon
+    (Jordan et al., 2024), adafactor (Shazeer and Stern, 2018), prodigy (Mishchenko and Defazio, 2023) and adamw8bit
+    (Dettmers et al., 2022) look at whole tensors: with parallel.strategy ddp only."""
     lr: float = 1e-4
     """Peak learning rate, > 0."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moment of adamw and adam, 0 <= beta < 1."""
+    """Decay of the first and second moment of adamw, adam, prodigy, adamw8bit and muon's AdamW, 0 <= beta < 1."""
     eps: float = 1e-8
-    """Added to the root of the second moment, > 0; not for sgd."""
+    """Added to the root of the second moment, > 0; not for sgd and adafactor."""
     weight_decay: float = 0.0
-    """Weight decay, >= 0: decoupled in adamw, added to the gradient in the others."""
+    """Weight decay, >= 0: added to the gradient in adam, sgd and rmsprop, decoupled in the others."""
     decay_exclude: Literal["none", "norms_and_biases"] = "none"
     """norms_and_biases: no weight decay for parameters of fewer than two dimensions."""
     momentum: float = 0.0
@@ -68,6 +80,12 @@ class OptimizerConfig:
     """Parameters with a learning rate or weight decay of their own."""
     clip_norm: float | None = 1.0
     """Gradients are scaled down to this global L2 norm, > 0; null: never."""
+    muon: MuonConfig | None = None
+    """More about muon; null: the defaults of that section."""
+    adafactor: AdafactorConfig | None = None
+    """More about adafactor; null: the defaults of that section."""
+    prodigy: ProdigyConfig | None = None
+    """More about prodigy; null: the defaults of that section."""
 
     def __post_init__(self) -> None:
         for key in ("lr", "eps", "clip_norm"):
@@ -80,21 +98,46 @@ class OptimizerConfig:
         if self.weight_decay < 0:
             raise ConfigError(f"weight_decay={self.weight_decay} must be at least 0")
         for key, (names, default) in _ONLY_FOR.items():
-            if getattr(self, key) != default and self.name not in names:
-                raise ConfigError(
-                    f"{key}={getattr(self, key)} has no effect on name={self.name}; it is for {' and '.join(names)}"
-                )
+            value = getattr(self, key)
+            if value != default and self.name not in names:
+                shown = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+                raise ConfigError(f"{key}={shown} has no effect on name={self.name}; it is for {' and '.join(names)}")
+        if self.name == "prodigy":
+            self._check_prodigy()
         if self.nesterov and not self.momentum:
             raise ConfigError("nesterov=true needs momentum above 0; 0.9 is usual")
         if self.decay_exclude != "none" and not self._decays():
             raise ConfigError(f"decay_exclude={self.decay_exclude} has no effect without weight_decay; set it above 0")
+
+    def _check_prodigy(self) -> None:
+        if self.lr < 0.01:
+            raise ConfigError(
+                f"lr={self.lr} is a factor of the step size that name=prodigy finds by itself; set it to 1"
+            )
+        for index, group in enumerate(self.groups):
+            if group.lr_scale != 1:
+                raise ConfigError(
+                    f"groups[{index}].lr_scale={group.lr_scale} does not go with name=prodigy, which finds one step"
+                    " size for all; remove it"
+                )
+
+    def check_strategy(self, parallel: ParallelConfig) -> None:
+        """Raise ConfigError if the strategy cuts tensors that the optimizer has to see whole."""
+        if self.name in WHOLE_TENSOR_STATE and parallel.cuts_tensors:
+            raise ConfigError(
+                f"parallel.strategy={parallel.strategy} cuts tensors, and optimizer.name={self.name} has to see them"
+                " whole; set parallel.strategy=ddp, or take adamw, adam, sgd or rmsprop"
+            )
 
     def _decays(self) -> bool:
         return bool(self.weight_decay or any(group.weight_decay for group in self.groups))
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """torch's names of the tensors that are kept for every parameter."""
+        """The library's names of the tensors that are kept for parameters; each has all, if the optimizer is
+        elementwise."""
+        if self.name in WHOLE_TENSOR_STATE:
+            return WHOLE_TENSOR_STATE[self.name]
         if self.name in ("adamw", "adam"):
             return ("exp_avg", "exp_avg_sq")
         momentum = ("momentum_buffer",) if self.momentum else ()
@@ -102,41 +145,77 @@ class OptimizerConfig:
             return momentum
         return ("square_avg", *momentum, *(("grad_avg",) if self.centered else ()))
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The library's names of the numbers that are kept for all parameters together."""
+        return WHOLE_MODEL_STATE.get(self.name, ())
+
 
 _ONLY_FOR: dict[str, tuple[tuple[str, ...], Any]] = {
-    "betas": (("adamw", "adam"), (0.9, 0.999)),
-    "eps": (("adamw", "adam", "rmsprop"), 1e-8),
+    "betas": (("adamw", "adam", "muon", "prodigy", "adamw8bit"), (0.9, 0.999)),
+    "eps": (("adamw", "adam", "rmsprop", "muon", "prodigy", "adamw8bit"), 1e-8),
     "momentum": (("sgd", "rmsprop"), 0.0),
     "nesterov": (("sgd",), False),
     "alpha": (("rmsprop",), 0.99),
     "centered": (("rmsprop",), False),
+    "muon": (("muon",), None),
+    "adafactor": (("adafactor",), None),
+    "prodigy": (("prodigy",), None),
 }
 """Key -> the optimizers it is for, and its default."""
 
 
-def make_optimizer(parameters: Sequence[LocalParameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer over the local rows, with its moments in place so that a checkpoint can be read into them. Local.
+def make_optimizer(
+    parameters: Sequence[LocalParameter], config: OptimizerConfig, hidden: Collection[str] = ()
+) -> torch.optim.Optimizer:
+    """The optimizer over the local rows, with its state in place so that a checkpoint can be read into it. Local.
 
     Every group has a `lr_scale`; the first one also holds `num_updates`, which decides the bias correction.
 
+    Args:
+        hidden: names of the parameters that muon is meant for.
+
     Raises:
-        ConfigError: a group matches no parameter.
+        ConfigError: a group matches no parameter, muon has none, or the optimizer's package is not installed.
     """
     groups = [
         # A rank can be without any row (more ranks than rows); torch wants at least one tensor.
         {"params": [p.local for p in members if p.local.numel()] or [torch.zeros(0)], **settings}
-        for members, settings in _grouped(parameters, config)
+        for members, settings in _grouped(parameters, config, _for_muon(parameters, config, hidden))
     ]
     optimizer = _construct(groups, config)
-    for parameter in parameters:
-        if parameter.local.numel():
-            moments = {name: torch.zeros_like(parameter.local) for name in config.moments}
-            optimizer.state[parameter.local] = {"step": torch.tensor(0.0), **moments}
     optimizer.param_groups[0]["num_updates"] = 0
     return optimizer
 
 
 def _construct(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    common: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    match config.name:
+        case "muon":
+            of_muon = [group for group in groups if group["muon"]]
+            rest = [group for group in groups if not group["muon"]] or [{"params": [torch.zeros(0)], "lr_scale": 1.0}]
+            adamw = _elementwise(rest, replace(config, name="adamw", muon=None))
+            return MuonAndAdamW(of_muon, adamw, config.lr, config.muon or MuonConfig())
+        case "adafactor":
+            return make_adafactor(groups, config.lr, config.adafactor or AdafactorConfig())
+        case "prodigy":
+            return make_prodigy(groups, config.prodigy or ProdigyConfig(), **common)
+        case "adamw8bit":
+            return make_adamw8bit(groups, **common)
+    return _elementwise(groups, config)
+
+
+def _elementwise(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    optimizer = _of_torch(groups, config)
+    for group in groups:
+        for tensor in group["params"]:
+            if tensor.numel():
+                moments = {name: torch.zeros_like(tensor) for name in config.moments}
+                optimizer.state[tensor] = {"step": torch.tensor(0.0), **moments}
+    return optimizer
+
+
+def _of_torch(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     # A CPU has no launches to save, but caches: parameter by parameter what one operation leaves there is what the next
     # one needs, and with all operations in one pass it is read once.
     on_cpu = all(tensor.is_cpu for group in groups for tensor in group["params"])
@@ -154,14 +233,31 @@ def _construct(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.o
             return torch.optim.RMSprop(
                 groups, alpha=config.alpha, eps=config.eps, momentum=config.momentum, centered=config.centered, **common
             )
+    raise AssertionError(config.name)
+
+
+def _for_muon(parameters: Sequence[LocalParameter], config: OptimizerConfig, hidden: Collection[str]) -> frozenset[str]:
+    """The names of those of `hidden` that are Muon's; of another optimizer none."""
+    if config.name != "muon":
+        return frozenset()
+    exclude = config.muon.exclude if config.muon else None
+    names = (p.name for p in parameters if p.name in hidden)
+    found = frozenset(name for name in names if exclude is None or not re.search(exclude, name))
+    if not found:
+        raise ConfigError(
+            f"optimizer.name=muon has no parameter: with optimizer.muon.exclude={exclude} no weight of a linear layer"
+            " or convolution inside a block of this model is left to train; exclude less, or take adamw"
+        )
+    return found
 
 
 def _grouped(
-    parameters: Sequence[LocalParameter], config: OptimizerConfig
-) -> list[tuple[list[LocalParameter], dict[str, float]]]:
+    parameters: Sequence[LocalParameter], config: OptimizerConfig, of_muon: Collection[str]
+) -> list[tuple[list[LocalParameter], dict[str, Any]]]:
     """Parameters with the same settings together, in the order in which the settings first occur."""
     matched: set[str] = set()
-    groups: dict[tuple[float, float], list[LocalParameter]] = {}
+    adamw_lr = (config.muon.adamw_lr if config.muon else None) or config.lr
+    groups: dict[tuple[float, float, bool], list[LocalParameter]] = {}
     for parameter in parameters:
         group = next((group for group in config.groups if re.search(group.match, parameter.name)), None)
         lr_scale, decay = 1.0, config.weight_decay
@@ -171,11 +267,16 @@ def _grouped(
             decay = config.weight_decay if group.weight_decay is None else group.weight_decay
         if config.decay_exclude == "norms_and_biases" and len(parameter.shape) < 2:
             decay = 0.0
-        groups.setdefault((lr_scale, decay), []).append(parameter)
+        if config.name == "muon" and parameter.name not in of_muon:
+            lr_scale *= adamw_lr / config.lr
+        groups.setdefault((lr_scale, decay, parameter.name in of_muon), []).append(parameter)
     for index, group in enumerate(config.groups):
         if group.match not in matched:
             raise ConfigError(
                 f"optimizer.groups[{index}].match={group.match} matches no parameter that an earlier group leaves, of"
                 f" {parameters[0].name}, {parameters[-1].name}, ...; correct or remove it"
             )
-    return [(members, {"lr_scale": scale, "weight_decay": decay}) for (scale, decay), members in groups.items()]
+    return [
+        (members, {"lr_scale": scale, "weight_decay": decay, "muon": muon})
+        for (scale, decay, muon), members in groups.items()
+    ]

@@ -48,6 +48,11 @@ class ParallelConfig:
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)} must be at least 1")
 
+    @property
+    def cuts_tensors(self) -> bool:
+        """Whether some number of workers would hold less than whole tensors each."""
+        return self.strategy == "fsdp" or (self.strategy == "hsdp" and self.shard_size > 1)
+
     def shards(self, world_size: int) -> int:
         """S, the ranks that share one copy of the parameters."""
         if self.strategy == "ddp":

@@ -64,13 +64,15 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     """Over the local rows, in the order of `parameters`; parameters with no local rows are left out."""
     moments: tuple[str, ...]
-    """Names of the tensors that the optimizer keeps for every parameter."""
+    """Names of the tensors that the optimizer keeps for parameters."""
     ema: EMA
-    generators: GeneratorStates
+    generators: GeneratorStates = field(default_factory=GeneratorStates)
     divergence: DivergenceGuard
-    exclusions: Exclusions
+    exclusions: Exclusions = field(default_factory=Exclusions)
     topology: Topology
-    progress: Progress
+    progress: Progress = field(default_factory=Progress)
+    numbers: tuple[str, ...] = ()
+    """Names of the numbers that the optimizer keeps for all parameters together, in each of its groups."""
     frozen: Mapping[str, str] = field(default_factory=dict)
     """Part -> hash, of all that the training needs but does not change: text encoders, VAE, weights under adapters."""
 
@@ -79,10 +81,7 @@ class TrainState:
         for parameter in self.parameters:
             yield self._sharded("model", parameter, parameter.local)
         for moment in self.moments:
-            for parameter in self.parameters:
-                slot = self.optimizer.state.get(parameter.local)
-                # A rank without rows has no optimizer state; it still takes part, with an empty tensor.
-                yield self._sharded(f"optimizer/{moment}", parameter, slot[moment] if slot else parameter.local)
+            yield from self._of_optimizer(moment)
         averages = self.ema.tensors()
         for profile in sorted(averages):
             for parameter in self.parameters:
@@ -92,6 +91,18 @@ class TrainState:
         for name, value in self.generators.tensors.items():
             yield self._replicated(f"rng/{name}", value)
 
+    def _of_optimizer(self, moment: str) -> Iterator[LocalTensor]:
+        for parameter in self.parameters:
+            # A rank without rows has no optimizer state; it still takes part, with an empty tensor.
+            slot = self.optimizer.state.get(parameter.local) or {moment: parameter.local}
+            kept = slot.get(moment)
+            if kept is None:
+                continue  # Adafactor keeps something else of a vector than of a matrix, Muon of what is not its own
+            if kept.shape == parameter.local.shape:
+                yield self._sharded(f"optimizer/{moment}", parameter, kept)
+            else:  # of an optimizer that looks at whole tensors, which all ranks hold
+                yield self._replicated(f"optimizer/{moment}/{parameter.name}", kept)
+
     def scalars(self) -> dict[str, Any]:
         """What is not a tensor, JSON-ready and the same on all ranks."""
         scalars = {
@@ -100,6 +111,8 @@ class TrainState:
             "divergence": self.divergence.scalars(),
             "exclusions": self.exclusions.scalars(),
         }
+        if self.numbers:
+            scalars["optimizer"] = {name: self.optimizer.param_groups[0][name] for name in self.numbers}
         return {**scalars, "frozen": dict(self.frozen)} if self.frozen else scalars
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
@@ -114,13 +127,17 @@ class TrainState:
         check_hashes(scalars.get("frozen", {}), self.frozen)
         try:
             steps = int(scalars["optimizer_steps"])
+            numbers = {name: scalars["optimizer"][name] for name in self.numbers}
             self.ema.load_scalars(scalars["ema"])
             self.divergence.load_scalars(scalars["divergence"])
             self.exclusions = self.exclusions.merged(Exclusions.from_scalars(scalars["exclusions"]))
         except (KeyError, TypeError) as error:
             raise StateMismatchError(f"the checkpoint's scalars are incomplete: {error!r} in {scalars!r}") from error
         for slot in self.optimizer.state.values():
-            slot["step"].fill_(steps)
+            if "step" in slot:  # in a tensor or as a number, as the library has it
+                slot["step"] = torch.full_like(slot["step"], steps) if torch.is_tensor(slot["step"]) else steps
+        for group in self.optimizer.param_groups:
+            group.update(numbers)
         self.optimizer_steps = steps
 
     @property

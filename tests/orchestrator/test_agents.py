@@ -110,6 +110,19 @@ def test_resized_and_under_other_strategies(straight: Path, tmp_path: Path) -> N
     assert_same(tmp_path / "run", straight)
 
 
+def test_the_state_of_an_optimizer_of_whole_tensors(tmp_path: Path) -> None:
+    """Prodigy keeps tensors of other shapes than its parameters, and numbers: from memory, and then from storage."""
+    sections = {"optimizer": {"name": "prodigy", "lr": 1.0}, "parallel": {"strategy": "ddp"}}
+    half, whole = (tiny_config(**sections, train={"num_steps": steps}) for steps in (4, 6))
+    assert run_agents(make_spec(tmp_path / "straight", whole, 2), 1, Script()).ending is Ending.FINISHED
+    script = Script(("saved", {"step": 2}, [1]))
+    assert run_agents(make_spec(tmp_path / "run", half, 2), 2, script).ending is Ending.FINISHED and script.done()
+    assert run_agents(make_spec(tmp_path / "run", whole, 2), 3, Script()).ending is Ending.FINISHED
+    proof = prove(*(Store.open(str(tmp_path / name)) for name in ("run", "straight")))
+    assert proof.equal and proof.num_checkpoints == 3, proof.first_difference
+    assert_same_state(tmp_path / "run", tmp_path / "straight")
+
+
 def flip_data(folder: Path) -> None:
     _flip(folder / "shard-00000-of-00001.safetensors", -1000)
 

@@ -48,7 +48,12 @@ def values(seed: int) -> dict[str, torch.Tensor]:
 def parameters(tensors: dict[str, torch.Tensor], rows: slice = slice(None)) -> list[LocalParameter]:
     return [
         LocalParameter(
-            name=name, shape=tuple(t.shape), row_offset=0, parameter=torch.nn.Parameter(t), local=t[rows].clone()
+            name=name,
+            shape=tuple(t.shape),
+            row_offset=0,
+            parameter=torch.nn.Parameter(t),
+            local=t[rows].clone(),
+            computed_with=True,
         )
         for name, t in tensors.items()
     ]
