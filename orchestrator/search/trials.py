@@ -25,6 +25,7 @@ _NOT_SEARCHED = ("run", "storage", "checkpoint", "tracking", "deploy")
 _LAST_SHARE = 0.1
 _OF_STEPS = ("loss", "grad_norm")
 VALIDATION = "validation/"
+_VALIDATED = re.compile(rf"{VALIDATION}(loss(/ema/.+)?|(fid|kid|clip)/.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +169,8 @@ def check_metric(metric: str, validates: bool) -> None:
     if metric.startswith(VALIDATION):
         if not validates:
             raise ConfigError(f"--metric {metric}: nothing is held out; set validation.num_samples and every_steps")
+        if not _VALIDATED.fullmatch(metric):
+            raise ConfigError(f"--metric {metric} is not measured; give {VALIDATION}loss, or fid, kid or clip/NETWORK")
     elif metric not in _OF_STEPS and not metric.startswith("ema/"):
         raise ConfigError(f"--metric {metric} is not measured; give {', '.join(_OF_STEPS)} or {VALIDATION}loss")
 

@@ -105,10 +105,15 @@ def test_a_validation_is_the_newest_that_was_measured():
     [
         ("los", True, "--metric los is not measured; give loss, grad_norm or validation/loss"),
         ("validation/loss", False, "nothing is held out"),
+        ("validation/los", True, "--metric validation/los is not measured"),
     ],
 )
 def test_a_metric_that_is_not_measured_is_refused_before_anything_is_trained(metric, validates, word):
-    for known in ("loss", "ema/main/distance", *(["validation/loss"] if validates else [])):
+    for known in (
+        "loss",
+        "ema/main/distance",
+        *(["validation/loss/ema/main", "validation/kid/lite0"] if validates else []),
+    ):
         check_metric(known, validates)
     with pytest.raises(ConfigError, match=word):
         check_metric(metric, validates)
