@@ -152,8 +152,8 @@ def shard_model(
 
 
 def gather_for_good(model: torch.nn.Module, parameters: list[LocalParameter]) -> list[LocalParameter]:
-    """Have FSDP keep what it gathers, and train that; what it was gathered from keeps its place, not its memory. Local:
-    for models of which every rank has all rows, in float32.
+    """Have FSDP keep what it gathers, and train that; the memory that it was gathered from is given back. Local: for
+    models of which every rank has all rows, in float32.
 
     From here on `reshard` would free the weights; and so would `state_dict`, which is refused.
     """
@@ -162,10 +162,13 @@ def gather_for_good(model: torch.nn.Module, parameters: list[LocalParameter]) ->
     for module in fsdp_modules(model):
         module.set_reshard_after_backward(False, recurse=False)
         module.unshard()
-    gathered = dict(model.named_parameters())
+    gathered = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for parameter in parameters:
-        cast(DTensor, parameter.parameter.data).to_local().untyped_storage().resize_(0)
-    return [replace(p, local=gathered[p.name].detach(), computed_with=True) for p in parameters]
+        shard = cast(DTensor, parameter.parameter)._local_tensor  # `to_local` makes another tensor of the same memory
+        memory = shard.untyped_storage()
+        shard.set_(gathered[parameter.name])
+        memory.resize_(0)
+    return [replace(p, local=gathered[p.name], computed_with=True) for p in parameters]
 
 
 def _refuse(*_: object) -> None:

@@ -117,7 +117,7 @@ REFUSED = [
         ["objective.prediction_type=flow", "objective.contrastive=0.1", "train.microbatch_size=1"],
         "objective.contrastive=0.1 pairs the samples of a microbatch, and train.microbatch_size=1",
     ),
-    (["optimizer.name=muon"], 'optimizer.name="muon" is not one of adamw, adam, sgd, rmsprop'),
+    (["optimizer.name=lamb"], 'optimizer.name="lamb" is not one of adamw, adam, sgd, rmsprop'),
     (["optimizer.groups=[{match: (}]"], "optimizer.groups[0].match=( is no regular expression"),
     (["optimizer.lr=.nan"], "optimizer.lr=NaN is not finite"),
     (["model.args.scale=.inf"], "model.args.scale=Infinity is not finite"),
