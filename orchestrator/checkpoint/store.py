@@ -79,7 +79,9 @@ class Store:
                 return Store(url, root, S3Objects(lambda: fsspec.filesystem("s3", **OPTIONS), deadline_s), deadline_s)
             filesystem, root = fsspec.url_to_fs(url, skip_instance_cache=True)
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"storage={url!r} cannot be opened: {error}") from error
+            raise ConfigError(
+                f"storage={url!r} cannot be opened: {error}; give a folder or s3://..., or install what is missing"
+            ) from error
         return Store(url, root.rstrip("/"), FsspecObjects(protocol, filesystem), deadline_s)
 
     @staticmethod
