@@ -166,7 +166,7 @@ def gather_for_good(model: torch.nn.Module, parameters: list[LocalParameter]) ->
     for parameter in parameters:
         shard = cast(DTensor, parameter.parameter)._local_tensor  # `to_local` makes another tensor of the same memory
         memory = shard.untyped_storage()
-        shard.set_(gathered[parameter.name])
+        shard.set_(gathered[parameter.name])  # pyright: ignore[reportArgumentType]  # a tensor is as good
         memory.resize_(0)
     return [replace(p, local=gathered[p.name], computed_with=True) for p in parameters]
 
