@@ -17,17 +17,26 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 30.0
 class Retries:
     """The tries of one undertaking: pauses that double, until a deadline. May be ended from another thread."""
 
-    def __init__(self, deadline_s: float) -> None:
+    def __init__(
+        self, deadline_s: float, *, first_pause_s: float = _FIRST_PAUSE_S, longest_pause_s: float = _LONGEST_PAUSE_S
+    ) -> None:
         self._end_s = time.monotonic() + deadline_s
-        self._pause_s = _FIRST_PAUSE_S
+        self._pause_s = first_pause_s
+        self._longest_pause_s = longest_pause_s
         self._ended = threading.Event()
+
+    def next_s(self) -> float | None:
+        """Seconds to wait before another try; None if there is no time for one."""
+        pause_s = self._pause_s
+        if time.monotonic() + pause_s > self._end_s:
+            return None
+        self._pause_s = min(self._longest_pause_s, 2 * pause_s)
+        return pause_s
 
     def pause(self) -> bool:
         """Wait before another try; False, at once, if there is to be none."""
-        if time.monotonic() + self._pause_s > self._end_s or self._ended.wait(self._pause_s):
-            return False
-        self._pause_s = min(_LONGEST_PAUSE_S, 2 * self._pause_s)
-        return True
+        pause_s = self.next_s()
+        return pause_s is not None and not self._ended.wait(pause_s)
 
     def end(self) -> None:
         """No further try."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 
+from orchestrator.retries import Retries
+
 _LEAST_PATIENCE_S = 60.0
-_LONGEST_PAUSE_S = 10.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.4, 10.0
 
 
 class NextLaunch:
@@ -15,8 +17,8 @@ class NextLaunch:
         """Args: patience_s: for so long storage may fail launches; a minute at least."""
         self._patience_s = max(_LEAST_PATIENCE_S, patience_s)
         self._at: float | None = None
-        self._give_up_at = 0.0
-        self._failures = 0
+        self._retries: Retries | None = None
+        """Since the first failure in a row."""
         self.cause = "start"
         """Why there is another one."""
 
@@ -45,15 +47,12 @@ class NextLaunch:
 
     def failed(self) -> float | None:
         """Storage did not do its part. Seconds until the next try, which is planned; None: it was the last one."""
-        now = time.monotonic()
-        if not self._failures:
-            self._give_up_at = now + self._patience_s
-        self._failures += 1
-        delay_s = min(_LONGEST_PAUSE_S, 0.2 * 2 ** min(self._failures, 16))
-        if now + delay_s > self._give_up_at:
-            return None
-        self.plan(delay_s, self.cause)
+        if self._retries is None:
+            self._retries = Retries(self._patience_s, first_pause_s=_FIRST_PAUSE_S, longest_pause_s=_LONGEST_PAUSE_S)
+        delay_s = self._retries.next_s()
+        if delay_s is not None:
+            self.plan(delay_s, self.cause)
         return delay_s
 
     def succeeded(self) -> None:
-        self._failures = 0
+        self._retries = None
