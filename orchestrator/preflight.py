@@ -14,7 +14,7 @@ from trainers.config import TrainerConfig
 from trainers.data.sources import open_source
 from trainers.errors import ConfigError
 from trainers.fitting import blank_condition, check_fits, data_shape
-from trainers.memory import optimizer_bytes
+from trainers.memory import largest_optimizer
 from trainers.models import empty_model
 
 
@@ -30,7 +30,7 @@ def check_trainable(config: TrainerConfig, *, patient: bool = False) -> None:
     """
     with torch.device("meta"):  # shapes only: no memory and no arithmetic, however large the model
         model = empty_model(config.model, config.seed)
-    optimizer_bytes(model, config.optimizer)  # makes the optimizer
+    largest_optimizer(model, config.optimizer)  # or raises
     source = open_source(config.data, data_files if patient else partial(data_files, opened=Store.reach))
     channels, height, width = check_fits(model, source, config) or data_shape(source, config)
     size = config.data.image_size

@@ -89,8 +89,8 @@ def rank_memory(config: TrainerConfig, source: Source, world_size: int) -> RankM
     )
 
 
-def optimizer_bytes(model: nn.Module, config: OptimizerConfig, shards: int = 1) -> int:
-    """What the optimizer keeps on the rank that has the most rows. Local; `model` may be without memory.
+def largest_optimizer(model: nn.Module, config: OptimizerConfig, shards: int = 1) -> torch.optim.Optimizer:
+    """That of the rank with the most rows, its state in place. Local; `model` may be without memory, then so is it.
 
     Raises:
         ConfigError: it cannot be made; see `make_optimizer`.
@@ -102,12 +102,16 @@ def optimizer_bytes(model: nn.Module, config: OptimizerConfig, shards: int = 1) 
             row_offset=0,
             parameter=parameter,
             local=parameter.detach()[: -(-len(parameter) // shards)] if parameter.ndim else parameter.detach(),
-            computed_with=False,
         )
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
-    optimizer = make_optimizer(parameters, config, hidden_matrices(model))
+    return make_optimizer(parameters, config, hidden_matrices(model))
+
+
+def optimizer_bytes(model: nn.Module, config: OptimizerConfig, shards: int = 1) -> int:
+    """What `largest_optimizer` keeps; raises as it does."""
+    optimizer = largest_optimizer(model, config, shards)
     kept = (slot[name] for slot in optimizer.state.values() for name in config.moments if name in slot)
     return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
