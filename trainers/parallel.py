@@ -79,7 +79,7 @@ class LocalParameter:
     """A DTensor; its `grad` too."""
     local: torch.Tensor
     """Its local rows: the memory that is trained, no part of the autograd graph. (rows, ...)"""
-    computed_with: bool
+    computed_with: bool = False
     """The model computes with this very memory; else with what FSDP gathers of it."""
 
     def local_grad(self) -> torch.Tensor | None:
@@ -219,7 +219,6 @@ def _local_parameters(model: torch.nn.Module, topology: Topology) -> list[LocalP
                 row_offset=offset,
                 parameter=parameter,
                 local=local,
-                computed_with=False,
             )
         )
     return parameters
