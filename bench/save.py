@@ -75,7 +75,7 @@ def _in_turns(channels: tuple[int, ...], launches: int, rounds: int) -> Iterator
             memory.append(watch.extra([(line["began_s"], line["ended_s"]) for line in lines if line["name"] == "save"]))
             loads.append(_launch(Path(name), channels, loading, 1 + saving.count("save"))[0][len(_LOADS) :])
             plan = _rounds(2 * rounds, ("save",), (_SAVES[0], _BARE))
-            unverified.append(_launch(Path(name), channels, plan, len(plan), verify="size")[0])
+            unverified.append(_launch(Path(name), channels, plan, 1 + plan.count("save"), verify="size")[0])
     yield from _stalls(saves)
     yield from _whole_saves(saves, max(memory))
     yield from _beside_dcp(unverified)
