@@ -54,6 +54,8 @@ class Score:
     """Where that attempt began."""
     lost_steps: int = 0
     """Steps that had to be done again."""
+    num_attempts: int = 0
+    """Begun until it was recovered from; 1: the first restart succeeded."""
 
     @property
     def passed(self) -> bool:
@@ -68,8 +70,10 @@ def score(injection: Injection, events: Sequence[Event]) -> Score:
     """
     signs = _SIGNS_OF.get(injection.fault.kind, _SIGNS)
     noticed = next((event for event in events if event.kind in signs and event.time_s >= injection.time_s), None)
-    highest, resumed, recovered = injection.step, None, None
+    highest, attempts, resumed, recovered = injection.step, 0, None, None
     for event in events:
+        if event.kind == "attempt" and event.fields["attempt"] > injection.attempt:
+            attempts += 1
         if event.kind == "training" and event.fields["attempt"] > injection.attempt:
             resumed = event.fields["step"]
         if event.time_s > injection.time_s and _is_recovery(injection, event):
@@ -85,6 +89,7 @@ def score(injection: Injection, events: Sequence[Event]) -> Score:
         recovered_s=None if recovered is None else recovered.time_s - injection.time_s,
         resumed_step=resumed,
         lost_steps=0 if resumed is None else max(0, highest - resumed),
+        num_attempts=attempts,
     )
 
 
@@ -144,9 +149,9 @@ class Scorecard:
 
     def lines(self) -> list[str]:
         """The card, for a terminal."""
-        rows = [("fault", "after step", "noticed after", "recovered after", "steps lost", "")]
+        rows = [("fault", "after step", "noticed after", "recovered after", "attempts", "steps lost", "")]
         rows += [_row(score) for score in self.scores]
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        widths = [max(len(row[column]) for row in rows) for column in range(6)]
         found = ["  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)) for row in rows]
         found += [f"skipped: {kind}: {reason}" for kind, reason in self.skipped.items()]
         answer = {True: "yes", False: "no", None: "not known"}[self.same_bits]
@@ -164,12 +169,13 @@ def _row(score: Score) -> tuple[str, ...]:
     injection = score.injection
     if injection is None:
         why = f"planned for step {score.fault.step}; the run was over first: give it more steps"
-        return str(score.fault.kind), "-", "-", "-", "-", why
+        return str(score.fault.kind), "-", "-", "-", "-", "-", why
     return (
         str(score.fault.kind),
         str(injection.step),
         "no" if score.noticed_s is None else f"{score.noticed_s:.2f} s, {score.noticed_by}",
         "no" if score.recovered_s is None else f"{score.recovered_s:.2f} s",
+        str(score.num_attempts),
         str(score.lost_steps),
         injection.detail,
     )

@@ -37,7 +37,9 @@ RESTART = [
 def test_a_kill_is_noticed_recovered_from_and_costs_steps() -> None:
     found = score(injection(FaultKind.KILL_WORKER), RESTART)
     assert (found.noticed_s, found.noticed_by, found.recovered_s) == (0.25, "down", 0.75)
-    assert (found.resumed_step, found.lost_steps, found.passed) == (8, 3, True)
+    assert (found.resumed_step, found.num_attempts, found.lost_steps, found.passed) == (8, 1, 3, True)
+    again = [*RESTART[:3], event(100.4, "down", rank=0, kind="killed", message=""), event(100.5, "attempt", attempt=5)]
+    assert score(injection(FaultKind.KILL_WORKER), [*again, step(100.75, 5, 9)]).num_attempts == 2
 
 
 @pytest.mark.parametrize("known", range(len(RESTART)))
