@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -224,9 +224,17 @@ def _read_back(store: Store, key: str, shard: Shard, verify: Verify) -> None:
             )
     elif verify == "sample":
         written = _Joined(shard.header, shard.data)
-        for begin, end in _samples(size_bytes):
-            if store.read(key, begin, end) != written[begin:end]:
-                raise StorageError(f"{store.url}/{key} reads back otherwise in bytes {begin} to {end}; write it again")
+
+        def right(place: tuple[int, int]) -> bool:
+            return store.read(key, *place) == written[slice(*place)]
+
+        places = _samples(size_bytes)
+        with ThreadPoolExecutor(store.backend.pieces_at_once, thread_name_prefix="read-back") as pool:
+            for (begin, end), is_right in zip(places, pool.map(right, places), strict=True):
+                if not is_right:
+                    raise StorageError(
+                        f"{store.url}/{key} reads back otherwise in bytes {begin} to {end}; write it again"
+                    )
 
 
 def _samples(size_bytes: int) -> list[tuple[int, int]]:

@@ -68,6 +68,8 @@ class S3Server:
             # Without these two it took 20 s after a restart until it accepted writes.
             "-master.electionTimeout=1s",
             "-master.heartbeatInterval=100ms",
+            # Of 128 MB, one checkpoint fills all volumes, and the next write waits 0.2 s until there are new ones.
+            "-master.volumeSizeLimitMB=512",
         ]
         environment = {
             **os.environ,
