@@ -196,9 +196,13 @@ class SharedMemoryCheckpointer:
         return progress.step + self._every_steps - committed.step > most
 
     def _tiers(self, progress: Progress) -> tuple[TierName, ...]:
-        """Where the state of `progress` is saved; one that is saved for a reason of its own is to last."""
-        due = self._config.tiers_due(progress.step, self._num_steps)
-        return ("storage",) if not due or (self.stopping and "storage" not in due) else due
+        """Where the state of `progress` is saved; one that is saved for a reason of its own is to last.
+
+        As this node may be gone before storage has it, the memory of others gets the last one first.
+        """
+        if self.stopping and self._config.peer is not None:
+            return ("peer", "storage")
+        return self._config.tiers_due(progress.step, self._num_steps) or ("storage",)
 
     def _restore_from_storage(self, state: TrainState, name: str) -> None:
         store = self._begin.peers.open() if self._begin.peers else Store.open(self._begin.run_url)

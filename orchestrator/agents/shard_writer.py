@@ -129,6 +129,7 @@ class ShardWriter:
                             attempt=job.attempt,
                             progress=job.held.snapshot.progress,
                             tier=tier,
+                            last=tier == job.held.snapshot.tiers[-1],
                             shard=shard.receipt,
                             scalars=job.held.snapshot.scalars,
                         )
@@ -137,8 +138,8 @@ class ShardWriter:
 
     def _fail(self, job: _Job, error: Exception, tier: TierName) -> None:
         why = str(error) if isinstance(error, UnbrokenError) else repr(error)
-        progress = job.held.snapshot.progress
-        self._results.send(SaveFailed(attempt=job.attempt, progress=progress, tier=tier, error=why))
+        progress, last = job.held.snapshot.progress, tier == job.held.snapshot.tiers[-1]
+        self._results.send(SaveFailed(attempt=job.attempt, progress=progress, tier=tier, last=last, error=why))
 
     def _lay_out(self, job: _Job) -> Shard:
         snapshot = job.held.snapshot

@@ -34,6 +34,8 @@ class CommitJob:
     shards: Sequence[ShardReceipt]
     info: CommitInfo
     tier: TierName
+    last: bool = True
+    """No other tier follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class CommitEnded:
     attempt: int
     progress: Progress
     tier: TierName
+    last: bool = True
     size_bytes: int = 0
     error: str | None = None
     """None: it is committed."""
@@ -157,7 +160,7 @@ def carry_out(
     Args:
         delayed: told why the first try failed.
     """
-    ended = CommitEnded(attempt=job.info.attempt, progress=job.info.progress, tier=job.tier)
+    ended = CommitEnded(attempt=job.info.attempt, progress=job.info.progress, tier=job.tier, last=job.last)
     again = (StorageError, UnknownOutcomeError)
     try:
         manifest = patiently(partial(commit, store, job.shards, job.info), pause, partial(delayed, job), again)

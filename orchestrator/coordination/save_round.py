@@ -116,7 +116,7 @@ class SaveRound:
                 self._send(rank, self.ended)
             return
         if isinstance(message, SaveFailed):
-            self._end(message.progress, message.tier, f"rank {rank}: {message.error}")
+            self._end(message, f"rank {rank}: {message.error}")
             return
         receipts = self._receipts.setdefault(message.tier, {})
         receipts[rank] = message
@@ -124,7 +124,7 @@ class SaveRound:
             return
         assert {receipt.progress for receipt in receipts.values()} == {message.progress}, "one save at a time"
         shards = [receipts[rank].shard for rank in range(self._world_size)]
-        self._chores.commit(CommitJob(shards=shards, info=self._info(message), tier=message.tier))
+        self._chores.commit(CommitJob(shards=shards, info=self._info(message), tier=message.tier, last=message.last))
 
     def take_commit(self, commit: CommitEnded) -> None:
         """The checkpoint is committed in one tier, or is not to be."""
@@ -137,16 +137,16 @@ class SaveRound:
             self._event("saved", step=progress.step, attempt=commit.attempt, **facts)
             self._cadence.stored(time.monotonic())
             self._chores.prune(commit.attempt, tier)
-        self._end(progress, tier, commit.error)
+        self._end(commit, commit.error)
 
-    def _end(self, progress: Progress, tier: TierName, error: str | None) -> None:
+    def _end(self, result: SaveFailed | CommitEnded, error: str | None) -> None:
         """Report a failure, and tell everybody if the save is over in all its tiers."""
+        progress, tier = result.progress, result.tier
         self._receipts.pop(tier, None)
         self._over[tier] = progress
         if error is not None:
             self._event("save_failed", step=progress.step, tier=tier, error=error)
-        # Storage comes last; what is saved at a step that is not due goes there alone.
-        if tier == "storage" or "storage" not in self._spec.checkpoint.tiers_due(progress.step, self._spec.num_steps):
+        if result.last:
             self.ended = SaveEnded(progress=progress, error=error, tier=tier, every_steps=self.every_steps)
             for rank in range(self._world_size):
                 self._send(rank, self.ended)

@@ -102,6 +102,8 @@ class Receipt:
     attempt: int
     progress: Progress
     tier: TierName = "storage"
+    last: bool = True
+    """No other tier follows."""
     shard: Any
     """A `checkpoint.writer.ShardReceipt`."""
     scalars: Mapping[str, Any]
@@ -114,6 +116,8 @@ class SaveFailed:
     attempt: int
     progress: Progress
     tier: TierName = "storage"
+    last: bool = True
+    """No other tier follows."""
     error: str
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.store import Store
 from orchestrator.coordination.committing import CommitEnded, CommitJob, Picture, carry_out
@@ -119,3 +120,8 @@ class Group:
 
     def kinds(self) -> list[str]:
         return [event.kind for event in self.events]
+
+
+def stable_steps(store: Store) -> list[int]:
+    infos = [info for info in list_checkpoints(store) if info.state is CheckpointState.STABLE]
+    return [info.manifest.progress.step for info in infos if info.manifest]

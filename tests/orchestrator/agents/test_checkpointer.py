@@ -99,7 +99,7 @@ def start(closing: list[Trainer], **config: Any) -> Trainer:
 
 
 @pytest.mark.parametrize("step", [3, 4, 6])
-def test_the_save_before_a_stop_is_made_and_outlives_the_nodes(closing: list[Trainer], step: int) -> None:
+def test_the_save_before_a_stop_is_made_in_all_tiers_the_nearest_first(closing: list[Trainer], step: int) -> None:
     """3 is not due, 4 only in memory, 6 in both; and one that still runs leaves none of them out."""
     trainer = start(closing, tiers=TIERS, when_busy="skip")
     assert trainer.poll(2) == Directive(save=True)
@@ -112,7 +112,7 @@ def test_the_save_before_a_stop_is_made_and_outlives_the_nodes(closing: list[Tra
     trainer.agent.send(SaveEnded(progress=Progress(2, 2), tier="peer"))
     trainer.save(step)
     (snapshot,) = [message for message in trainer.told() if isinstance(message, Snapshot)]
-    assert snapshot.tiers == (("peer", "storage") if step == 6 else ("storage",))
+    assert snapshot.tiers == ("peer", "storage"), "this node may be gone before storage has it"
 
 
 def test_who_stands_at_the_gate_answers_every_order_to_come_there(closing: list[Trainer]) -> None:

@@ -1,0 +1,94 @@
+"""Saves as the coordinator sees them: shards of all ranks in, checkpoints in a real store in memory out."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+
+from orchestrator.checkpoint.attempts import claim_attempt, read_attempts
+from orchestrator.checkpoint.catalog import list_checkpoints
+from orchestrator.checkpoint.store import Store
+from orchestrator.messages.attempts import FromTrainer, Stepped
+from orchestrator.messages.saves import SaveEnded, SaveFailed
+from tests.orchestrator.group import Group, stable_steps
+from trainers.progress import Progress
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store.open(f"memory://{uuid.uuid4().hex}")
+
+
+def test_commits_when_every_shard_is_there(store: Store) -> None:
+    group = Group(store).join()
+    group.coordinator.handle(1, group.receipt(1, 5))
+    assert stable_steps(store) == [] and group.count(SaveEnded) == 0
+    group.coordinator.handle(0, group.receipt(0, 5))
+    assert stable_steps(store) == [5]
+    assert group.last(SaveEnded) == SaveEnded(progress=Progress(5, 50))
+
+
+def test_old_checkpoints_are_pruned_after_a_commit_and_only_then(store: Store) -> None:
+    group = Group(store).join()
+    group.coordinator.handle(0, group.receipt(0, 5))
+    assert group.prunings == []
+    group.coordinator.handle(1, group.receipt(1, 5))
+    assert group.prunings == [1] and group.last(SaveEnded) == SaveEnded(progress=Progress(5, 50))
+    assert (claim := next(read_attempts(store)))["versions"] == {}, "whose rows bind whoever has the same"
+    assert claim["keep"] == {"last": 10, "every_steps": None, "best": None, "grace_s": 600.0}
+    claim_attempt(store, {})
+    group.save(10)
+    assert group.prunings == [1]
+
+
+def test_a_failed_shard_fails_the_save_and_nothing_else(store: Store) -> None:
+    group = Group(store).join()
+    group.coordinator.handle(0, group.receipt(0, 5))
+    group.coordinator.handle(1, SaveFailed(attempt=1, progress=Progress(5, 50), error="disk full"))
+    assert group.last(SaveEnded).error == "rank 1: disk full"
+    assert stable_steps(store) == [] and group.coordinator.outcome is None
+    group.save(10)
+    assert stable_steps(store) == [10]
+
+
+def test_a_tier_that_fails_ends_no_save_that_another_one_follows(store: Store) -> None:
+    group = Group(store).join()
+    for rank in (0, 1):
+        lost = SaveFailed(attempt=1, progress=Progress(5, 50), tier="peer", last=False, error="no other node")
+        group.coordinator.handle(rank, lost)
+    assert group.kinds().count("save_failed") == 1 and group.count(SaveEnded) == 0
+    group.save(5)
+    assert stable_steps(store) == [5] and group.last(SaveEnded) == SaveEnded(progress=Progress(5, 50))
+
+
+def test_shards_of_a_failed_save_are_not_mixed_with_those_of_the_next(store: Store) -> None:
+    group = Group(store).join()
+    for rank in (0, 1):
+        group.coordinator.handle(rank, SaveFailed(attempt=1, progress=Progress(5, 50), error="disk full"))
+    assert group.kinds().count("save_failed") == 1
+    group.coordinator.handle(0, group.receipt(0, 5))  # late
+    group.coordinator.handle(1, group.receipt(1, 10))
+    assert stable_steps(store) == []
+    group.coordinator.handle(0, group.receipt(0, 10))
+    assert stable_steps(store) == [10]
+
+
+def test_a_rank_that_takes_its_snapshot_after_the_save_has_failed_is_told_too(store: Store) -> None:
+    group = Group(store).join()
+    group.coordinator.handle(1, SaveFailed(attempt=1, progress=Progress(5, 50), error="disk full"))
+    told = len(group.orders)  # rank 0 had nothing pending when it heard of the end: for it that was of no save
+    group.coordinator.handle(0, group.receipt(0, 5))
+    assert group.orders[told:] == [(0, SaveEnded(progress=Progress(5, 50), error="rank 1: disk full"))]
+    group.save(10)
+    assert stable_steps(store) == [10]
+
+
+def test_a_checkpoint_has_the_numbers_of_its_step(store: Store) -> None:
+    group = Group(store).join()
+    for step, loss in ((4, 0.4), (5, 0.5), (6, 0.6)):
+        stepped = Stepped(progress=Progress(step, step * 10), metrics={"loss": loss, "grad_norm": float("inf")})
+        group.coordinator.handle(0, FromTrainer(attempt=1, message=stepped))
+    group.save(5)
+    (info,) = list_checkpoints(store)
+    assert info.manifest is not None and info.manifest.metrics == {"loss": 0.5}
