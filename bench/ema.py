@@ -14,7 +14,6 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from bench.comparison import Comparison
+from bench.packages import versions
 from bench.workload import EMA_DECAY, LARGE, SMOKE, config, pin
 from tests.trainers.distributed import run_ranks
 from trainers.build import build
@@ -61,7 +61,7 @@ def measure(quick: bool) -> list[Comparison]:
         "counted by the same counter if every parameter is gathered": gathering.pop(),
         "ratio of the best times": min(times[_OURS]) / min(times[_BOUND]),
         "GB/s": {name: 12e-9 * results[0].numel / float(np.median(times[name])) for name in (_COPY, _BOUND, _OURS)},
-        "ema-pytorch": version("ema-pytorch") if find_spec("ema_pytorch") else "not installed: the extra `bench`",
+        **versions(["ema-pytorch"]),
     }
     return [
         Comparison(

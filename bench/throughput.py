@@ -1,9 +1,8 @@
 """How fast a training gets on: ours under torchrun and under Ray Train, beside the frameworks that one would use.
 
-All train the same UNet on the same digits: two ranks with one thread each, one microbatch a rank, float32, AdamW,
-clipping, and an EMA of the weights after every step. What differs is theirs: how they draw noise, reduce, average, and
-which of its AdamWs torch takes where nothing is said; the bare loop says fused, which is the fastest.
-Accelerate and Lightning do not shard on CPU, so they are met under DDP.
+All train the same UNet on the same digits: two ranks with one thread each, one microbatch a rank, float32, torch's
+fused AdamW, clipping, and an EMA of the weights after every step. What differs is theirs: how they draw noise, reduce
+and average. Accelerate shards nothing on CPU, and Lightning averages no sharded model, so they are met under DDP.
 
 Every program lives all the time. They are let run in turn for some steps, each as a whole stopped while another one is
 measured. A step's time is the time between the ends of two steps.
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import numpy as np
 
 from bench.arm import Arm
 from bench.comparison import Comparison
+from bench.packages import versions
 from bench.programs import under_ray, under_torchrun, workplace, write_config
 from bench.turns import medians, take_turns, warm_up
 from bench.workload import EMA_DECAY, MIDDLE, SMOKE, config
@@ -46,7 +45,7 @@ def measure(quick: bool) -> list[Comparison]:
         present = [name for name in names if name != _LIGHTNING or find_spec("lightning")]
         every = _measure_arms(_run_config(channels, strategy), present, turns, steps)
         comparisons += _compare(strategy, medians(every), {"steps in a turn": steps} | _longest(every))
-    comparisons[0].notes["versions"] = {name: _version(name) for name in ("accelerate", "lightning")}
+    comparisons[0].notes["versions"] = versions(("accelerate", "lightning"))
     comparisons[0].notes["Composer"] = _COMPOSER
     return comparisons
 
@@ -101,10 +100,3 @@ def _compare(strategy: str, times: dict[str, list[float]], notes: dict[str, Any]
 
 def _longest(every: dict[str, list[list[float]]]) -> dict[str, Any]:
     return {"longest single step (ms)": {name: 1000 * max(map(max, turns)) for name, turns in every.items()}}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed: pip install -e '.[bench]'"

@@ -33,7 +33,7 @@ def main() -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     plain = build_model(ModelConfig(**config["model"]), seed=0)
     average = EMAModel(plain.parameters(), decay=EMA_DECAY, model_cls=type(plain))
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=config["optimizer"]["lr"], weight_decay=0.0)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=config["optimizer"]["lr"], weight_decay=0.0, fused=True)
     dataset = TensorDataset(*digits(config["data"]["image_size"]))
     loader = DataLoader(dataset, batch_size=config["train"]["microbatch_size"], shuffle=True, drop_last=True)
     rate = get_scheduler("constant", optimizer)

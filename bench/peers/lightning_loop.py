@@ -40,7 +40,7 @@ class _Diffusion(LightningModule):
         return mse_loss(self.model(noisy, timesteps, class_labels=labels).sample, noise)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=self._lr, weight_decay=0.0)
+        return torch.optim.AdamW(self.parameters(), lr=self._lr, weight_decay=0.0, fused=True)
 
 
 class _Say(Callback):
