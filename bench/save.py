@@ -2,8 +2,9 @@
 
 First, in a group of real agents and trainers without Ray, whose trainers let ways to save and restore take turns on
 their state (`bench.save_turns`): the copy into shared memory for which training stands still, the whole save, and the
-restore. torch.save and accelerate do not wait for the disk; all others do. `accelerate save_state` has, as in the
-training scripts of diffusers, the whole state on every rank, and writes it from one.
+restore. torch.save, accelerate and torch_checkpointing do not wait for the disk; all others do. `accelerate save_state`
+has, as in the training scripts of diffusers, the whole state on every rank, and writes it from one. Those with a
+background process or kept buffers have a first turn before ours, so that they have made them.
 
 What bounds these figures is measured beside them. No save that is on disk when it ends is faster than the disk takes
 the bytes (`memcpy, xxh3, write`). Hashes are no less of a save's CPU time than one pass of the fastest there is (`one
@@ -15,12 +16,12 @@ committed. A pair is the steps from a save on, and those after them; a save ever
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from bench.arm import Arm
 from bench.comparison import Comparison
 from bench.figure import Figure
 from bench.memory_watch import MemoryWatch
+from bench.packages import versions
 from bench.save_group import run_group
 from bench.workload import LARGE, SMOKE, config
 from orchestrator.checkpoint.policy import RetentionConfig, Verify
@@ -41,11 +43,22 @@ from orchestrator.sections import CheckpointConfig
 
 _RANKS = 2
 _FOLDER = "UNBROKEN_BENCH_FOLDER"
+_MANAGER = "torch_checkpointing"
+_EARLIER = "its call returns after (ms); from then on forward and backward may run beside the copy, the optimizer not"
 _COPY, _BARE, _BARE_LOAD = "memcpy", "memcpy, xxh3, write", "read, xxh3"
-_ASYNC = ("torch DCP async_save, thread", "torch DCP async_save, process")
-_SAVES = ("torch DCP save", *_ASYNC, "torch.save of every rank")
-_SAVES += ("accelerate save_state",) if importlib.util.find_spec("accelerate") else ()
-_LOADS = ("load torch DCP", "load torch.save of every rank")
+_PACKAGES = {
+    "torch DCP save": "torch",
+    "torch DCP async_save, thread": "torch",
+    "torch DCP async_save, process": "torch",
+    _MANAGER: "torch_checkpointing",
+    "torch.save of every rank": "torch",
+    "accelerate save_state": "accelerate",
+    "Lightning Fabric.save": "lightning",
+}
+_SAVES = tuple(name for name, package in _PACKAGES.items() if find_spec(package))
+_EXTRAS = ("accelerate", "lightning", "torch-checkpointing")
+_ASYNC = tuple(name for name in _SAVES if "async_save" in name or name == _MANAGER)
+_LOADS = tuple(f"load {name}" for name in _SAVES if "async_save" not in name)
 _STALL_GOAL, _STEP_GOAL, _RUN_GOAL, _CPU_GOAL, _FIRST_GOAL, _DCP_GOAL = 1.15, 0.02, 1.01, 1.3, 1.5, 0.2
 _HASH_GOAL, _MEMORY_GOAL = 2.0, 1.05
 _EVERY, _OF = 4, 50
@@ -65,17 +78,17 @@ def measure(quick: bool) -> list[Comparison | Figure]:
 
 def _in_turns(channels: tuple[int, ...], launches: int, rounds: int) -> Iterator[Comparison | Figure]:
     saves, unverified, loads, memory = [], [], [], []
-    saving = ["hashing", "xxh3", *_rounds(rounds, ("save", _COPY), (_BARE, *_SAVES))]
+    saving = ["hashing", "xxh3", *_ASYNC, *_rounds(rounds, ("save", _COPY), (_BARE, *_SAVES))]
     # The first turn of a load makes what the others read.
     loading = [*_LOADS, *_rounds(rounds, ("restore",), (_BARE_LOAD, *_LOADS))]
     for _ in range(launches):
         with tempfile.TemporaryDirectory(prefix="ub-", dir="/tmp", ignore_cleanup_errors=True) as name:
-            lines, watch = _launch(Path(name), channels, saving, 1 + saving.count("save"))
+            lines, watch = _launch(Path(name), channels, saving)
             saves.append(lines)
             memory.append(watch.extra([(line["began_s"], line["ended_s"]) for line in lines if line["name"] == "save"]))
-            loads.append(_launch(Path(name), channels, loading, 1 + saving.count("save"))[0][len(_LOADS) :])
+            loads.append(_launch(Path(name), channels, loading, after=saving)[0])
             plan = _rounds(2 * rounds, ("save",), (_SAVES[0], _BARE))
-            unverified.append(_launch(Path(name), channels, plan, 1 + plan.count("save"), verify="size")[0])
+            unverified.append(_launch(Path(name), channels, plan, verify="size")[0])
     yield from _stalls(saves)
     yield from _whole_saves(saves, max(memory))
     yield from _beside_dcp(unverified)
@@ -94,11 +107,16 @@ def _rounds(number: int, ours: Sequence[str], others: Sequence[str]) -> list[str
 
 
 def _launch(
-    folder: Path, channels: tuple[int, ...], plan: list[str], num_steps: int, verify: Verify = "full"
+    folder: Path,
+    channels: tuple[int, ...],
+    plan: list[str],
+    after: Sequence[str] = (),
+    verify: Verify = "full",
 ) -> tuple[list[Line], MemoryWatch]:
-    """What every turn took, on the slower rank."""
+    """What every turn took, on the slower rank. Args: after: the plan of the launch that this one goes on from."""
     (folder / "turns.json").write_text(json.dumps(plan))
     os.environ[_FOLDER] = str(folder)
+    num_steps = 1 + [*after, *plan].count("save")  # the run has to end with the last turn
     with MemoryWatch(folder, _RANKS) as watch:
         run_group(_spec(folder / verify, channels, num_steps, verify), _RANKS)
     files = [folder / f"{rank}.jsonl" for rank in range(_RANKS)]
@@ -110,7 +128,7 @@ def _launch(
 
 def _slower(lines: Sequence[Line]) -> Line:
     """Of what the ranks say of one turn: the longest times, and CPU seconds and bytes of both together."""
-    longest = {key: max(line[key] for line in lines) for key in ("held_s", "total_s", "ended_s")}
+    longest = {key: max(line[key] for line in lines) for key in ("returned_s", "held_s", "total_s", "ended_s")}
     together = {key: sum(line[key] for line in lines) for key in ("cpu_s", "size_bytes")}
     return {**lines[0], **longest, **together}
 
@@ -149,7 +167,9 @@ def _stalls(launches: Sequence[Sequence[Line]]) -> Iterator[Comparison]:
     size = launches[0][0]["size_bytes"] / _RANKS / 1e6
     yield _compare(warm, "save", _COPY, "held_s", name=f"stall of a save, {size:.0f} MB a rank", goal=_STALL_GOAL)
     for other in _ASYNC:
-        yield _compare(warm, "save", other, "held_s", name="stall of a save")
+        returned = [line["returned_s"] for lines in warm for line in lines if line["name"] == other]
+        notes = {_EARLIER: 1000 * float(np.median(returned))} if other == _MANAGER else {}
+        yield _compare(warm, "save", other, "held_s", name="stall of a save", notes=notes)
     yield Comparison(
         name="stall of a trainer's first save",
         reference_name="that of later ones",
@@ -163,8 +183,8 @@ def _whole_saves(launches: Sequence[Sequence[Line]], memory: float) -> Iterator[
     """Until it is committed, and until it is on disk."""
     name = "save, read back and committed"
     for other in (*_SAVES, _BARE):
-        goal = _DCP_GOAL if other == _SAVES[0] else None
-        yield _compare(launches, "save", other, "total_s", name=name, goal=goal)
+        goal, notes = (_DCP_GOAL, {"versions": versions(_EXTRAS)}) if other == _SAVES[0] else (None, {})
+        yield _compare(launches, "save", other, "total_s", name=name, goal=goal, notes=notes)
     yield _compare(launches, "save", _BARE, "cpu_s", name=f"CPU time of a {name}", goal=_CPU_GOAL)
     hashing, one_pass = (
         np.median([line["cpu_s"] for lines in launches for line in lines if line["name"] == kind])
@@ -193,12 +213,14 @@ def _without_first_save(lines: Sequence[Line]) -> list[Line]:
 
 def _compare(launches: Sequence[Sequence[Line]], ours: str, other: str, key: str, **more: Any) -> Comparison:
     """Each turn of the other one with the turn of ours that came before it."""
-    pairs, before = [], None
-    for line in (line for lines in launches for line in lines):
-        if line["name"] == ours:
-            before = line[key]
-        elif line["name"] == other and before is not None:
-            pairs.append((before, line[key]))
+    pairs = []
+    for lines in launches:
+        before = None
+        for line in lines:
+            if line["name"] == ours:
+                before = line[key]
+            elif line["name"] == other and before is not None:
+                pairs.append((before, line[key]))
     return Comparison(
         reference_name=other.removeprefix("load "),
         ours_s=[pair[0] for pair in pairs],

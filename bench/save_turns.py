@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,10 @@ FOLDER = "UNBROKEN_BENCH_FOLDER"
 """Environment variable: where `turns.json` says what is to be done, and everything is written."""
 
 Turn = Callable[[Path], Iterator[None]]
-"""Yields when the trainer could go on; ends when the state is safe. Gets an empty folder that all ranks share."""
+"""Yields when the call returns, and again if the state may change only then; ends when the state is safe.
+
+Gets an empty folder that all ranks share.
+"""
 
 
 def take_turns(
@@ -82,13 +86,13 @@ def _announce(file: Path, numbers: list[int]) -> None:
 def _time(turn: Turn, scratch: Path) -> dict[str, float]:
     dist.barrier()
     used, began, began_s = _cpu_s(), time.perf_counter(), time.time()
-    steps = turn(scratch)
-    next(steps)
-    held_s = time.perf_counter() - began
-    for _ in steps:
-        pass
-    total_s = time.perf_counter() - began
-    return {"held_s": held_s, "total_s": total_s, "cpu_s": _cpu_s() - used, "began_s": began_s, "ended_s": time.time()}
+    yields = [time.perf_counter() - began for _ in turn(scratch)]
+    times = {"returned_s": yields[0], "held_s": yields[-1], "total_s": time.perf_counter() - began}
+    times |= {"cpu_s": _cpu_s() - used, "began_s": began_s, "ended_s": time.time()}
+    for pid in _children():  # not only on the trainer's core, to which they were born: our agent is not either
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(pid, range(os.cpu_count() or 1))
+    return times
 
 
 def _cpu_s() -> float:
@@ -106,7 +110,8 @@ def _agent() -> int:
 def _children() -> list[int]:
     pids = []
     for task in Path("/proc/self/task").iterdir():
-        pids += [int(pid) for pid in (task / "children").read_text().split()]
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
+            pids += [int(pid) for pid in (task / "children").read_text().split()]
     return pids
 
 

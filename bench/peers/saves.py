@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
-import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from bench.peers.environment import name_the_group
 from trainers.state import LocalTensor, TrainState
 
 Turn = Callable[[Path], Iterator[None]]
@@ -26,62 +29,109 @@ class Peers:
     """Turns of `bench.save_turns`. Those that load read what they have saved in `folder` before."""
 
     def __init__(self, state: TrainState, folder: Path) -> None:
-        self._folder = folder
+        self._log = folder / f"background-{dist.get_rank()}.log"
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         self._sharded = {local.spec.name: _as_dtensor(local, mesh) for local in state.tensors()}
         self._local = {local.spec.name: local.tensor.detach() for local in state.tensors()}
-        self._accelerator: Any = None
 
     def turns(self) -> dict[str, Turn]:
         saves: dict[str, Turn] = {
             "torch DCP save": self._dcp,
             "torch DCP async_save, thread": lambda scratch: self._dcp_async(scratch, AsyncCheckpointerType.THREAD),
             "torch DCP async_save, process": lambda scratch: self._dcp_async(scratch, AsyncCheckpointerType.PROCESS),
+            "torch_checkpointing": lambda scratch: self._manager.save(scratch),
             "torch.save of every rank": self._torch_save,
             "accelerate save_state": self._accelerate,
+            "Lightning Fabric.save": lambda scratch: self._lightning.save(scratch),
         }
-        loads: dict[str, Turn] = {
-            "load torch DCP": lambda scratch: self._load(scratch, self._dcp, self._dcp_load),
-            "load torch.save of every rank": lambda scratch: self._load(scratch, self._torch_save, self._torch_load),
+        loads: dict[str, Callable[[Path], object]] = {
+            "torch DCP save": lambda scratch: dcp.load(self._sharded, checkpoint_id=scratch),
+            "torch_checkpointing": lambda scratch: self._manager.load(scratch),
+            "torch.save of every rank": self._torch_load,
+            "accelerate save_state": lambda scratch: self._accelerator.load_state(str(scratch)),
+            "Lightning Fabric.save": lambda scratch: self._lightning.load(scratch),
         }
-        return saves | loads
+        return saves | {
+            f"load {name}": lambda scratch, name=name, load=load: _load(scratch, saves[name], load)
+            for name, load in loads.items()
+        }
 
     def _dcp(self, scratch: Path) -> Iterator[None]:
         dcp.save(self._sharded, checkpoint_id=scratch)
         yield
 
+    @cached_property
+    def _stager(self) -> DefaultStager:
+        """Kept, so that it copies into the same memory again, which the background process shares."""
+        return DefaultStager(
+            StagingOptions(
+                use_pinned_memory=False, use_shared_memory=True, use_async_staging=False, use_non_blocking_copy=False
+            )
+        )
+
     def _dcp_async(self, scratch: Path, kind: AsyncCheckpointerType) -> Iterator[None]:
-        saved = dcp.async_save(self._sharded, checkpoint_id=scratch, async_checkpointer_type=kind)
-        yield
-        cast(Future[Any], saved).result()
+        with _stderr_in(self._log):
+            saved = dcp.async_save(
+                self._sharded, checkpoint_id=scratch, async_checkpointer_type=kind, async_stager=self._stager
+            )
+            yield
+            cast(Future[Any], saved).result()
+
+    @cached_property
+    def _manager(self) -> Any:
+        return importlib.import_module("bench.peers.manager_saves").ManagerSaves(self._sharded)
+
+    @cached_property
+    def _lightning(self) -> Any:
+        return importlib.import_module("bench.peers.lightning_saves").LightningSaves(self._sharded)
 
     def _torch_save(self, scratch: Path) -> Iterator[None]:
         torch.save(self._local, scratch / f"{dist.get_rank()}.pt")
         yield
 
-    def _accelerate(self, scratch: Path) -> Iterator[None]:
-        """As in the training scripts of diffusers: every rank holds all of the state, and the first one writes it."""
-        self._accelerator = self._accelerator or _accelerator(self._sharded)
-        self._accelerator.save_state(str(scratch))
-        yield
-
-    def _load(self, scratch: Path, save: Turn, load: Callable[[Path], None]) -> Iterator[None]:
-        """The first turn only makes what the others read."""
-        saved = not any(scratch.iterdir())
-        dist.barrier()
-        if saved:
-            for _ in save(scratch):
-                pass
-        else:
-            load(scratch)
-        yield
-
-    def _dcp_load(self, scratch: Path) -> None:
-        dcp.load(self._sharded, checkpoint_id=scratch)
-
     def _torch_load(self, scratch: Path) -> None:
         for name, value in torch.load(scratch / f"{dist.get_rank()}.pt").items():
             self._local[name].copy_(value)
+
+    def _accelerate(self, scratch: Path) -> Iterator[None]:
+        """As in the training scripts of diffusers: every rank holds all of the state, and the first one writes it."""
+        self._accelerator.save_state(str(scratch))
+        yield
+
+    @cached_property
+    def _accelerator(self) -> Any:
+        return _accelerator(self._sharded)
+
+
+def _load(scratch: Path, save: Turn, load: Callable[[Path], object]) -> Iterator[None]:
+    """The first turn only makes what the others read."""
+    saved = not any(scratch.iterdir())
+    dist.barrier()
+    if saved:
+        for _ in save(scratch):
+            pass
+    else:
+        load(scratch)
+    yield
+
+
+@contextlib.contextmanager
+def _stderr_in(log: Path) -> Iterator[None]:
+    """Of a process that is started now: what it says of its work, and of its end when this process has ended.
+
+    Its errors come back as exceptions; then all that it said is shown.
+    """
+    kept = os.dup(2)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    except BaseException:
+        os.write(kept, log.read_bytes())
+        raise
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _as_dtensor(local: LocalTensor, mesh: DeviceMesh) -> torch.Tensor:
@@ -96,13 +146,7 @@ def _as_dtensor(local: LocalTensor, mesh: DeviceMesh) -> torch.Tensor:
 
 def _accelerator(tensors: dict[str, torch.Tensor]) -> Any:
     """With as many bytes as the state has: parameters, two moments of each, and an EMA."""
-    with socket.socket() as free:  # it asks for an address, and then uses the process group that is there
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
-    os.environ.update(
-        {name: str(value) for name, value in world.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    name_the_group()
     accelerator = importlib.import_module("accelerate").Accelerator(cpu=True)
     shapes = [value.shape for name, value in tensors.items() if name.startswith("model/") and value.is_floating_point()]
     model = torch.nn.ParameterList(torch.zeros(shape) for shape in shapes)

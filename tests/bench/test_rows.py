@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from bench.__main__ import main
+from bench.__main__ import ROWS, main
 from bench.programs import under_torchrun, workplace, write_config
 from bench.throughput import _ACCELERATE, _BARE, _measure_arms, _run_config
 from bench.workload import SMOKE
 
+QUICK = ("reduction", "ema", "scale")
+"""Rows that take seconds with `--quick`."""
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def test_every_row_can_be_imported():
+    for row in ROWS:
+        assert callable(importlib.import_module(f"bench.{row}").measure), row
+
+
+@pytest.mark.skipif("UNBROKEN_TEST_LONG" not in os.environ, reason="takes minutes: UNBROKEN_TEST_LONG=1")
+@pytest.mark.parametrize("row", [row for row in ROWS if row not in QUICK])
+def test_long_rows_can_be_measured(row: str):
+    command = [sys.executable, "-m", "bench", row, "--quick"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            printed, errors = process.communicate(timeout=800)
+        finally:
+            process.terminate()  # not killed: it ends what it has started
+    assert process.returncode == 0, errors
+    assert f"## {row}" in printed
 
 
 def test_rows_can_be_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process is not only the benchmark's
-    main(["reduction", "ema", "scale", "--quick"])
+    main([*QUICK, "--quick"])
     printed = capsys.readouterr().out
     assert "invariant | " in printed and "collectives in an update: 0" in printed
     assert "| commit: exponent in ranks | " in printed and "steps lost: " in printed
