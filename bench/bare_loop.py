@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,19 @@ _SAVE_AT = 10
 class BareLoop:
     """Model, optimizer and, if wanted, EMA of one rank."""
 
-    def __init__(self, config: dict[str, Any], ema: bool) -> None:
-        """Collective: all ranks."""
-        self._train = config["train"]
+    def __init__(
+        self, config: dict[str, Any], ema: bool, replicate: Callable[[Any], Any] = DistributedDataParallel
+    ) -> None:
+        """Collective: all ranks.
+
+        Args:
+            replicate: makes a replica of the model, where the config's strategy is not fsdp.
+        """
+        size = config["train"]["microbatch_size"]
+        self._size, self._rounds = size, config["train"]["global_batch_size"] // size // config["workers"]
         strategy = config.get("parallel", {}).get("strategy", "fsdp")
         self.model: Any = build_model(ModelConfig(**config["model"]), seed=0)
-        self._distributed = _sharded(self.model) if strategy == "fsdp" else DistributedDataParallel(self.model)
+        self._distributed = _sharded(self.model) if strategy == "fsdp" else replicate(self.model)
         lr = config["optimizer"]["lr"]
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -57,20 +65,26 @@ class BareLoop:
 
     def step(self) -> None:
         """One optimizer step. Collective: all ranks."""
-        size = self._train["microbatch_size"]
-        rounds = self._train["global_batch_size"] // size // dist.get_world_size()
-        for index in range(rounds):
-            with self._synchronised(index == rounds - 1):
-                chosen = torch.randint(len(self._images), (size,))
-                images = self._images[chosen]
-                noise = torch.randn_like(images)
-                timesteps = torch.randint(1000, (size,))
-                noisy = self._schedule.add_noise(images, noise, timesteps)  # pyright: ignore[reportArgumentType]
-                predicted = self._distributed(noisy, timesteps, class_labels=self._labels[chosen]).sample
-                (mse_loss(predicted, noise) / rounds).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.average()
+
+    def backward(self) -> None:
+        """The gradients of a step, clipped. Collective: all ranks."""
+        for index in range(self._rounds):
+            with self._synchronised(index == self._rounds - 1):
+                chosen = torch.randint(len(self._images), (self._size,))
+                images = self._images[chosen]
+                noise = torch.randn_like(images)
+                timesteps = torch.randint(1000, (self._size,))
+                noisy = self._schedule.add_noise(images, noise, timesteps)  # pyright: ignore[reportArgumentType]
+                predicted = self._distributed(noisy, timesteps, class_labels=self._labels[chosen]).sample
+                (mse_loss(predicted, noise) / self._rounds).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+
+    def average(self) -> None:
+        """Update the EMA, if there is one."""
         if self.averages:
             torch._foreach_lerp_(self.averages, self._weights, 1 - EMA_DECAY)
 

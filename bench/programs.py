@@ -6,7 +6,7 @@ import contextlib
 import json
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,27 @@ def plain_ray(config: dict[str, Any], every: int) -> Iterator[Arm]:
     Args:
         config: as for `write_config`.
     """
+    with _own_ray("plain ray", "bench.peers.ray_train_loop", config, str(every)) as arm:
+        yield arm
+
+
+@contextlib.contextmanager
+def torchft(name: str, config: dict[str, Any], lighthouse: Mapping[str, int]) -> Iterator[Arm]:
+    """Ray Train with torchft's replicas, in a place of its own.
+
+    Args:
+        config: as for `write_config`.
+        lighthouse: settings of torchft's server that differ from its defaults.
+    """
+    with _own_ray(name, "bench.peers.torchft_loop", config, json.dumps(lighthouse)) as arm:
+        yield arm
+
+
+@contextlib.contextmanager
+def _own_ray(name: str, module: str, config: dict[str, Any], argument: str) -> Iterator[Arm]:
     with workplace() as folder:
-        arguments = ["-m", "bench.peers.ray_train_loop", str(write_config(folder, config)), str(folder), str(every)]
-        with Arm("plain ray", arguments, {"RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled"}) as arm:
+        arguments = ["-m", module, str(write_config(folder, config)), str(folder), argument]
+        with Arm(name, arguments, {"RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled"}) as arm:
             yield arm
 
 
