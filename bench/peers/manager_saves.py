@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch_checkpointing import CheckpointManager  # pyright: ignore[reportMissingImports]
+from torch_checkpointing.checkpoint_process import CheckpointProcessConfig  # pyright: ignore[reportMissingImports]
 from torch_checkpointing.config import AsyncCheckpointSaverConfig  # pyright: ignore[reportMissingImports]
 from torch_checkpointing.staging import CheckpointStagerConfig  # pyright: ignore[reportMissingImports]
 from torch_checkpointing.storage.filesystem import (  # pyright: ignore[reportMissingImports]
@@ -28,14 +29,16 @@ class ManagerSaves:
         for name, value in tensors.items():
             self._items.setdefault(name.split("/")[0], {})[name] = value
         staging = CheckpointStagerConfig(use_pinned_memory=False, use_non_blocking_copy=False)
+        process = CheckpointProcessConfig(subprocess_init_timeout_secs=600)  # it imports torch; its 30 s can be too few
         config = CheckpointManager.Config(
-            save=AsyncCheckpointSaverConfig(staging_config=staging),
+            save=AsyncCheckpointSaverConfig(staging_config=staging, process_config=process),
             storage_config=LocalFileSystemStorageConfig(use_direct_io=False),
         )
         self._manager = CheckpointManager(config)
 
     def save(self, scratch: Path) -> Iterator[None]:
         written = self._manager.save(str(scratch / "state"), self._items)  # renamed to that: it must not be there
+        assert written is not None, "it saves in the background"
         yield
         with self._manager.lock():  # what its users hold while they change the state
             pass

@@ -39,7 +39,7 @@ class Peers:
             "torch DCP save": self._dcp,
             "torch DCP async_save, thread": lambda scratch: self._dcp_async(scratch, AsyncCheckpointerType.THREAD),
             "torch DCP async_save, process": lambda scratch: self._dcp_async(scratch, AsyncCheckpointerType.PROCESS),
-            "torch_checkpointing": lambda scratch: self._manager.save(scratch),
+            "torch_checkpointing": self._managed,
             "torch.save of every rank": self._torch_save,
             "accelerate save_state": self._accelerate,
             "Lightning Fabric.save": lambda scratch: self._lightning.save(scratch),
@@ -76,6 +76,10 @@ class Peers:
             )
             yield
             cast(Future[Any], saved).result()
+
+    def _managed(self, scratch: Path) -> Iterator[None]:
+        with _stderr_in(self._log):
+            yield from self._manager.save(scratch)
 
     @cached_property
     def _manager(self) -> Any:
