@@ -11,6 +11,7 @@ from trainers.divergence import DivergenceConfig
 from trainers.ema import EMAConfig
 from trainers.errors import ConfigError
 from trainers.evaluation.config import SamplesConfig, ValidationConfig
+from trainers.integrity import IntegrityConfig
 from trainers.models import ModelConfig
 from trainers.objectives import ObjectiveConfig
 from trainers.optimizers import OptimizerConfig
@@ -69,6 +70,7 @@ class TrainerConfig:
     ema: dict[str, EMAConfig] = field(default_factory=dict)
     """EMA profiles by name; the first one is the default for sampling and export."""
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    integrity: IntegrityConfig = field(default_factory=IntegrityConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)

@@ -17,6 +17,7 @@ from trainers.data.loader import ReadAhead
 from trainers.evaluation.metrics import Networks
 from trainers.frozen import Frozen
 from trainers.generators import settle
+from trainers.integrity import ReplicaCheck
 from trainers.norm import StepSums, clip_
 from trainers.objectives import Objective
 from trainers.parallel import begin_round, drop_gradients
@@ -37,6 +38,7 @@ class Task:
     objective: Objective
     rounds: Rounds
     sums: StepSums
+    replicas: ReplicaCheck
     device: torch.device
     null_label: int | None
     """What a dropped label becomes; None: the model takes no labels."""
@@ -92,6 +94,7 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
 
     Raises:
         DivergedError: too many bad steps in a row.
+        CorruptionError: the step is bad, and replicas of the state differ.
     """
     train, optimizer = task.config.train, task.config.optimizer
     step = state.progress.step + 1
@@ -123,6 +126,7 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
         _update(state, values["lr"])
         state.ema.update(step)
     else:
+        task.replicas.compare(state)  # before data is blamed for what a wrong bit does
         values["skipped"] = 1.0
     drop_gradients(state.parameters)
     _advance(state, task)

@@ -55,7 +55,12 @@ class Casebook:
             **_whereabouts(cause),
         )
         self.changed_from = None
-        if decision.action is Action.ROLL_BACK:
+        if cause.kind is ExitKind.CORRUPTED:
+            # What was made since may be wrong in every replica: it is no measure of what is made now.
+            self.changed_from = cause.alike_step + 1
+            fields = {"since": self.changed_from, "ranks": list(cause.ranks), "reason": cause.message}
+            self._event("corrupted", attempt=attempt, step=reached_step, **fields)
+        elif decision.action is Action.ROLL_BACK:
             assert cause.skip is not None
             self._leave_out(cause.skip[0], Exclusions(steps=(cause.skip,)))
             self._event(
