@@ -32,6 +32,7 @@ from trainers.norm import StepSums
 from trainers.objectives import Objective
 from trainers.optimizers import make_optimizer
 from trainers.parallel import LocalParameter, gather_for_good, make_topology, shard_model
+from trainers.recomputation import Recomputation
 from trainers.reduction import Rounds, Topology
 from trainers.state import TrainState, combined_fingerprint, sharded_fingerprints, sharded_tensor
 from trainers.step import Task
@@ -82,6 +83,7 @@ def build(
         rounds=rounds,
         sums=StepSums(parameters, topology, device),
         replicas=ReplicaCheck(config.integrity),
+        recomputation=Recomputation(config.integrity, rounds, device),
         device=device,
         null_label=null_label(model),
         frozen=frozen,

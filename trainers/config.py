@@ -83,6 +83,11 @@ class TrainerConfig:
                 "model.compile=true would compile again in the middle of the run, for every shape of data.buckets; set"
                 " it to false, or remove data.buckets"
             )
+        if self.integrity.recompute_every is not None and self.parallel.reduction != "invariant":
+            raise ConfigError(
+                f"integrity.recompute_every={self.integrity.recompute_every} needs parallel.reduction=invariant;"
+                f" {self.parallel.reduction} hands over no gradient of a single microbatch; set the first to null"
+            )
         if self.objective.contrastive and self.train.microbatch_size < 2:
             raise ConfigError(
                 f"objective.contrastive={self.objective.contrastive} pairs the samples of a microbatch, and"

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from tests.trainers.distributed import run_ranks
 from tests.trainers.test_loop import Recorder
 from tests.trainers.tiny import build_tiny, tiny_config
+from trainers.config import TrainerConfig
+from trainers.decode import decode
 from trainers.errors import ConfigError, CorruptionError
 from trainers.integrity import IntegrityConfig, ReplicaCheck, digest, odd_ones_out
 from trainers.loop import train
@@ -59,9 +61,20 @@ def test_who_is_outvoted(digests: list[list[list[int]]], expected: tuple[Any, ..
     assert odd_ones_out(digests) == expected
 
 
-def test_a_step_count_below_one_is_refused() -> None:
-    with pytest.raises(ConfigError, match="replicas_every=0 must be at least 1, or null for never"):
-        IntegrityConfig(replicas_every=0)
+@pytest.mark.parametrize(
+    ("sections", "text"),
+    [
+        ({"integrity": {"replicas_every": 0}}, "replicas_every=0 must be at least 1, or null for never"),
+        ({"integrity": {"recompute_every": -1}}, "recompute_every=-1 must be at least 1, or null for never"),
+        (
+            {"integrity": {"recompute_every": 200}, "parallel": {"reduction": "fast"}},
+            "integrity.recompute_every=200 needs parallel.reduction=invariant; fast hands over no gradient",
+        ),
+    ],
+)
+def test_what_can_not_be_is_refused(sections: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        decode(TrainerConfig, tiny_config(**sections))
 
 
 def small(**sections: Any) -> dict[str, Any]:
