@@ -90,15 +90,21 @@ class RunConfig(TrainerConfig):
 
     def _check_rollback(self) -> None:
         keep, every = self.checkpoint.retention.last, self.checkpoint.interval_steps
-        undone, tier = self.divergence.rollback_steps, self.checkpoint.storage
-        if keep is not None and keep * every < undone and not self.checkpoint.automatic:  # that knows what it must keep
-            key, interval = "checkpoint.keep.last", "checkpoint.every_steps"
-            if tier is not None:
-                key, interval = f"keep of the tier {tier.url}", "its every"
-            raise ConfigError(
-                f"divergence.rollback_steps={undone} goes back further than {key}={keep} checkpoints of every"
-                f" {interval}={every} steps; set {key}={-(-undone // every)}, or go back less"
-            )
+        if keep is None or self.checkpoint.automatic:  # that knows what it must keep
+            return
+        recompute, tier = self.integrity.recompute_every or 0, self.checkpoint.storage
+        for cause, undone, least in (
+            ("divergence.rollback_steps", self.divergence.rollback_steps, -(-self.divergence.rollback_steps // every)),
+            ("integrity.recompute_every", recompute, recompute and 1 - (-recompute // every)),  # saves fall in between
+        ):
+            if keep < least:
+                key, interval = "checkpoint.keep.last", "checkpoint.every_steps"
+                if tier is not None:
+                    key, interval = f"keep of the tier {tier.url}", "its every"
+                raise ConfigError(
+                    f"{cause}={undone} goes back further than {key}={keep} checkpoints of every {interval}={every}"
+                    f" steps; set {key}={least}, or go back less"
+                )
 
     def _check_workers(self) -> None:
         fewest, most = self.min_workers, self.max_workers
@@ -118,6 +124,11 @@ class RunConfig(TrainerConfig):
                 f"parallel.shard_size={size} does not divide workers={shown}; hsdp needs whole shard groups, so give a"
                 f" fixed number of workers that is a multiple of {size}"
             )
+
+    @property
+    def rollback_steps(self) -> int:
+        """Steps that may have to be undone: so old a checkpoint must be kept."""
+        return max(self.divergence.rollback_steps, self.integrity.recompute_every or 0)
 
     @property
     def storage_url(self) -> str:

@@ -109,7 +109,7 @@ def _spec(config: RunConfig, run_id: str, more_preload: Sequence[str]) -> RunSpe
         preload=(*preload(config), *more_preload),
         watchdog=config.watchdog,
         failures=config.failures,
-        rollback_steps=config.divergence.rollback_steps,
+        rollback_steps=config.rollback_steps,
         quarantine=config.data.quarantine,
     )
 

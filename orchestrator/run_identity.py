@@ -81,7 +81,7 @@ def _is_free(key: str, schedule: ScheduleConfig) -> bool:
         return not depends_on_num_steps(schedule)
     if key.startswith("validation.metrics"):
         return True
-    return key in _PLACEMENT | _OBSERVATION or key.split(".")[0] in SECTIONS_OF_RUN | {"samples"}
+    return key in _PLACEMENT | _OBSERVATION or key.split(".")[0] in SECTIONS_OF_RUN | {"samples", "integrity"}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -32,6 +32,6 @@ class RunSpec:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     failures: FailureConfig = field(default_factory=FailureConfig)
     rollback_steps: int = 0
-    """`divergence.rollback_steps` of the config."""
+    """`RunConfig.rollback_steps`."""
     quarantine: bool = False
     """`data.quarantine` of the config."""

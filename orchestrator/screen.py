@@ -140,6 +140,10 @@ class Screen:
     def _replay_differs(self, at: float, *, attempt: int, step: int, ranks: list[int], message: str) -> None:
         self._write(f"warning: {message}")
 
+    def _corrupted(self, at: float, *, attempt: int, step: int, since: int, ranks: list[int], reason: str) -> None:
+        who = f"node of rank {ranks[0]}" if len(ranks) == 1 else f"nodes of ranks {', '.join(map(str, ranks))}"
+        self._write(f"warning: what was made from step {since} on may be wrong; if it happens again, replace the {who}")
+
     def _agent_lost(self, at: float, *, rank: int, why: str) -> None:
         self._down_at = at
         self._write(f"rank {rank}: the agent or its node is gone ({why}); Ray Train replaces it")

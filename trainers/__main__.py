@@ -19,7 +19,7 @@ import torch.distributed as dist
 from trainers.build import build
 from trainers.config import TrainerConfig
 from trainers.decode import decode
-from trainers.errors import ConfigError, DivergedError
+from trainers.errors import ConfigError, CorruptionError, DivergedError
 from trainers.export import ExportWeights, export_pipeline
 from trainers.loop import train
 from trainers.parallel import gather_rows, kept_buffers
@@ -117,6 +117,8 @@ def main() -> None:
         parser.exit(2, f"error: {error}\n")
     except DivergedError as error:
         parser.exit(3, f"error: training diverged: {error}; `unbroken train` would roll back\n")
+    except CorruptionError as error:
+        parser.exit(3, f"error: {error}; `unbroken train` would go back to the newest checkpoint\n")
     finally:
         dist.destroy_process_group()
 

@@ -26,11 +26,13 @@ from trainers.fitting import check_fits
 from trainers.frozen import Frozen, open_frozen
 from trainers.identity import agreed, check_encoders
 from trainers.initial_weights import load_initial_weights
+from trainers.integrity import ReplicaCheck
 from trainers.models import empty_model, null_label
 from trainers.norm import StepSums
 from trainers.objectives import Objective
 from trainers.optimizers import make_optimizer
 from trainers.parallel import LocalParameter, gather_for_good, make_topology, shard_model
+from trainers.recomputation import Recomputation
 from trainers.reduction import Rounds, Topology
 from trainers.state import TrainState, combined_fingerprint, sharded_fingerprints, sharded_tensor
 from trainers.step import Task
@@ -50,9 +52,7 @@ def build(
     Raises:
         ConfigError: the model, data or strategy cannot be built from this configuration.
     """
-    use_deterministic_kernels(device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    _prepare(device)
     topology, mesh = make_topology(config.parallel, device)
     trace = trace or StepTrace(config.train.microbatch_size)
     rounds = _rounds(config, topology.world_size, trace)
@@ -82,12 +82,20 @@ def build(
         objective=Objective(config.objective),
         rounds=rounds,
         sums=StepSums(parameters, topology, device),
+        replicas=ReplicaCheck(config.integrity),
+        recomputation=Recomputation(config.integrity, rounds, device),
         device=device,
         null_label=null_label(model),
         frozen=frozen,
         latent_shape=latent_shape,
     )
     return state, _with_threads(_with_networks(task), state)
+
+
+def _prepare(device: torch.device) -> None:
+    use_deterministic_kernels(device)
+    if device.type == "cpu":
+        keep_freed_memory()
 
 
 def _shard(

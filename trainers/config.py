@@ -11,6 +11,7 @@ from trainers.divergence import DivergenceConfig
 from trainers.ema import EMAConfig
 from trainers.errors import ConfigError
 from trainers.evaluation.config import SamplesConfig, ValidationConfig
+from trainers.integrity import IntegrityConfig
 from trainers.models import ModelConfig
 from trainers.objectives import ObjectiveConfig
 from trainers.optimizers import OptimizerConfig
@@ -69,6 +70,7 @@ class TrainerConfig:
     ema: dict[str, EMAConfig] = field(default_factory=dict)
     """EMA profiles by name; the first one is the default for sampling and export."""
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    integrity: IntegrityConfig = field(default_factory=IntegrityConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
@@ -80,6 +82,11 @@ class TrainerConfig:
             raise ConfigError(
                 "model.compile=true would compile again in the middle of the run, for every shape of data.buckets; set"
                 " it to false, or remove data.buckets"
+            )
+        if self.integrity.recompute_every is not None and self.parallel.reduction != "invariant":
+            raise ConfigError(
+                f"integrity.recompute_every={self.integrity.recompute_every} needs parallel.reduction=invariant;"
+                f" {self.parallel.reduction} hands over no gradient of a single microbatch; set the first to null"
             )
         if self.objective.contrastive and self.train.microbatch_size < 2:
             raise ConfigError(

@@ -4,6 +4,7 @@ TrainersError
 ├── ConfigError         the user's configuration: nothing was started, fix the named key (exit code 2)
 │   └── BrokenSampleError   one sample of the data is at fault: repair it, or go on without it
 ├── StateMismatchError  what was loaded is not what was saved: do not train on it, take an older checkpoint
+├── CorruptionError     replicas of the state differ: do not save it, go back to what was saved
 └── DivergedError       too many bad steps in a row: go back to before the first, leave their data out
 """
 
@@ -24,6 +25,16 @@ class BrokenSampleError(ConfigError):
 
 class StateMismatchError(TrainersError):
     """The restored state differs from its recorded fingerprint, or a part of it is missing."""
+
+
+class CorruptionError(TrainersError):
+    """A memory or a processor has silently changed bits of the state."""
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = (), alike_step: int = 0) -> None:
+        """Args: ranks: whose state differs; alike_step: after this step it did not."""
+        super().__init__(message)
+        self.ranks = ranks
+        self.alike_step = alike_step
 
 
 class DivergedError(TrainersError):

@@ -15,13 +15,17 @@ def train(state: TrainState, task: Task, control: Control, checkpointer: Checkpo
 
     Raises:
         DivergedError: too many bad steps in a row; the state is of no use any more.
+        CorruptionError: replicas of the state differ; it is of no use any more.
     """
     checkpointer.restore(state)
+    task.replicas.compare(state)
     while state.progress.step < task.config.train.num_steps:
         metrics = train_step(state, task)
         sink.log(state.progress, metrics)
         evaluate(state, task, sink)
         directive = control.poll(state.progress)
+        if directive.save or task.replicas.is_due(state.progress.step):
+            task.replicas.compare(state)  # before the save: what is saved may be gone on from
         if directive.save:
             checkpointer.save(state)
         if directive.stop:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from trainers.exchanges import Exchanges, Reduction
+from trainers.integrity import digest
 from trainers.tree import TreeSum, add_up, aligned_heights
 
 # Renamed in torch 2.13; the old name warns there, the new one is missing before.
@@ -82,6 +83,10 @@ class Rounds:
     current: int = 0
     exchanges: Exchanges = field(default_factory=Exchanges)
     """Those of the round that is running."""
+    shift: int | None = None
+    """A rehearsal: each rank works on what the one so far after it will, and nothing is exchanged. None: in earnest."""
+    bits: torch.Tensor | None = None
+    """Where the bits of each microbatch's gradient are added up, (M,) int64, if somebody compares them."""
 
     @property
     def count(self) -> int:
@@ -99,6 +104,7 @@ class Rounds:
 
     def microbatch(self, rank: int) -> int | None:
         """What a rank works on in this round; None: it idles."""
+        rank = (rank + (self.shift or 0)) % self.world_size
         index = rank * self.count + self.current if self.local else self.current * self.world_size + rank
         return index if index < self.num_microbatches else None
 
@@ -175,11 +181,13 @@ class InvariantReduction(ReduceScatter):
 
     @property
     def _exchanges(self) -> bool:
-        return self._rounds.is_last or not self._rounds.local
+        return self._rounds.shift is None and (self._rounds.is_last or not self._rounds.local)
 
     def _add_own(self, leaf: torch.Tensor) -> None:
         index = self._rounds.microbatch(self._topology.rank)
-        if index is None:
+        if index is not None and self._rounds.bits is not None:
+            self._rounds.bits[index] += digest([leaf])
+        if index is None or self._rounds.shift is not None:
             return
         if self._own is None:
             self._own = TreeSum(index)

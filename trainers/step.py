@@ -17,9 +17,11 @@ from trainers.data.loader import ReadAhead
 from trainers.evaluation.metrics import Networks
 from trainers.frozen import Frozen
 from trainers.generators import settle
+from trainers.integrity import ReplicaCheck
 from trainers.norm import StepSums, clip_
 from trainers.objectives import Objective
 from trainers.parallel import begin_round, drop_gradients
+from trainers.recomputation import Made, Recomputation
 from trainers.reduction import Rounds
 from trainers.rng import seed_global_generators
 from trainers.schedules import learning_rate
@@ -37,6 +39,8 @@ class Task:
     objective: Objective
     rounds: Rounds
     sums: StepSums
+    replicas: ReplicaCheck
+    recomputation: Recomputation
     device: torch.device
     null_label: int | None
     """What a dropped label becomes; None: the model takes no labels."""
@@ -92,6 +96,7 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
 
     Raises:
         DivergedError: too many bad steps in a row.
+        CorruptionError: gradients made twice differ, or the step is bad and replicas of the state differ.
     """
     train, optimizer = task.config.train, task.config.optimizer
     step = state.progress.step + 1
@@ -100,17 +105,7 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
         _advance(state, task)
         return {"skipped": 1.0}
     task.leave_out(state.exclusions.left_out(step))
-    losses = torch.zeros(train.num_microbatches, device=task.device)
-    broken: list[str] = []
-    for _ in task.rounds:
-        begin_round(state.model, state.parameters, task.config.parallel, task.rounds)
-        index = task.rounds.microbatch(state.topology.rank)
-        if index is not None:
-            losses[index], names = _backward(state, task, index, scale=1.0 / train.num_microbatches)
-            broken += names
-        else:
-            # The others need this rank's part of the collectives. The tree leaves the gradient out; `fast` adds zeros.
-            _backward(state, task, train.num_microbatches - 1, scale=0.0)
+    losses, broken = task.recomputation.gradients(state, lambda: _gradients(state, task))
     loss, norm, losses = task.sums(losses)
     task.trace.leave(losses.tolist())
     values = {"loss": loss.item(), "grad_norm": norm.item()}
@@ -123,11 +118,28 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
         _update(state, values["lr"])
         state.ema.update(step)
     else:
+        task.replicas.compare(state)  # before data is blamed for what a wrong bit does
         values["skipped"] = 1.0
     drop_gradients(state.parameters)
     _advance(state, task)
     state.divergence.check(step, reason, num_rollbacks=len(state.exclusions.steps))
     return values | _ema_health(state, task)
+
+
+def _gradients(state: TrainState, task: Task) -> Made:
+    """Forward and backward of the whole step."""
+    num_microbatches = task.config.train.num_microbatches
+    losses, broken = torch.zeros(num_microbatches, device=task.device), list[str]()
+    for _ in task.rounds:
+        begin_round(state.model, state.parameters, task.config.parallel, task.rounds)
+        index = task.rounds.microbatch(state.topology.rank)
+        if index is not None:
+            losses[index], names = _backward(state, task, index, scale=1.0 / num_microbatches)
+            broken += names
+        else:
+            # The others need this rank's part of the collectives. The tree leaves the gradient out; `fast` adds zeros.
+            _backward(state, task, num_microbatches - 1, scale=0.0)
+    return losses, broken
 
 
 def _advance(state: TrainState, task: Task) -> None:
@@ -170,7 +182,7 @@ def _following(state: TrainState, task: Task, index: int) -> Iterator[tuple[int,
 
 def _load(state: TrainState, task: Task, index: int) -> Batch:
     step = state.progress.step + 1
-    if task.read_ahead is None:
+    if task.read_ahead is None or task.rounds.shift is not None:  # what is read ahead is what comes in earnest
         return task.load(task.source, step, index)
     batch = task.read_ahead.take(
         (step, index), lambda: task.load(task.source, step, index), _following(state, task, index)

@@ -12,13 +12,14 @@ import torch.distributed as dist
 
 from orchestrator.errors import DamagedCheckpointError, RunMismatchError, StorageError
 from orchestrator.messages.attempts import ExitKind, TrainerExit
-from trainers.errors import ConfigError, DivergedError, StateMismatchError
+from trainers.errors import ConfigError, CorruptionError, DivergedError, StateMismatchError
 from trainers.trace import Blame, Place, Stage
 
 _KINDS: dict[type[BaseException], ExitKind] = {
     ConfigError: ExitKind.CONFIG,
     RunMismatchError: ExitKind.CONFIG,
     DivergedError: ExitKind.DIVERGED,
+    CorruptionError: ExitKind.CORRUPTED,
     StateMismatchError: ExitKind.DAMAGED,
     DamagedCheckpointError: ExitKind.DAMAGED,
     StorageError: ExitKind.STORAGE,
@@ -43,6 +44,7 @@ def last_words(error: BaseException, place: Place | None, quarantine: bool) -> T
     if quarantine and place is not None and place.stage is Stage.DATA and place.blame is Blame.EXACT:
         kind = ExitKind.ERROR
     skip, num_rollbacks = (error.skip, error.num_rollbacks) if isinstance(error, DivergedError) else (None, 0)
+    ranks, alike_step = (error.ranks, error.alike_step) if isinstance(error, CorruptionError) else ((), 0)
     return TrainerExit(
         kind=kind,
         message=repr(error) if kind in (ExitKind.ERROR, ExitKind.PEER_LOST) else str(error),
@@ -51,6 +53,8 @@ def last_words(error: BaseException, place: Place | None, quarantine: bool) -> T
         place=place,
         skip=skip,
         num_rollbacks=num_rollbacks,
+        ranks=ranks,
+        alike_step=alike_step,
     )
 
 

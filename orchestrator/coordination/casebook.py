@@ -19,9 +19,14 @@ class Casebook:
     fails or diverges at the same step again, which leads to the same decision.
     """
 
-    def __init__(self, spec: RunSpec, event: Callable[..., None]) -> None:
-        """Args: event: reports; called with the event's kind and its fields."""
+    def __init__(self, spec: RunSpec, event: Callable[..., None], distrust: Callable[[int, int], None]) -> None:
+        """
+        Args:
+            event: reports; called with the event's kind and its fields.
+            distrust: told from which step on what attempts up to which one have saved may be corrupted.
+        """
         self._spec = spec
+        self._distrust = distrust
         self._event = event
         self._history: list[Failure] = []
         self.exclusions = Exclusions()
@@ -55,7 +60,13 @@ class Casebook:
             **_whereabouts(cause),
         )
         self.changed_from = None
-        if decision.action is Action.ROLL_BACK:
+        if cause.kind is ExitKind.CORRUPTED:
+            # What was made since may be wrong in every replica: it is no measure of what is made now.
+            self.changed_from = cause.alike_step + 1
+            fields = {"since": self.changed_from, "ranks": list(cause.ranks), "reason": cause.message}
+            self._event("corrupted", attempt=attempt, step=reached_step, **fields)
+            self._distrust(self.changed_from, attempt)
+        elif decision.action is Action.ROLL_BACK:
             assert cause.skip is not None
             self._leave_out(cause.skip[0], Exclusions(steps=(cause.skip,)))
             self._event(

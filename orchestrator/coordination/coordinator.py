@@ -67,10 +67,10 @@ class Coordinator:
         self._host = host
         self._send = send
         self._notify = notify
-        self._casebook = Casebook(spec, self._event)
+        self._opener = Opener(spec, stores, world_size, self._event)
+        self._casebook = Casebook(spec, self._event, self._opener.distrust)
         self._past = PastReader(spec, self._event)
         self._steps = StepLog(self._past, self._event)
-        self._opener = Opener(spec, stores, world_size, self._event)
         self._opening = Opening(attempt=0)
         self._joined, self._ready, self._finished = set[int](), set[int](), set[int]()
         self._down: dict[int, Down] = {}

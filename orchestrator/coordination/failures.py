@@ -20,6 +20,7 @@ _BLAME = (
     ExitKind.CONFIG,
     ExitKind.DAMAGED,
     ExitKind.DIVERGED,
+    ExitKind.CORRUPTED,
     ExitKind.START,
     ExitKind.ERROR,
     ExitKind.CRASHED,
@@ -53,6 +54,8 @@ class FailureConfig:
     """Trainers that could not read or write storage, >= 1."""
     damaged: int = 10
     """Damaged checkpoints, >= 1."""
+    corrupted: int = 5
+    """Times that replicas of the state differed: see integrity.replicas_every, >= 1."""
     starts: int = 3
     """Nodes on which no trainer can be started, >= 1."""
     agents: int = 30
@@ -118,7 +121,8 @@ def classify(exits: Mapping[int, TrainerExit]) -> tuple[int, TrainerExit]:
     When one rank dies, the others lose their connections to it; the cause is the most specific kind among all.
     """
     rank = min(exits, key=lambda rank: (_BLAME.index(exits[rank].kind), rank))
-    return rank, exits[rank]
+    cause = exits[rank]
+    return cause.ranks[0] if cause.ranks else rank, cause
 
 
 def decide(history: Sequence[Failure], config: FailureConfig, quarantine: bool, num_left_out: int = 0) -> Decision:
@@ -129,7 +133,7 @@ def decide(history: Sequence[Failure], config: FailureConfig, quarantine: bool, 
         num_left_out: samples that are left out already.
     """
     last = history[-1]
-    what = f"rank {last.rank}: {last.exit.message}"
+    what = last.exit.message if last.exit.ranks else f"rank {last.rank}: {last.exit.message}"
     stalled = _since_progress(history)
     delay_s = _backoff_s(len(stalled), config.max_backoff_s)
     if last.kind is ExitKind.CONFIG:
@@ -154,7 +158,9 @@ def decide(history: Sequence[Failure], config: FailureConfig, quarantine: bool, 
         return _give_up(last, f"{count} times {last.kind.value} {since}; last, {what}")
     if last.kind is ExitKind.DAMAGED:
         return Decision(action=Action.QUARANTINE, reason=what)
-    return Decision(action=Action.RESTART, reason=what, delay_s=delay_s)
+    # What is in memory is not gone on from: that is where wrong bits come from.
+    action = Action.ROLL_BACK if last.kind is ExitKind.CORRUPTED else Action.RESTART
+    return Decision(action=action, reason=what, delay_s=delay_s)
 
 
 _BUDGETS = {
@@ -164,6 +170,7 @@ _BUDGETS = {
     "lost_peers": (ExitKind.PEER_LOST,),
     "storage": (ExitKind.STORAGE,),
     "damaged": (ExitKind.DAMAGED,),
+    "corrupted": (ExitKind.CORRUPTED,),
     "starts": (ExitKind.START,),
 }
 """Key of the config -> the kinds of failure that it counts."""

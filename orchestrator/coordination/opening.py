@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from orchestrator.checkpoint.keys import CHECKPOINTS, QUARANTINE_NAME, Checkpoin
 from orchestrator.checkpoint.probe import probe
 from orchestrator.checkpoint.records import encode
 from orchestrator.checkpoint.retention import claim_fields
-from orchestrator.coordination.restore_point import newest_sound, set_aside, undone
+from orchestrator.coordination.restore_point import Distrusted, newest_sound, set_aside, undone
 from orchestrator.errors import GaveUpError, UnbrokenError
 from orchestrator.messages.attempts import Launch
 from orchestrator.run_spec import RunSpec
@@ -94,6 +95,7 @@ class Opener:
         self._probed = False
         self._alone = True
         """Nobody else has claimed an attempt since this group's last one began."""
+        self._distrusted: list[Distrusted] = []
         self.claimed = 0
         """The newest attempt of this group."""
 
@@ -148,7 +150,7 @@ class Opener:
         near_is_newest = near is not None and not self._lists_newer(near.progress)
         if near_is_newest and self._spec.checkpoint.max_lag_steps is None:
             return Opening(attempt=attempt, checkpoint=near, tier="peer")
-        checkpoint = newest_sound(self._store, attempt, self._report_quarantine, exclusions)
+        checkpoint = newest_sound(self._store, attempt, self._report_quarantine, exclusions, self._distrusted)
         committed = checkpoint.progress if checkpoint else Progress()
         if near is not None and committed.step <= near.progress.step:
             return Opening(attempt=attempt, checkpoint=near, tier="peer", committed=committed)
@@ -187,7 +189,7 @@ class Opener:
             for info in take_over(self._peer, attempt) if attempt else scan_checkpoints(self._peer):
                 if info.state is not CheckpointState.STABLE:
                     continue
-                reason = undone(info, exclusions) if exclusions is not None else None
+                reason = undone(info, exclusions, self._distrusted) if exclusions is not None else None
                 if reason is None:
                     return info
                 quarantine(self._peer, info.ref, reason, attempt)
@@ -211,6 +213,12 @@ class Opener:
         newer = [ref for ref in refs if ref is not None and ref.samples_seen > progress.samples_seen]
         # Nobody goes on from one that is quarantined; after a rollback there are some.
         return any(QUARANTINE_NAME not in self._store.list(ref.folder) for ref in newer)
+
+    def distrust(self, since: int, attempt: int) -> None:
+        """What attempts up to this one have saved of step `since` and later ones is not gone on from any more."""
+        self._distrusted.append((since, attempt))
+        with suppress(UnbrokenError):  # then the next attempt does it, unless the run ends here
+            newest_sound(self._store, attempt, self._report_quarantine, Exclusions(), self._distrusted)
 
     def set_aside(self, opening: Opening, seen: str) -> None:
         """Quarantine the checkpoint, if any, that an attempt could not load: see `restore_point.set_aside`."""

@@ -18,7 +18,7 @@ from trainers.exclusions import Exclusions
 
 _ENOUGH_ROWS = 10_000
 _ENOUGH_EVENTS = 10_000
-_CHANGES = frozenset({"diverged", "left_out"})
+_CHANGES = frozenset({"diverged", "left_out", "corrupted"})
 _SIGNS_OF_LIFE = frozenset({"step", "alive"})
 _TIMES = frozenset({"started", "attempt", "training", "down", "agent_lost", "hang", "regroup", "controller_lost"})
 _ENDS = frozenset({"outcome", "interrupted"})
@@ -112,7 +112,8 @@ def binding_steps(
 ) -> dict[int, Row]:
     """By step, the rows of the record that must be repeated bit by bit.
 
-    Not those from before a rollback or a quarantine of samples on, unless the attempt leaves the same out.
+    Not those from before a rollback or a quarantine of samples on, unless the attempt leaves the same out; nor those
+    that were made while the state may have been corrupted.
 
     Args:
         rows: of steps that are to be made again.
@@ -139,4 +140,6 @@ def _change(event: Event, exclusions: Exclusions) -> tuple[int, int | None] | No
     if event.kind == "left_out":
         known = all((fields["step"], index) in exclusions.samples for index in fields["samples"])
         return fields["step"], fields["attempt"] if known else None
+    if event.kind == "corrupted":
+        return fields["since"], fields["attempt"]
     return None

@@ -23,6 +23,7 @@ class ExitKind(Enum):
     DAMAGED = "damaged checkpoint"  # quarantine it, take the next older
     CONFIG = "configuration"  # the user's to mend: stop
     DIVERGED = "diverged"  # go back to before it began, leave that data out
+    CORRUPTED = "corrupted"  # replicas of the state differ: go on from what was saved
     START = "start"  # no trainer can be started on this node: try a few times
     HANG = "hang"  # no progress: its stack is stored, start again
     STORAGE = "storage"  # reading or writing failed: try again
@@ -46,6 +47,10 @@ class TrainerExit:
     """First and last step to undo and leave out, of a divergence."""
     num_rollbacks: int = 0
     """How often that was done before."""
+    ranks: tuple[int, ...] = ()
+    """Whose state is corrupted, as all ranks found; empty: the fault is that of the rank that says so."""
+    alike_step: int = 0
+    """After this step no state was."""
 
 
 # fork server -> agent

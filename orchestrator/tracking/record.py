@@ -36,6 +36,7 @@ _NEEDED_OF_KIND = {
     "validation": {"step", "metrics"},
     "diverged": {"attempt", "skip"},
     "left_out": {"attempt", "step", "samples"},
+    "corrupted": {"attempt", "since"},
     "cadence": {"arithmetic"},
     "outcome": {"ending", "message"},
 }

@@ -38,6 +38,7 @@ _ALERTS = {
     "storage_trouble": ("storage does not answer", "WARN"),
     "save_failed": ("a checkpoint could not be stored", "WARN"),
     "quarantined": ("a checkpoint is damaged", "WARN"),
+    "corrupted": ("a memory or a processor is faulty", "ERROR"),
 }
 _DIVERGED = ("not finite", "diverged")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 from orchestrator.checkpoint.store import Store
 from orchestrator.messages.attempts import Ending, Event
 from orchestrator.prove import prove
-from tests.orchestrator.agent_processes import make_spec, run_agents
+from tests.orchestrator.agent_processes import FAULTS, make_spec, run_agents
 from tests.orchestrator.independent import assert_same_state
 from tests.trainers.tiny import tiny_config
 
@@ -86,6 +87,25 @@ def test_killed_in_every_phase(straight: Path, tmp_path: Path) -> None:
     kinds = [failure["kind"] for failure in script.of("failure")]
     # A slow machine may be done with what a kill was meant for before it comes: then it costs no attempt.
     assert set(kinds) == {"killed"} and len(kinds) >= 5
+    assert_same(tmp_path / "run", straight)
+
+
+def test_a_bit_that_turns_over_in_one_replica_makes_no_difference(straight: Path, tmp_path: Path) -> None:
+    """One that only the comparison before a save finds, and one that makes the next step's loss infinite."""
+    flips = [[1, 4, 0, str(tmp_path / "low")], [0, 7, 30, str(tmp_path / "high")]]
+    FAULTS.write_text(json.dumps({"flip": flips}))
+    script = Script()
+    try:
+        outcome = run_agents(make_spec(tmp_path / "run", config(parallel={"strategy": "ddp"}), EVERY), 2, script)
+    finally:
+        FAULTS.unlink()
+    assert outcome.ending is Ending.FINISHED
+    found = [(event["step"], event["since"], event["ranks"]) for event in script.of("corrupted")]
+    assert found == [(6, 4, [0, 1]), (7, 7, [0, 1])]
+    assert {failure["action"] for failure in script.of("failure")} == {"roll back"}
+    begun = [attempt["restore"] for attempt in script.of("attempt")]
+    assert begun == [None, "0000000000072-0001", "0000000000144-0002"], "steps 3 and 6, from storage"
+    assert script.of("bad_step") == script.of("replay_differs") == script.of("diverged") == []
     assert_same(tmp_path / "run", straight)
 
 

@@ -54,6 +54,11 @@ def test_a_trace_is_shown_once_and_the_three_lines_not_at_all() -> None:
             {"step": 3, "samples": [1, 2], "reason": "why"},
             "from step 3 on 2 samples are left out: why",
         ),
+        (
+            "corrupted",
+            {"step": 9, "since": 6, "ranks": [2], "reason": "why"},
+            "warning: what was made from step 6 on may be wrong; if it happens again, replace the node of rank 2",
+        ),
         ("replay_differs", {"step": 3, "ranks": [1], "message": "other numbers"}, "warning: other numbers"),
     ],
 )

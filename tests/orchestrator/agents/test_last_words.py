@@ -9,7 +9,7 @@ import pytest
 from orchestrator.agents.last_words import blamed_frame, last_words
 from orchestrator.messages.attempts import ExitKind
 from trainers.decode import decode
-from trainers.errors import ConfigError, DivergedError
+from trainers.errors import ConfigError, CorruptionError, DivergedError
 from trainers.progress import Progress
 from trainers.trace import Blame, Place, Stage
 
@@ -64,3 +64,8 @@ def test_an_unreadable_sample_is_refused_unless_it_may_be_left_out() -> None:
 def test_a_divergence_says_what_to_leave_out(error: DivergedError) -> None:
     words = last_words(error, None, quarantine=False)
     assert (words.kind, words.skip, words.num_rollbacks) == (ExitKind.DIVERGED, (3, 9), 2)
+
+
+def test_corruption_says_whose_state_and_since_when() -> None:
+    words = last_words(CorruptionError("why", ranks=(2,), alike_step=40), None, quarantine=False)
+    assert (words.kind, words.message, words.ranks, words.alike_step) == (ExitKind.CORRUPTED, "why", (2,), 40)

@@ -46,6 +46,12 @@ def test_the_cause_is_the_end_that_explains_the_others(kinds: tuple[ExitKind, ..
     assert classify(exits) == (rank, exits[rank])
 
 
+def test_of_a_corrupted_state_the_rank_is_named_that_was_outvoted() -> None:
+    end = TrainerExit(kind=ExitKind.CORRUPTED, message="rank 2 differs", ranks=(2,))
+    assert classify(dict.fromkeys(range(3), end)) == (2, end)
+    assert judged([Failure(rank=2, exit=end, restored_step=0, reached_step=9)]).reason == "rank 2 differs"
+
+
 def test_every_kind_can_be_classified_and_decided() -> None:
     for kind in ExitKind:
         assert classify({0: TrainerExit(kind=kind, message="m")})[1].kind is kind
@@ -64,6 +70,7 @@ SAME = CONFIG.same_step
         ([failed(ExitKind.STORAGE)], Action.RESTART),
         ([failed(ExitKind.PEER_LOST)], Action.RESTART),
         ([failed(DIVERGED, skip=(3, 9))], Action.ROLL_BACK),
+        ([failed(ExitKind.CORRUPTED)], Action.ROLL_BACK),
         ([failed(DIVERGED, skip=(3, 9), num_rollbacks=CONFIG.rollbacks)], Action.GIVE_UP),
         ([failed(ERROR, 0, 7)] * (SAME - 1), Action.RESTART),
         ([failed(ERROR, 0, 7)] * SAME, Action.GIVE_UP),
@@ -96,6 +103,7 @@ def test_decide(history: list[Failure], action: Action) -> None:
         ("lost_peers", ExitKind.PEER_LOST),
         ("storage", ExitKind.STORAGE),
         ("damaged", ExitKind.DAMAGED),
+        ("corrupted", ExitKind.CORRUPTED),
         ("starts", ExitKind.START),
     ],
 )

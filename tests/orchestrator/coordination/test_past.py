@@ -62,6 +62,11 @@ def test_rows_from_before_samples_were_left_out_do_not_bind(known: bool, expecte
     assert bound(rows, left_out, exclusions=exclusions) == expected
 
 
+def test_rows_of_a_state_that_may_have_been_corrupted_do_not_bind() -> None:
+    rows = [row(1, step) for step in (5, 6, 7)] + [row(2, 7)]
+    assert bound(rows, event("corrupted", attempt=1, since=6)) == {5: 1, 7: 2}
+
+
 class Record:
     """What earlier attempts have left in storage: each event in an object of its own, as the merges leave it."""
 
