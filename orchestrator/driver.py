@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from orchestrator.checkpoint.attempts import newest_attempt
 from orchestrator.checkpoint.catalog import newest_stable
 from orchestrator.checkpoint.keys import CONFIG
 from orchestrator.checkpoint.run_record import RunRecord, open_or_create
@@ -81,7 +82,8 @@ def run(config: RunConfig, show: _Tell, more_preload: Sequence[str] = ()) -> Non
         UnbrokenError: Ray Train itself failed again and again.
     """
     check_tracking(config.tracking)
-    spec = _spec(config, _open_run(Store.open(run_url(config)), config).run_id, more_preload)
+    store = Store.open(run_url(config))
+    spec = _spec(config, _open_run(store, config).run_id, newest_attempt(store), more_preload)
     fan_out = FanOut(show)
     recorder = Recorder(spec.run_url, spec.session, report=fan_out.take)
 
@@ -95,11 +97,12 @@ def run(config: RunConfig, show: _Tell, more_preload: Sequence[str] = ()) -> Non
         recorder.close()
 
 
-def _spec(config: RunConfig, run_id: str, more_preload: Sequence[str]) -> RunSpec:
+def _spec(config: RunConfig, run_id: str, attempts_before: int, more_preload: Sequence[str]) -> RunSpec:
     return RunSpec(
         run_id=run_id,
         run_url=run_url(config),
         session=uuid.uuid4().hex,
+        attempts_before=attempts_before,
         config=trainer_dict(with_absolute_paths(config)),
         config_hash=config_hash(config),
         strategy=config.parallel.strategy,
