@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from orchestrator.checkpoint.attempts import newest_attempt
@@ -47,9 +48,10 @@ import ray
 import ray.train
 
 from orchestrator.agents.agent import agent
-from orchestrator.cluster.control import Listener, NodeWatch, make_mailbox
+from orchestrator.cluster.control import Listener, NodeWatch
 from orchestrator.cluster.joining import join, start_here
 from orchestrator.cluster.keepers import Keepers
+from orchestrator.cluster.mailbox import make_mailbox, send_order
 from orchestrator.cluster.peer_memory import start_directory
 from orchestrator.cluster.placing import Replacing, Trainer, live_nodes
 from orchestrator.run_spec import RunSpec
@@ -211,7 +213,7 @@ def _supervise(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell, inter
         mailbox = make_mailbox()
         listener = Listener(mailbox, show)
         most = config.max_workers if isinstance(config.workers, Workers) else 0
-        nodes = NodeWatch(listener, mailbox.order.remote, most, _resources(config), keepers)
+        nodes = NodeWatch(listener, partial(send_order, mailbox), most, _resources(config), keepers, note)
         trainer = _trainer(spec, config, {"mailbox": mailbox, "directory": directory})
         error = _fit(trainer, interrupts, listener, mailbox)
         nodes.close()
@@ -265,7 +267,7 @@ def _fit(trainer: Trainer, interrupts: Interrupts, listener: Listener, mailbox: 
         if interrupts.overdue or not (ordered or listener.nodes):
             raise SystemExit(interrupts.exit_code)
         if not ordered:
-            mailbox.order.remote(HaltOrder(purpose=Purpose.END, reason=interrupts.name))
+            send_order(mailbox, HaltOrder(purpose=Purpose.END, reason=interrupts.name))
             ordered = True
     return errors[0] if errors else None
 
