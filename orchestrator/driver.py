@@ -12,8 +12,10 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
+from orchestrator.checkpoint.attempts import newest_attempt
 from orchestrator.checkpoint.catalog import newest_stable
 from orchestrator.checkpoint.keys import CONFIG
 from orchestrator.checkpoint.run_record import RunRecord, open_or_create
@@ -46,9 +48,10 @@ import ray
 import ray.train
 
 from orchestrator.agents.agent import agent
-from orchestrator.cluster.control import Listener, NodeWatch, make_mailbox
+from orchestrator.cluster.control import Listener, NodeWatch
 from orchestrator.cluster.joining import join, start_here
 from orchestrator.cluster.keepers import Keepers
+from orchestrator.cluster.mailbox import make_mailbox, send_order
 from orchestrator.cluster.peer_memory import start_directory
 from orchestrator.cluster.placing import Replacing, Trainer, live_nodes
 from orchestrator.run_spec import RunSpec
@@ -81,7 +84,8 @@ def run(config: RunConfig, show: _Tell, more_preload: Sequence[str] = ()) -> Non
         UnbrokenError: Ray Train itself failed again and again.
     """
     check_tracking(config.tracking)
-    spec = _spec(config, _open_run(Store.open(run_url(config)), config).run_id, more_preload)
+    store = Store.open(run_url(config))
+    spec = _spec(config, _open_run(store, config).run_id, newest_attempt(store), more_preload)
     fan_out = FanOut(show)
     recorder = Recorder(spec.run_url, spec.session, report=fan_out.take)
 
@@ -95,11 +99,12 @@ def run(config: RunConfig, show: _Tell, more_preload: Sequence[str] = ()) -> Non
         recorder.close()
 
 
-def _spec(config: RunConfig, run_id: str, more_preload: Sequence[str]) -> RunSpec:
+def _spec(config: RunConfig, run_id: str, attempts_before: int, more_preload: Sequence[str]) -> RunSpec:
     return RunSpec(
         run_id=run_id,
         run_url=run_url(config),
         session=uuid.uuid4().hex,
+        attempts_before=attempts_before,
         config=trainer_dict(with_absolute_paths(config)),
         config_hash=config_hash(config),
         strategy=config.parallel.strategy,
@@ -208,7 +213,7 @@ def _supervise(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell, inter
         mailbox = make_mailbox()
         listener = Listener(mailbox, show)
         most = config.max_workers if isinstance(config.workers, Workers) else 0
-        nodes = NodeWatch(listener, mailbox.order.remote, most, _resources(config), keepers)
+        nodes = NodeWatch(listener, partial(send_order, mailbox), most, _resources(config), keepers, note)
         trainer = _trainer(spec, config, {"mailbox": mailbox, "directory": directory})
         error = _fit(trainer, interrupts, listener, mailbox)
         nodes.close()
@@ -262,7 +267,7 @@ def _fit(trainer: Trainer, interrupts: Interrupts, listener: Listener, mailbox: 
         if interrupts.overdue or not (ordered or listener.nodes):
             raise SystemExit(interrupts.exit_code)
         if not ordered:
-            mailbox.order.remote(HaltOrder(purpose=Purpose.END, reason=interrupts.name))
+            send_order(mailbox, HaltOrder(purpose=Purpose.END, reason=interrupts.name))
             ordered = True
     return errors[0] if errors else None
 

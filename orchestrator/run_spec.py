@@ -29,6 +29,8 @@ class RunSpec:
     """Of the libraries that decide numbers; recorded in every manifest."""
     preload: tuple[str, ...]
     """What the fork server imports before the first trainer."""
+    attempts_before: int = 0
+    """The newest attempt when this life began: its own are later ones."""
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     failures: FailureConfig = field(default_factory=FailureConfig)
     rollback_steps: int = 0

@@ -181,6 +181,9 @@ class Screen:
     def _controller_lost(self, at: float, *, reason: str) -> None:
         self._write(f"{reason}; starting Ray Train again")
 
+    def _nodes_unseen(self, at: float, *, error: str) -> None:
+        self._write(f"drained nodes, and room for more workers, are not seen now; looking again: {error}")
+
     def _started(self, at: float, **facts: Any) -> None:
         pass  # for the record
 

@@ -32,6 +32,7 @@ DOORS = {
         "orchestrator/jobs/job_server.py",
         "orchestrator/cluster/joining.py",
         "orchestrator/cluster/keepers.py",
+        "orchestrator/cluster/mailbox.py",
         "orchestrator/cluster/peer_memory.py",
         "orchestrator/cluster/placing.py",
         "orchestrator/search/sweep.py",

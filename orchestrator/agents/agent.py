@@ -15,8 +15,8 @@ import ray.train.collective
 from orchestrator.agents.forkserver import open_fork_server
 from orchestrator.agents.supervisor import Supervisor
 from orchestrator.checkpoint.peer_objects import PeerRing
-from orchestrator.cluster.control import take_orders
 from orchestrator.cluster.keepers import shared_name
+from orchestrator.cluster.mailbox import Outbox, take_orders
 from orchestrator.cluster.peer_memory import home
 from orchestrator.coordination.committing import BackgroundChores
 from orchestrator.coordination.coordinator import Coordinator
@@ -69,8 +69,7 @@ def _start_hub(spec: RunSpec, world_size: int, mailbox: Any, directory: Any, clo
     hub = Hub(host, key := secrets.token_bytes(32), world_size)
     ring = cast(PeerRing, ray.get(directory.ring.remote())) if directory is not None else None
 
-    def tell(event: Event) -> None:
-        mailbox.put.remote(event)  # not waited for: a driver that is slow to listen must not hold up a decision
+    tell = Outbox(mailbox).put
 
     def notify(event: Event) -> None:
         tell(event)

@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +25,8 @@ from orchestrator.processes import parent, process_state
 _COMMAND = (sys.executable, "-m", "orchestrator.agents.forking")
 _FIND_S = 1.0
 """Seconds to wait for a shared fork server: it may be a little later than the agent."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 60.0
+"""Before one that has died is started again. If it dies at once, again and again, it may do so seldom."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,20 +55,49 @@ class Signal:
 
 
 class Keeper:
-    """Starts a fork server that the agents of this machine find under a name, and keeps it."""
+    """Has a fork server that the agents of this machine find under a name."""
 
     def __init__(self, name: str, preload: Sequence[str]) -> None:
         """Args: preload: as for `ForkServer.start`."""
-        self._end, theirs = socket.socketpair()
-        with theirs, socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(_address(name))
+        self._name = name
+        self._preload = preload
+        self._closed = threading.Event()
+
+    def start(self) -> None:
+        """Start it.
+
+        Raises:
+            OSError: the name is taken, by one that has outlived its keeper: agents still use it.
+        """
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(_address(self._name))
             listener.listen(1024)
-            handles = (theirs.fileno(), listener.fileno())
-            # Not in the folder of this process: what lies there could be taken for a module.
-            self.process = Popen([*_COMMAND, *map(str, handles), *preload], pass_fds=handles, cwd="/")
+            self._end, theirs = socket.socketpair()
+            with theirs:
+                handles = (theirs.fileno(), listener.fileno())
+                # Not in the folder of this process: what lies there could be taken for a module.
+                self.process = Popen([*_COMMAND, *map(str, handles), *self._preload], pass_fds=handles, cwd="/")
+
+    def keep(self) -> None:
+        """Start it, and again whenever it dies; for a thread. Ends if its imports fail: agents report that."""
+        pause_s = _FIRST_PAUSE_S
+        while not self._closed.is_set():
+            began = time.monotonic()
+            with suppress(OSError):
+                self.start()
+                if self._closed.is_set():  # meanwhile
+                    self._end.close()
+                if self.process.wait() == 0:
+                    return
+                self._end.close()
+            if time.monotonic() - began > _LONGEST_PAUSE_S:
+                pause_s = _FIRST_PAUSE_S
+            self._closed.wait(pause_s)
+            pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
 
     def close(self) -> None:
         """Let it end when the last agent has gone."""
+        self._closed.set()
         self._end.close()
 
 

@@ -60,16 +60,20 @@ class LocalFolder(Backend):
 
     def unfinished(self, path: str) -> list[Unfinished]:
         found = []
-        for folder, _, names in os.walk(path):
-            for name in filter(_is_temporary, names):
-                temporary = os.path.join(folder, name)
+        for folder, folders, names in os.walk(path):
+            left = [os.path.join(folder, name) for name in filter(_is_temporary, names)]
+            if not (folders or names) and folder != path:  # its writer came no further
+                left.append(folder)
+            for name in left:
                 with suppress(FileNotFoundError):  # its owner was faster
-                    found.append(Unfinished(path=folder, age_s=self.age_s(temporary), handle=temporary))
+                    found.append(Unfinished(path=folder, age_s=self.age_s(name), handle=name))
         return found
 
     def abort(self, upload: Unfinished) -> None:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, IsADirectoryError):
             os.unlink(upload.handle)
+        with suppress(OSError):  # as above
+            os.rmdir(upload.path)
 
     def age_s(self, path: str) -> float:
         written_s = os.stat(path).st_mtime

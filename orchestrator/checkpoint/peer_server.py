@@ -10,8 +10,10 @@ import socket
 import threading
 from contextlib import suppress
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from multiprocessing.connection import Connection
 from typing import Any
+
+from orchestrator.greeting import greet
 
 _PAUSE_S = 0.1
 _KEEPALIVE = {
@@ -58,14 +60,10 @@ class PeerServer:
             threading.Thread(target=self._serve, args=(end,), daemon=True).start()
 
     def _serve(self, end: socket.socket) -> None:
-        with end, Connection(end.dup().detach()) as connection:
-            try:
-                deliver_challenge(connection, self._key)
-                answer_challenge(connection, self._key)
+        with end, suppress(AuthenticationError, EOFError, OSError):  # a stranger, or somebody who has died
+            with greet(end, self._key) as connection:
                 while not self._closed.is_set():
                     self._answer(end, connection, *connection.recv())
-            except (AuthenticationError, EOFError, OSError):
-                return  # a stranger, or somebody who has died
 
     def _answer(self, end: socket.socket, connection: Connection, verb: str, path: str, *rest: Any) -> None:
         if verb in ("write", "create"):

@@ -10,15 +10,15 @@ The age of a mark that an earlier process has set is asked of the store, by its 
 where a store has none, it counts from when this process saw it.
 
 What an older attempt never committed was never readable and goes at once; but the mark that it was abandoned stays in
-the place of its manifest for good (some 150 bytes), or that attempt could wake up and commit what has lost its files.
-Should it wake up in the middle of repeating the creation of a manifest that had succeeded, and was removed since, then
-its checkpoint is damaged, as files are missing, and the next pass removes it again.
+the place of its manifest for a day, or that attempt could wake up and commit what has lost its files. Should it wake up
+later, or in the middle of repeating the creation of a manifest that had succeeded, and was removed since, then its
+checkpoint is damaged, as files are missing, and the next pass removes it again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -34,7 +34,7 @@ from trainers.decode import decode
 
 _UNREADABLE = (CheckpointState.WRITING, CheckpointState.ABANDONED, CheckpointState.EXPIRED)
 _CLAIM_FIELD = "keep"
-_UPLOAD_S = 86400.0  # no upload takes a day, whoever's it is
+_UPLOAD_S = 86400.0  # no upload takes a day, whoever's it is, and nobody commits what was shut to him a day ago
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ class Pruner:
         self._config = config
         self._clock = clock
         self._expired_at: dict[CheckpointRef, float] = {}
+        self._abandoned_at: dict[CheckpointRef, float] = {}
         self._known: dict[CheckpointRef, CheckpointInfo] = {}
         """From the pass before, without tensors: in a run that is saved every few seconds hundreds wait for the end of
         their grace period, and each commit asks for a pass."""
@@ -83,6 +84,7 @@ class Pruner:
                 self._store.delete(verdict.info.ref.expired)
         self._expired_at = {v.info.ref: at for v in gone if (at := self._expired_at.get(v.info.ref)) is not None}
         waits = [self._remove(verdict, attempt, began, report) for verdict in gone]
+        self._unmark({v.info.ref for v in verdicts if v.keep and v.info.state is CheckpointState.ABANDONED}, attempt)
         waits += self._sweep_uploads(attempt)
         return min((wait for wait in waits if wait), default=None)
 
@@ -119,6 +121,16 @@ class Pruner:
         if remove(self._store, info, attempt):
             report(Removal(ref=info.ref, reason=verdict.reason))
         return 0.0
+
+    def _unmark(self, abandoned: Collection[CheckpointRef], attempt: int) -> None:
+        """Remove the marks that are old enough and all that is left of their checkpoints. No pass is due for that."""
+        self._abandoned_at = {ref: at for ref, at in self._abandoned_at.items() if ref in abandoned}
+        for ref in abandoned:
+            if ref not in self._abandoned_at and (age_s := self._store.age_s(ref.manifest)) is not None:
+                self._abandoned_at[ref] = self._clock() - max(0.0, age_s)
+            if self._clock() - self._abandoned_at.get(ref, self._clock()) >= _UPLOAD_S:
+                check_not_superseded(self._store, attempt)
+                self._store.delete(ref.manifest)
 
     def _age_s(self, info: CheckpointInfo) -> float:
         """Of the mark."""

@@ -1,11 +1,9 @@
-"""What goes between the driver and the group of agents, wherever they run: events to the driver, orders to the group.
-
-Also what the driver knows of the cluster's nodes: which are about to be taken away, and is there room for more workers?
+"""What the driver hears of its group of agents, and knows of the cluster's nodes: which are about to be taken away, and
+is there room for more workers?
 """
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 import traceback
@@ -16,7 +14,6 @@ from typing import Any
 import ray
 from ray._private.state import state as cluster
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.cluster.keepers import Keepers
 from orchestrator.cluster.placing import count_workers, live_nodes
@@ -24,61 +21,6 @@ from orchestrator.coordination.halting import HaltOrder, Purpose
 from orchestrator.messages.attempts import Event
 
 NODE_POLL_S = 1.0
-
-
-class _Mailbox:
-    """Carries events to the driver, and the driver's orders to the coordinator."""
-
-    def __init__(self) -> None:
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._orders: list[HaltOrder] = []
-        self._ordered = asyncio.Condition()
-
-    async def put(self, event: Event) -> None:
-        self._events.put_nowait(event)
-
-    async def take(self) -> list[Event]:
-        """The events since the last call; waits for the first one."""
-        events = [await self._events.get()]
-        while not self._events.empty():
-            events.append(self._events.get_nowait())
-        return events
-
-    async def order(self, order: HaltOrder) -> None:
-        async with self._ordered:
-            self._orders.append(order)
-            self._ordered.notify_all()
-
-    async def orders_so_far(self) -> int:
-        """What a new group passes over: those were for the group before. The end is for every group."""
-        done = len(self._orders)
-        return done - 1 if done and self._orders[-1].purpose is Purpose.END else done
-
-    async def next_order(self, seen: int) -> HaltOrder:
-        """Order number `seen`; waits for it. Asking takes nothing away: a caller may die while it waits."""
-        async with self._ordered:
-            await self._ordered.wait_for(lambda: len(self._orders) > seen)
-        return self._orders[seen]
-
-
-def make_mailbox() -> Any:
-    """A mailbox on the driver's own node: it is lost only together with the driver."""
-    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
-
-
-def take_orders(mailbox: Any, obey: Callable[[HaltOrder], None]) -> None:
-    """Pass the driver's orders on from a thread, for as long as the driver lives."""
-    seen: int = ray.get(mailbox.orders_so_far.remote())
-
-    def work() -> None:
-        nonlocal seen
-        with suppress(RayError):  # the driver is gone, and takes this process with it
-            while True:
-                obey(ray.get(mailbox.next_order.remote(seen)))
-                seen += 1
-
-    threading.Thread(target=work, name="orders", daemon=True).start()
 
 
 class Listener:
@@ -114,7 +56,9 @@ class Listener:
             case "outcome":
                 self._outcome = dict(event.fields)
             case "attempt":
-                self._seen, self._world_size = {}, event.fields["world_size"]
+                if event.fields.get("memory") is None:  # else it is the same group, and it has something to save
+                    self._seen = {}
+                self._world_size = event.fields["world_size"]
                 self._attempt = event.fields["attempt"]
             case "trainer":
                 self._seen = {**self._seen, event.fields["rank"]: event.fields["node"]}
@@ -128,11 +72,13 @@ class Listener:
             traceback.print_exc()
 
     def _listen(self) -> None:
+        seen = 0
         while True:
             try:
-                events = ray.get(self._mailbox.take.remote(), timeout=None if not self._done.is_set() else 1)
+                events = ray.get(self._mailbox.take.remote(seen), timeout=None if not self._done.is_set() else 1)
             except (RayError, TimeoutError):
                 return
+            seen += len(events)
             for event in events:
                 # A group that was cut off, and replaced, finds out when it is back that it is superseded: this run is
                 # not, for who has superseded it is the next group.
@@ -153,13 +99,20 @@ class NodeWatch:
         max_workers: int,
         resources: Mapping[str, float],
         keepers: Keepers,
+        note: Callable[[Event], None],
     ) -> None:
-        """Args: max_workers: 0 for a fixed number of workers; resources: of one worker."""
+        """
+        Args:
+            max_workers: 0 for a fixed number of workers.
+            resources: of one worker.
+            note: told, from the thread, what keeps it from looking.
+        """
         self._listener = listener
         self._order = order
         self._max_workers = max_workers
         self._resources = resources
         self._keepers = keepers
+        self._note = note
         self._ordered: set[tuple[str, ...]] = set()
         self._roomy_polls = 0
         self._closed = threading.Event()
@@ -172,11 +125,17 @@ class NodeWatch:
         self._thread.join(timeout=5)
 
     def _work(self) -> None:
+        told = ""
         while not self._closed.wait(NODE_POLL_S):
             try:
                 self._look()
             except RayError:
                 continue  # the head is away; if it stays away, the driver ends for that
+            except Exception as error:  # a bug, ours or Ray's: the next look may go well, and drains must be seen
+                why = f"{type(error).__name__}: {error}"
+                if why != told:
+                    self._note(Event(kind="nodes_unseen", fields={"error": why}, time_s=time.time()))
+                told = why
 
     def _look(self) -> None:
         nodes, group = live_nodes(), self._listener.nodes

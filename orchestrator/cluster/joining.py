@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import sys
+import threading
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -14,6 +18,7 @@ from orchestrator.errors import ClusterError
 GIVE_TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, here too"
 """What to do where a cluster asks for its token."""
 _ANSWER_S = 10.0
+_TERMINATED_CODE = 128 + signal.SIGTERM
 _STARTS = 3
 """Times that Ray is started here; it gives a node 30 s, which a busy machine may not keep."""
 
@@ -26,7 +31,7 @@ def join(address: str, logging_level: int = logging.WARNING) -> None:
     """
     try:
         _ask(address)  # Ray itself would try for minutes, and tell it in pages
-        ray.init(address=address, log_to_driver=False, logging_level=logging_level)
+        _init(address=address, log_to_driver=False, logging_level=logging_level)
     except (OSError, OverflowError, RayError, ValueError) as error:  # ConnectionError is an OSError
         # Ray's text has the first error's trace.
         if "AuthenticationError" in f"{type(error).__name__} {error.__cause__}":
@@ -48,7 +53,7 @@ def start_here(num_cpus: int, logging_level: int = logging.WARNING) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     for start in range(1, _STARTS + 1):
         try:
-            ray.init(
+            _init(
                 address="local",  # not whatever cluster happens to run here: for that one, RAY_ADDRESS=auto
                 num_cpus=num_cpus,
                 include_dashboard=False,
@@ -65,6 +70,16 @@ def start_here(num_cpus: int, logging_level: int = logging.WARNING) -> None:
                     f"Ray does not start on this machine, in {_STARTS} tries ({reason}); look for too little memory or"
                     " a full disk; its logs are in /tmp/ray, or in RAY_TMPDIR"
                 ) from error
+
+
+def _init(**arguments: Any) -> None:
+    """`ray.init`. Ray's own answer to SIGTERM is exit code 15, or a stack dump; this process ends with 143 instead."""
+    try:
+        ray.init(**arguments)
+    except SystemExit as error:
+        raise SystemExit(_TERMINATED_CODE) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED_CODE))
 
 
 def _ask(address: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ class _Keeper:
     """Keeps one."""
 
     def __init__(self, name: str, preload: Sequence[str]) -> None:
-        self._keeper = Keeper(name, preload)
+        threading.Thread(target=Keeper(name, preload).keep, name="keeper", daemon=True).start()
 
 
 def shared_name(session: str, node: str) -> str:
@@ -61,5 +62,5 @@ class Keepers:
         self._keepers = {node: keeper for node, keeper in self._keepers.items() if node in nodes}
         for node in where(nodes, group, self._resources, self._max_workers) - self._keepers.keys():
             there: Any = NodeAffinitySchedulingStrategy(node, soft=False)
-            options = _Keeper.options(scheduling_strategy=there)
+            options = _Keeper.options(scheduling_strategy=there, max_restarts=-1)
             self._keepers[node] = options.remote(shared_name(self._session, node), self._preload)

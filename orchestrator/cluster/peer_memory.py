@@ -17,7 +17,7 @@ from orchestrator.cluster.silent_nodes import silent_nodes
 _START_S = 60.0
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_task_retries=-1)
 class _Holder:
     """Keeps one node's objects for as long as the driver lives: longer than agents, which Ray replaces as a group."""
 
@@ -30,7 +30,7 @@ class _Holder:
         return self._peer
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_task_retries=-1)
 class _Directory:
     """Owns the holders, so that they live as long as this actor, which belongs to the driver."""
 

@@ -13,6 +13,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from orchestrator.cluster.mailbox import Outbox
 from orchestrator.cluster.silent_nodes import silent_nodes
 from orchestrator.messages.attempts import Event
 
@@ -82,7 +83,7 @@ class Replacing(ControllerCallback, WorkerGroupCallback):
 
     def __init__(self, mailbox: Any) -> None:
         """Args: mailbox: the actor handle that takes `Event`s."""
-        self._mailbox = mailbox
+        self._outbox = Outbox(mailbox)
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         self._tell("group_lost")
@@ -103,7 +104,7 @@ class Replacing(ControllerCallback, WorkerGroupCallback):
         self._tell("placed")
 
     def _tell(self, kind: str, /, **fields: Any) -> None:
-        self._mailbox.put.remote(Event(kind=kind, fields=fields, time_s=time.time()))
+        self._outbox.put(Event(kind=kind, fields=fields, time_s=time.time()))
 
 
 class _ByValue:

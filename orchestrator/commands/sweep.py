@@ -82,9 +82,13 @@ def _sweep(
     if open_trials:
         for one in open_trials:
             check_trainable(one)
+        from orchestrator.interrupts import leave
         from orchestrator.search.sweep import run_trials  # imports ray: only if there is something to train
 
-        said = run_trials(open_trials, concurrent, lambda line: click.echo(line, err=as_json))
+        try:
+            said = run_trials(open_trials, concurrent, lambda line: click.echo(line, err=as_json))
+        except SystemExit as error:
+            leave(error.code if isinstance(error.code, int) else 1)
     results = [_result(trial, one, metric, said) for trial, one in zip(trials, configs, strict=True)]
     _show(ranked(results, mode), metric, as_json)
     return 0 if all(result.state == "finished" for result in results) else 3

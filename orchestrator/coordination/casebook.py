@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.checkpoint.catalog import CheckpointInfo
@@ -44,8 +45,9 @@ class Casebook:
     def judge(self, attempt: int, exits: Mapping[int, TrainerExit], restored_step: int, reached_step: int) -> Decision:
         """Decide on the attempt that ended with `exits`, and report it."""
         rank, cause = classify(exits)
-        failure = Failure(rank=rank, exit=cause, restored_step=restored_step, reached_step=reached_step)
-        self._history.append(failure)
+        # Without its trace, which decides nothing: a run of weeks may fail thousands of times.
+        exit = replace(cause, details="")
+        self._history.append(Failure(rank=rank, exit=exit, restored_step=restored_step, reached_step=reached_step))
         spec = self._spec
         decision = decide(self._history, spec.failures, spec.quarantine, len(self.exclusions.samples))
         self._event(

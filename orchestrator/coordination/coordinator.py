@@ -23,7 +23,7 @@ from orchestrator.coordination.opening import Opener, Opening
 from orchestrator.coordination.past import PastReader
 from orchestrator.coordination.save_round import SaveRound
 from orchestrator.coordination.step_log import StepLog
-from orchestrator.errors import GaveUpError, UnbrokenError
+from orchestrator.errors import GaveUpError, SupersededError, UnbrokenError
 from orchestrator.messages.attempts import (
     Down,
     Ending,
@@ -141,6 +141,8 @@ class Coordinator:
             self._launch(self._next.cause)
         except GaveUpError as error:
             self._end(Ending.GAVE_UP, str(error))
+        except SupersededError as error:
+            self._end(Ending.SUPERSEDED, str(error))
         except UnbrokenError as error:
             if (delay_s := self._next.failed()) is None:
                 self._end(Ending.STORAGE, str(error))
@@ -159,9 +161,7 @@ class Coordinator:
         self._save.begin_attempt(opening)
         self._stopping = False
         self._guard.begin_attempt(self._attempt)
-        memory = opening.memory and opening.memory.step
-        where = {"restore": opening.restore, "tier": opening.tier, "memory": memory}
-        self._event("attempt", attempt=opening.attempt, **where, cause=cause, world_size=self._world_size)
+        self._event("attempt", **opening.facts, cause=cause, world_size=self._world_size)
         self._to_all(opening.launch(exclusions, self._save.every_steps))
 
     @property

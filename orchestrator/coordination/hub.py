@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import selectors
 import socket
 import threading
 import time
 from collections.abc import Callable
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, Pipe
+from multiprocessing.connection import Client, Connection, Pipe, wait
 from typing import cast
 
 from orchestrator.coordination.coordinator import Coordinator
 from orchestrator.coordination.halting import HaltOrder
 from orchestrator.coordination.watchdog import BEAT_S, SILENT_LIMIT_S, Silence
+from orchestrator.greeting import greet
 from orchestrator.messages.attempts import Joined
 from orchestrator.messages.liveness import Beat
 
@@ -56,9 +58,13 @@ class Hub:
     """Accepts one connection of each agent and feeds the coordinator, in a thread of rank 0's agent."""
 
     def __init__(self, host: str, key: bytes, world_size: int) -> None:
-        self._listener = Listener((host, 0), backlog=world_size, authkey=key)
-        self.address = (host, int(self._listener.address[1]))
+        self._listener = socket.create_server((host, 0), backlog=1024)
+        self.address = (host, int(self._listener.getsockname()[1]))
+        self._key = key
         self._world_size = world_size
+        self._guests: queue.SimpleQueue[tuple[int, Wire]] = queue.SimpleQueue()
+        """Who has just shown to be an agent; each is announced."""
+        self._announced, self._announce = Pipe(duplex=False)
         self._agents: dict[int, Wire] = {}
         self._silences: dict[int, Silence] = {}
         self._look_at = 0.0
@@ -99,6 +105,7 @@ class Hub:
         try:
             while len(self._agents) < self._world_size:
                 self._admit()
+            self._listener.close()
             for rank in range(self._world_size):
                 coordinator.handle(rank, Joined(rank=rank))
             now = time.monotonic()
@@ -122,13 +129,27 @@ class Hub:
             self._over.set()
 
     def _admit(self) -> None:
-        try:
-            agent = Wire(cast(Connection, self._listener.accept()))
-            joined = agent.recv()
-        except (AuthenticationError, EOFError, OSError):
-            return  # a stranger, or an agent that died: whoever placed the agents replaces the group
+        for source in wait([self._listener, self._announced]):
+            if source is self._announced:
+                self._announced.recv_bytes()
+                rank, agent = self._guests.get()
+                self._agents[rank] = agent
+                continue
+            with contextlib.suppress(OSError):  # it is gone again
+                guest, _ = self._listener.accept()
+                threading.Thread(target=self._greet, args=(guest,), name="greeting", daemon=True).start()
+
+    def _greet(self, guest: socket.socket) -> None:
+        """Find out who it is. In a thread of its own: a stranger that says nothing must keep nobody waiting."""
+        with guest:
+            try:
+                connection = greet(guest, self._key)
+                joined = connection.recv()
+            except (AuthenticationError, EOFError, OSError):
+                return  # a stranger, or an agent that died: whoever placed the agents replaces the group
         assert isinstance(joined, Joined)
-        self._agents[joined.rank] = agent
+        self._guests.put((joined.rank, Wire(connection)))
+        self._announce.send_bytes(b"1")  # so little that threads do not get into each other's way
 
     def _turn(self, coordinator: Coordinator, sources: selectors.BaseSelector) -> None:
         for key, _ in sources.select(BEAT_S if (due_s := coordinator.wait_s) is None else due_s):

@@ -67,6 +67,12 @@ class Opening:
         """Name of the checkpoint."""
         return _name(self.checkpoint)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is reported of it."""
+        memory = self.memory and self.memory.step
+        return {"attempt": self.attempt, "restore": self.restore, "tier": self.tier, "memory": memory}
+
     def launch(self, exclusions: Exclusions, every_steps: int | None) -> Launch:
         """The order to begin there."""
         return Launch(
@@ -93,8 +99,6 @@ class Opener:
         self._event = event
         self._group = uuid.uuid4().hex
         self._probed = False
-        self._alone = True
-        """Nobody else has claimed an attempt since this group's last one began."""
         self._distrusted: list[Distrusted] = []
         self.claimed = 0
         """The newest attempt of this group."""
@@ -105,9 +109,9 @@ class Opener:
         A snapshot in the agents' memory may be newer than every committed checkpoint. To begin from it is right only if
         nobody can have gone on from an older one, or there would be two pasts. Attempts tell:
 
-        - Whoever goes on with a run claims an attempt first, with a number that nobody else gets. So if this claim's
-          number follows the one of the group's last attempt, nobody claimed one in between; and who claims after us
-          finds what we commit, or supersedes us, which our next commit notices.
+        - Whoever goes on with a run claims an attempt first, with a number that nobody else gets. This claim's number
+          follows that of the group's last attempt, so nobody claimed one in between; and who claims after us finds what
+          we commit, or supersedes us, which our next commit or claim notices.
         - An attempt that begins from memory keeps the snapshot, so the rule holds for the next one by induction; one
           that begins from storage has the agents forget theirs, as its past is another.
         - Whatever older attempts are still about to commit is not newer than the snapshot: a save is in flight only up
@@ -122,6 +126,8 @@ class Opener:
             remembered: what lies in the agents' memory, if it may be used.
 
         Raises:
+            SupersededError: somebody else has gone on with the run since this group, or its driver, began. Only a new
+                driver takes a run over: two that took it from each other would both come to nothing.
             GaveUpError: groups of agents have died one after the other without a newer checkpoint.
             UnbrokenError: storage does not do it.
         """
@@ -132,17 +138,23 @@ class Opener:
         info = {"session": self._spec.session, "cause": cause, "from": seen, "world_size": self._world_size}
         info |= {"conditional_create": self._store.conditional_create, "versions": dict(self._spec.versions)}
         info["group"] = self._group
-        previous = self.claimed
         info |= claim_fields(self._spec.checkpoint.retention)
-        self.claimed = attempt = claim_attempt(self._store, info)
         # Kept if what follows fails: the next call claims a number that follows this one.
-        self._alone = self._alone and attempt == previous + 1
+        self.claimed = attempt = self._claim(info)
         self._tell_peers(attempt, info)
-        if remembered and self._alone and not self._lists_newer(remembered.progress):
+        if remembered and not self._lists_newer(remembered.progress):
             return Opening(attempt=attempt, memory=remembered.progress, committed=remembered.committed)
-        opening = self._from_checkpoint(attempt, exclusions)
-        self._alone = True
-        return opening
+        return self._from_checkpoint(attempt, exclusions)
+
+    def _claim(self, info: Mapping[str, Any]) -> int:
+        """The next attempt: after this group's own last one, or after that of its driver, if they have claimed any."""
+        if self.claimed:  # another group of the same driver has other snapshots
+            return claim_attempt(self._store, info, self.claimed, lambda claim: claim.get("group") == self._group)
+        session = self._spec.session
+        claims = self._records_in_memory() or read_attempts(self._store, after=self._spec.attempts_before)
+        last = next((claim["attempt"] for claim in claims if claim.get("session") == session), None)
+        # One that is damaged does not say whose it is; that must keep no run from going on.
+        return claim_attempt(self._store, info, last, lambda claim: claim.get("session", session) == session)
 
     def _from_checkpoint(self, attempt: int, exclusions: Exclusions) -> Opening:
         """Begin from the newest sound checkpoint, near or far."""

@@ -51,7 +51,8 @@ def _fork_server(preload: Sequence[str]) -> ForkServer:
         return ForkServer.start(preload)
     with _KEEPING:  # all ranks ask at once: a second keeper would be dropped while its process runs
         if (key := tuple(preload)) not in _KEPT:
-            _KEPT[key] = (name := uuid.uuid4().hex, Keeper(name, preload))
+            _KEPT[key] = (name := uuid.uuid4().hex, keeper := Keeper(name, preload))
+            keeper.start()
     return open_fork_server(_KEPT[key][0], preload)
 
 

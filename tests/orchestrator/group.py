@@ -64,14 +64,14 @@ class PromptChores:
 class Group:
     """Two agents that do nothing but remember their orders."""
 
-    def __init__(self, store: Store, session: str = "s") -> None:
+    def __init__(self, store: Store, **spec: Any) -> None:
         self.store = store
         self.orders: list[tuple[int, object]] = []
         self.events: list[Event] = []
         self.chores = PromptChores(store)
         self.prunings = self.chores.prunings
         self.coordinator = Coordinator(
-            make_spec(store.url, session=session),
+            make_spec(store.url, **spec),
             Stores(storage=store),
             2,
             "host",

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ def name(monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def keeper(name: str) -> Iterator[Keeper]:
     keeper = Keeper(name, PRELOAD)
+    keeper.start()
     yield keeper
     keeper.close()
     assert keeper.process.wait(60) == 0, "it ends when nobody needs it any more"
@@ -106,11 +108,35 @@ def test_what_the_server_forked_dies_with_it(name: str, keeper: Keeper) -> None:
     keeper.process = subprocess.Popen(["true"])  # for the fixture
 
 
+def test_a_shared_one_that_is_killed_is_started_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchestrator.agents.forkserver, "_FIND_S", 60.0)
+    keeper = Keeper(name, PRELOAD)
+    keeping = threading.Thread(target=keeper.keep)
+    keeping.start()
+    servers = set()
+    for _ in range(2):
+        agent = open_fork_server(name, ["no_such_module"])
+        pid, trainer = fork(agent)
+        trainer.recv()
+        server = keeper.process.pid
+        servers.add(server)
+        assert server == parent(pid)
+        os.kill(server, signal.SIGKILL)
+        assert is_gone(trainer)
+        agent.close()
+    assert len(servers) == 2
+    keeper.close()
+    keeping.join(60)
+    assert not keeping.is_alive()
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_one_that_is_stopped_is_ended(name: str, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orchestrator.agents.forkserver, "STOPPED_LIMIT_S", 0.1)
     monkeypatch.setattr(orchestrator.agents.forkserver, "BEAT_S", 0.02)
-    keeper = Keeper(name, PRELOAD) if shared else None
+    keeper = Keeper(name, PRELOAD)
+    if shared:
+        keeper.start()
     agent = open_fork_server(name, PRELOAD)
     pid, trainer = fork(agent)
     trainer.recv()
@@ -125,13 +151,14 @@ def test_one_that_is_stopped_is_ended(name: str, shared: bool, monkeypatch: pyte
         fork(agent)
     assert is_gone(trainer)
     agent.close()
-    if keeper is not None:
+    if shared:
         keeper.close()
         assert keeper.process.wait(60) == -signal.SIGKILL
 
 
 def test_imports_that_fail_are_told(name: str) -> None:
     keeper = Keeper(name, ["no_such_module"])
+    keeper.start()
     agent = open_fork_server(name, PRELOAD)
     with pytest.raises(StartError, match="its imports fail: ModuleNotFoundError: No module named 'no_such_module'"):
         fork(agent)

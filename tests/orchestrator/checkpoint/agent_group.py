@@ -15,8 +15,8 @@ WORLD_SIZE = 2
 class AgentGroup:
     """Lives as long as its process."""
 
-    def __init__(self, store: Store, name: str) -> None:
-        spec = make_spec("virtual://run", session=name, failures=FailureConfig(agents=1000))
+    def __init__(self, store: Store, driver: str) -> None:
+        spec = make_spec("virtual://run", session=driver, failures=FailureConfig(agents=1000))
         self.opener = Opener(spec, Stores(storage=store), WORLD_SIZE, lambda *_, **__: None)
         self.opener._probed = True  # its findings under faults are the subject of other tests
         self.held: tuple[Progress, bytes] | None = None

@@ -30,6 +30,7 @@ class Invariants:
         self.rotten: CheckpointRef | None = None
         self.claims = 0
         self.claimed_by: dict[int, str] = {}
+        """Name of the process."""
         self.bases: dict[int, CheckpointRef | None] = {}
         world.on_effect = self.check_effect
 
@@ -43,7 +44,8 @@ class Invariants:
         if ref is None:
             attempt = keys.parse_attempt(key.rpartition("/")[2])
             if attempt is not None and data is not None:
-                self.claims, self.claimed_by[attempt] = max(self.claims, attempt), json.loads(data)["session"]
+                self.claims = max(self.claims, attempt)
+                self.claimed_by[attempt] = json.loads(data)["session"].split()[0]
             return
         if verb == "delete" or name == keys.EXPIRED_NAME:
             self.check_fence(process, folder)

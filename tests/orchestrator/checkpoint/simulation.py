@@ -94,11 +94,13 @@ class Simulation(Invariants):
 
     def live(self, process: Process, num_saves: int) -> None:
         """A coordinator with its shards, from the claim to the end."""
-        store = virtual_store(self.world, process)
+        store, driver = virtual_store(self.world, process), f"{process.name} at {self.world.now}"
         for _ in range(10):
             try:
-                group = self.launch(store, process)
+                group = self.launch(store, process, driver)
                 break
+            except SupersededError:
+                return
             except UnbrokenError as error:
                 if process.faults is NO_FAULTS and not isinstance(error, DamagedCheckpointError):
                     raise
@@ -152,9 +154,9 @@ class Simulation(Invariants):
                 self.save(store, process, group)
         return True
 
-    def launch(self, store: Store, process: Process) -> AgentGroup:
+    def launch(self, store: Store, process: Process, driver: str) -> AgentGroup:
         """A group of agents begins, with nothing in its memory."""
-        group = AgentGroup(store, process.name)
+        group = AgentGroup(store, driver)
         opening = group.opener.open("start", Exclusions())
         process.attempt = opening.attempt
         base = opening.checkpoint

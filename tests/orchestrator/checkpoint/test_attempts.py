@@ -33,6 +33,18 @@ def test_only_the_newest_goes_on(store):
         check_not_superseded(store, old)
 
 
+def test_who_is_superseded_finds_out_by_name(store, monkeypatch):
+    """A store may list late what it has."""
+    old, new = claim_attempt(store, {"by": "old"}), claim_attempt(store, {"by": "new"})
+    monkeypatch.setattr(type(store), "list", lambda *_: [])
+    with pytest.raises(SupersededError, match="superseded by attempt 2"):
+        check_not_superseded(store, old)
+    with pytest.raises(SupersededError, match="superseded by attempt 2"):
+        claim_attempt(store, {}, after=old, own=lambda claim: claim["by"] == "old")
+    check_not_superseded(store, new)
+    assert claim_attempt(store, {}, after=old, own=lambda claim: claim["by"] == "new") == 3
+
+
 def test_foreign_files_are_no_attempts(store):
     store.write("attempts/notes.txt", [b"x"])
     store.write("attempts/0041.json", [b"{}"])

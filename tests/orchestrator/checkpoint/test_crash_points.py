@@ -99,8 +99,8 @@ def die_at(moment: int, url: str) -> tuple[bool, bool]:
     return died, check_and_go_on(store, died)
 
 
-# Two shards: write, size, read. Commit: list, create, read. The new one counts from the create on.
-OUTCOMES = [False] * 15 + [True] * 4
+# Two shards: write, size, read. Commit: exists, list, create, read. The new one counts from the create on.
+OUTCOMES = [False] * 17 + [True] * 4
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
@@ -116,7 +116,7 @@ def test_every_storage_operation(tmp_path, kind):
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("moment", [1, 5, 14, 15, 18])
+@pytest.mark.parametrize("moment", [1, 5, 16, 17, 20])
 def test_some_storage_operations_on_s3(s3_url, moment):
     assert die_at(moment, s3_url) == (moment < len(OUTCOMES) - 1, OUTCOMES[moment])
 

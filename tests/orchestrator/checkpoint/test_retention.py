@@ -190,14 +190,22 @@ def test_a_superseded_attempt_removes_nothing(store):
     assert run.steps == [1, 2, 3] and run.expired == []
 
 
-def test_the_litter_of_a_killed_writer_goes_after_a_day(tmp_path):
+def test_the_litter_of_killed_writers_goes_after_a_day(tmp_path):
     run = Run(Store.open(str(tmp_path)), 1)
+    dead, barely = CheckpointRef(90, run.attempt), CheckpointRef(80, run.attempt)
+    write_shards(run.store, make_state(9), 2, dead)
+    (tmp_path / barely.folder).mkdir()
     fresh, old = (tmp_path / run.refs[0].file(f".{letter * 32}.tmp") for letter in "ab")
     for path in (fresh, old):
         path.write_bytes(b"half a shard")
     os.utime(old, (0, 0))
+    run.attempt = claim_attempt(run.store, {})
     run.prune()
-    assert fresh.exists() and not old.exists() and run.steps == [1]
+    assert fresh.exists() and not old.exists() and len(run.store.list("checkpoints")) == 3
+    for path in (barely.folder, dead.manifest):
+        os.utime(tmp_path / path, (0, 0))
+    run.prune()
+    assert run.store.list("checkpoints") == [str(run.refs[0])] and run.steps == [1]
 
 
 def test_a_pass_reads_only_what_has_changed_since_the_last_one(store, monkeypatch):

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.checkpoint import catalog, keys, policy, retention
+from orchestrator.checkpoint.attempts import claim_attempt
 from orchestrator.checkpoint.catalog import CheckpointState
 from orchestrator.coordination.opening import Opener
 from tests.orchestrator.checkpoint.serial_reads import serial_reads
@@ -129,7 +130,8 @@ class Impatient(retention.Pruner):
 class Trusting(Opener):
     """Goes on from memory whoever else has claimed an attempt in between."""
 
-    _alone = property(lambda self: True, lambda self, value: None)
+    def _claim(self, info):
+        return claim_attempt(self._store, info)
 
 
 SIMULATION = "tests.orchestrator.checkpoint.simulation"

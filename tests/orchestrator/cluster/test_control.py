@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from orchestrator.cluster import control
-from orchestrator.cluster.control import Listener
+from orchestrator.cluster.control import Listener, NodeWatch
 from orchestrator.messages.attempts import Event
 
 
@@ -20,7 +21,7 @@ class Mailbox:
     def __init__(self, *kinds: tuple[str, dict[str, Any]]) -> None:
         self._events: SimpleQueue[list[Event] | None] = SimpleQueue()
         self._events.put([Event(kind=kind, fields=fields, time_s=0.0) for kind, fields in kinds])
-        self.take = SimpleNamespace(remote=lambda: self._events)
+        self.take = SimpleNamespace(remote=lambda seen: self._events)
 
     def kill(self) -> None:
         self._events.put(None)
@@ -55,6 +56,16 @@ def test_a_group_that_gives_up_before_its_first_attempt_ends_it() -> None:
     assert Listener(Mailbox(attempt(7), ("outcome", outcome)), lambda _: None).finish() == outcome
 
 
+def test_a_group_that_begins_again_from_its_memory_can_be_asked_to_save_it() -> None:
+    trainer = ("trainer", {"rank": 0, "node": "n"})
+    outcome = ("outcome", {"ending": "stopped", "message": "SIGTERM", "attempt": 2})
+    for memory, nodes in ((5, {0: "n"}), (None, {})):
+        again = ("attempt", {"attempt": 2, "world_size": 1, "memory": memory})
+        listener = Listener(Mailbox(attempt(1), trainer, again, outcome), lambda _: None)
+        listener.finish()
+        assert listener.nodes == nodes
+
+
 def test_a_screen_that_fails_makes_nobody_deaf(capsys: pytest.CaptureFixture[str]) -> None:
     def show(event: Event) -> None:
         raise KeyError(event.kind)
@@ -71,3 +82,22 @@ def test_without_an_outcome_nothing_is_left_behind(monkeypatch: pytest.MonkeyPat
     assert listener.finish() is None
     join(10)
     assert not listener._thread.is_alive()
+
+
+def test_a_look_at_the_nodes_that_fails_is_told_once_and_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([KeyError("NodeID"), KeyError("NodeID"), RayActorError()])
+    looked, told = threading.Event(), list[Event]()
+
+    def live_nodes() -> dict[str, dict[str, float]]:
+        if (error := next(looks, None)) is not None:
+            raise error
+        return {}
+
+    monkeypatch.setattr(control, "NODE_POLL_S", 0.001)
+    monkeypatch.setattr(control, "live_nodes", live_nodes)
+    keepers: Any = SimpleNamespace(tend=lambda nodes, group: looked.set())
+    listener: Any = SimpleNamespace(nodes={})
+    watch = NodeWatch(listener, lambda order: None, 0, {}, keepers, told.append)
+    assert looked.wait(30)
+    watch.close()
+    assert [(event.kind, event.fields) for event in told] == [("nodes_unseen", {"error": "KeyError: 'NodeID'"})]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from multiprocessing.connection import Pipe
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator import greeting
 from orchestrator.coordination.hub import Hub, Wire, connect
 from orchestrator.messages.attempts import Joined
 from orchestrator.messages.liveness import Beat
@@ -45,10 +47,13 @@ class Listener:
         self.ended.set()
 
 
-def start(listener: Listener) -> list[Wire]:
+def start(listener: Listener, strangers: list[socket.socket] | None = None) -> list[Wire]:
+    """Args: strangers: gets one that was there first."""
     results, listener.chores = Pipe(duplex=False)  # the other end stays open
     hub = Hub("127.0.0.1", b"key", WORLD_SIZE)
     hub.start(lambda send: listener, results)  # type: ignore[arg-type]
+    if strangers is not None:
+        strangers.append(socket.create_connection(hub.address))
     return [connect(hub.address, b"key", rank) for rank in range(WORLD_SIZE)]
 
 
@@ -70,3 +75,14 @@ def test_a_closed_connection_is_a_lost_agent() -> None:
     wires = start(listener)
     wires[4].close()
     assert listener.ended.wait(30) and listener.lost == [(4, "its connection is closed")]
+
+
+def test_a_stranger_that_says_nothing_keeps_nobody_waiting_and_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greeting, "_GREETING_S", 0.1)
+    listener, strangers = Listener(WORLD_SIZE), list[socket.socket]()
+    start(listener, strangers)
+    assert listener.ended.wait(30) and listener.lost == []
+    with strangers[0] as stranger:
+        stranger.settimeout(30)
+        while stranger.recv(4096):  # the challenge
+            continue

@@ -57,38 +57,59 @@ def test_memory_is_not_used_unless_all_hold_the_same(store: Store) -> None:
         assert group.last(Launch).memory is None
 
 
-def test_memory_is_not_used_if_somebody_else_claimed_an_attempt_in_between(store: Store) -> None:
-    """That one may have gone on from an older checkpoint: two pasts, of which storage has one."""
-    group = Group(store).join()
-    group.save(5)
-    claim_attempt(store, {})
+def die(group: Group) -> None:
     for rank in (0, 1):
         group.down(rank, ExitKind.KILLED, held=TEN)
     group.coordinator.tick()
-    assert group.last(Launch) == Launch(attempt=3, restore="0000000000050-0001", committed=FIVE)
 
 
-def test_somebody_elses_claim_is_remembered_if_opening_fails_after_it(store: Store, monkeypatch) -> None:
+@pytest.mark.parametrize("session", ["another", "s"])
+def test_a_group_that_is_superseded_takes_nothing_back(store: Store, monkeypatch, session: str) -> None:
+    """By another driver, or by the next group of its own: then it is the one that was cut off, and its driver knows."""
     group = Group(store).join()
-    group.save(5)
-    claim_attempt(store, {})
-    for rank in (0, 1):
-        group.down(rank, ExitKind.KILLED, held=TEN)
+    assert claim_attempt(store, {"session": session, "group": "another"}) == 2
     with monkeypatch.context() as patch:
-        patch.setattr("orchestrator.coordination.opening.newest_sound", unreachable)
-        group.coordinator.tick()
-    assert newest_attempt(store) == 3 and group.attempt == 1
+        patch.setattr(Store, "list", lambda *_: [])  # late
+        die(group)
+    assert group.last(Outcome).ending is Ending.SUPERSEDED
+    assert group.last(Outcome).message.endswith("is superseded by attempt 2; it stops here")
+    assert newest_attempt(store) == 2 and group.count(Launch) == 2
+
+
+def test_a_driver_that_is_superseded_stops_when_its_agents_are_replaced(store: Store) -> None:
+    before = claim_attempt(store, {"session": "earlier"})
+    spec = {"attempts_before": before}
+    assert Group(store, **spec).join().attempt == 2
+    store.write("attempts/0003.json", [b"damaged"])  # which says not whose it is
+    assert Group(store, **spec).join().attempt == 4, "its own earlier attempts are its own"
+    newer = Group(store, session="newer").join()
+    assert newer.attempt == 5, "a new command takes over"
+    assert Group(store, **spec).join().last(Outcome).ending is Ending.SUPERSEDED
+    assert newest_attempt(store) == 5
+    die(newer)
+    assert newer.attempt == 6
+
+
+def test_a_claim_whose_answer_was_lost_is_the_groups_own(store: Store, monkeypatch) -> None:
+    group, create = Group(store).join(), Store.create
+
+    def unheard(store: Store, key: str, data: bytes) -> None:
+        create(store, key, data)
+        raise UnknownOutcomeError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "create", unheard)
+        die(group)
+    assert newest_attempt(store) == 2 and group.attempt == 1
     monkeypatch.setattr("orchestrator.coordination.coordinator.time.monotonic", lambda: float("inf"))
     group.coordinator.tick()
-    assert group.last(Launch) == Launch(attempt=4, restore="0000000000050-0001", committed=FIVE)
+    assert (group.attempt, group.last(Launch).memory) == (3, TEN)
 
 
 def test_memory_is_not_used_if_storage_lists_anything_newer(store: Store) -> None:
     group = Group(store).join()
     save(store, make_state(0), step=20, attempt=1, world_size=2)
-    for rank in (0, 1):
-        group.down(rank, ExitKind.KILLED, held=TEN)
-    group.coordinator.tick()
+    die(group)
     assert group.last(Launch).memory is None and group.last(Launch).restore == "0000000000200-0001"
 
 
