@@ -1,5 +1,6 @@
 # make install: .venv with everything a user needs; make demo: kill a run and prove that it did not matter;
-# make test: all checks; make simulate: 10,000 lives of a run on a virtual store.
+# make test: all checks; make simulate: 10,000 lives of a run on a virtual store; make mutants: do the tests notice
+# mistakes?
 # Another interpreter: make install PYTHON=/path/to/python3.11
 SHELL := /bin/bash
 VENV := .venv
@@ -9,7 +10,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 /usr/bin/pyt
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 CODE := $(wildcard orchestrator trainers tests bench)
 
-.PHONY: install demo test simulate bench lint clean
+.PHONY: install demo test simulate mutants bench lint clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +23,9 @@ test: lint
 SEEDS ?= 10000
 simulate: $(VENV)/.installed-test
 	UNBROKEN_SIMULATION_SEEDS=$(SEEDS) $(PY) -m pytest tests/orchestrator/checkpoint/test_simulation.py -k violates
+
+mutants: $(VENV)/.installed-test
+	$(PY) -m tests.mutants
 
 bench: $(VENV)/.installed-bench
 	$(PY) -m bench

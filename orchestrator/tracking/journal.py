@@ -59,6 +59,7 @@ class Journal:
         Raises:
             OSError: it could not be written; nothing of it is in the file.
         """
+        before = self._session, self._number, self._rewind, self.opened, dict(self._marks)
         if not self._admit(line):
             return
         try:
@@ -67,6 +68,8 @@ class Journal:
                 raise OSError(28, "no space left on device")
         except OSError:
             os.ftruncate(self._file.fileno(), self.size)
+            # It is not here: sent again, or repeated by a later attempt, it is to be written.
+            self._session, self._number, self._rewind, self.opened, self._marks = before
             raise
         self.size += len(line)
 

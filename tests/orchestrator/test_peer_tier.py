@@ -21,7 +21,7 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import commit
 from orchestrator.coordination.halting import HaltOrder, Purpose
 from orchestrator.coordination.opening import Opener, Opening
-from orchestrator.errors import StorageError, SupersededError
+from orchestrator.errors import AlreadyExistsError, StorageError, SupersededError
 from orchestrator.messages.attempts import Ending
 from orchestrator.sections import CheckpointConfig, Tier
 from orchestrator.stores import Stores
@@ -169,8 +169,11 @@ class TestStore:
     def test_a_node_that_comes_late_and_empty_takes_no_key_twice(self, nodes: Nodes) -> None:
         late = nodes.servers.pop("a")
         assert claim_attempt(nodes.ring("b").open(), {}) == 1
+        nodes.ring("b").open().create("x", b"mine")
         nodes.servers["a"] = late
         assert claim_attempt(nodes.ring("b").open(), {}) == 2
+        with pytest.raises(AlreadyExistsError):
+            nodes.ring("b").open().create("x", b"theirs")
 
     def test_a_node_that_failed_once_is_asked_again(self, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
         clock, tried, cut_off = SimpleNamespace(now=1000.0), [], {nodes.servers["a"].port}

@@ -5,12 +5,16 @@ import uuid
 import pytest
 
 from orchestrator.checkpoint.catalog import quarantine
+from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
+from orchestrator.checkpoint.writer import commit
 from orchestrator.errors import RunNotFoundError, UnbrokenError
 from orchestrator.prove import prove
-from tests.orchestrator.checkpoint.states import SPECS, make_state, save
+from tests.orchestrator.checkpoint.shards import write_shard
+from tests.orchestrator.checkpoint.states import SPECS, make_info, make_state, save
 from trainers.progress import Progress
+from trainers.shards import Chunk, TensorSpec
 
 
 def make_run(steps=(1, 2, 3), **changes) -> Store:
@@ -55,6 +59,16 @@ def test_one_bit_of_any_tensor_counts(spec):
     other = make_run(steps=())
     save(other, flipped(1, spec.name), step=1)
     assert prove(make_run(), other).first_difference.name == spec.name
+
+
+def test_the_same_bytes_of_another_type_are_a_difference():
+    one, other = make_run(steps=()), make_run(steps=())
+    for store, dtype in ((one, "F32"), (other, "I32")):
+        spec = TensorSpec(name="model/w", dtype=dtype, shape=(100,))
+        chunk = Chunk(spec=spec, row_offset=0, num_rows=100, begin=0, end=400)
+        receipt = write_shard(store, CheckpointRef(10, 1).shard(0, 1), [chunk], memoryview(bytes(range(100)) * 4), {})
+        commit(store, [receipt], make_info(1, 1))
+    assert prove(one, other).first_difference.name == "model/w"
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ def test_a_bad_step_leaves_weights_moments_and_averages_as_they_were() -> None:
     """The same at every world size; and as if the step had been left out from the start."""
     (metrics, prints), *_ = run_ranks(1, _poisoned, 1, Exclusions())
     assert [step.get("skipped") for step in metrics] == [None, 1.0, None, None] and math.isnan(metrics[1]["loss"])
+    assert [step["lr"] for step in metrics] == [0.0, 5e-4, 1e-3, 1e-3], "its schedule goes on"
     assert prints[0] == {name: prints[1][name] for name in prints[0]}
     assert prints[1] != prints[2] != prints[3]
     for _, same in run_ranks(2, _poisoned, 2, Exclusions()):

@@ -13,15 +13,23 @@ from typing import Any, cast
 import pytest
 import torch
 
-from orchestrator.agents.checkpointer import LaggingError, SaveSchedule, SharedMemoryCheckpointer
+from orchestrator.agents import checkpointer
+from orchestrator.agents.checkpointer import (
+    LaggingError,
+    SaveSchedule,
+    SharedMemoryCheckpointer,
+    _check_fingerprints,
+)
 from orchestrator.agents.trainer_process import StopOnOrder
 from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.coordination.watchdog import Phase
 from orchestrator.messages.attempts import Begin
 from orchestrator.messages.liveness import AtGate, Entered, Gate, StopAt
-from orchestrator.messages.saves import Overwriting, Paused, SaveEnded, Snapshot
+from orchestrator.messages.saves import Overwriting, Paused, SaveEnded, Skipped, Snapshot
 from orchestrator.sections import CheckpointConfig, Tier
+from trainers.errors import StateMismatchError
 from trainers.exclusions import Exclusions
+from trainers.fingerprint import format_fingerprint
 from trainers.ports import Directive
 from trainers.progress import Progress
 from trainers.shards import TensorSpec
@@ -143,6 +151,50 @@ def test_a_snapshot_is_laid_out_anew_when_there_is_more_in_it(closing: list[Trai
         trainer.agent.send(SaveEnded(progress=Progress(step, step)))
     sizes = [message.size_bytes for message in trainer.told() if isinstance(message, Snapshot)]
     assert sizes == [16, 32, 32] and os.pread(trainer.buffer, 32, 0) == torch.full((8,), 10.0).numpy().tobytes()
+
+
+def test_the_agent_hears_that_a_snapshot_is_gone_before_and_that_one_is_there_after_the_copy(
+    closing: list[Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever the trainer dies: what the agent takes for a snapshot is a whole one."""
+    trainer, held = start(closing), []
+    agent = trainer.checkpointer._agent
+    send = agent.send
+
+    def look(message: object) -> None:
+        if isinstance(message, Overwriting | Snapshot):
+            held.append(os.pread(trainer.buffer, 16, 0))
+        send(message)
+
+    monkeypatch.setattr(agent, "send", look)
+    for step in (5, 10):
+        trainer.save(step)
+        trainer.agent.send(SaveEnded(progress=Progress(step, step)))
+    _, first, before, second = held
+    assert first == before == torch.full((4,), 5.0).numpy().tobytes()
+    assert second == torch.full((4,), 10.0).numpy().tobytes()
+
+
+def test_a_save_is_left_out_if_that_of_any_rank_still_runs(
+    closing: list[Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks leave it out, or none: whoever has heard of the end already is asked too."""
+    asked: list[bool] = []
+    monkeypatch.setattr(checkpointer, "_any_rank", lambda mine: asked.append(mine) or len(asked) == 1)
+    trainer = start(closing, every_steps=2, when_busy="skip")
+    trainer.save(2)
+    trainer.agent.send(SaveEnded(progress=Progress(2, 2)))
+    assert trainer.poll(4) == Directive() and trainer.told()[-1] == Skipped(progress=Progress(4, 4))
+    assert trainer.poll(6) == Directive(save=True) and asked == [False, False]
+    assert trainer.poll(8) == Directive(save=True) and len(asked) == 2, "nothing was saved since"
+
+
+def test_tensors_that_only_one_side_has_are_named() -> None:
+    actual, both = {"a": 1}, {"a": format_fingerprint(1)}
+    _check_fingerprints(actual, both, "c")
+    for expected, name in ((both | {"b": "0"}, "b"), ({}, "a"), ({"a": format_fingerprint(2)}, "a")):
+        with pytest.raises(StateMismatchError, match=f"c: {name} "):
+            _check_fingerprints(actual, expected, "c")
 
 
 def phases(messages: list[Any]) -> list[Any]:

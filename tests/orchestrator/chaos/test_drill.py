@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from orchestrator.chaos.drill import Drill, DrillPlan, Watch, flip_a_bit
-from orchestrator.chaos.exercise import DrillRequest, _too_short, _train_undisturbed, choose_kinds, copy_of
+from orchestrator.chaos.exercise import DrillRequest, _too_short, _train_undisturbed, _verify, choose_kinds, copy_of
 from orchestrator.chaos.faults import Fault, FaultKind
 from orchestrator.chaos.namespaces import why_not
 from orchestrator.chaos.nodes import Place
@@ -153,6 +153,17 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     assert newest is not None and verify(store, newest.ref) == []
     name = flip_a_bit(store, newest)
     assert any(name in problem for problem in verify(store, newest.ref))
+
+
+def test_what_is_damaged_and_still_offered_is_on_the_card(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert _verify(run) == (2, [])
+    store = Store.open(run)
+    newer, older = list_checkpoints(store)
+    flip_a_bit(store, newer)
+    store.write(older.ref.manifest, [store.read(older.ref.manifest)[:-9]])
+    num_right, damaged = _verify(run)
+    assert num_right == 0 and [line.split(": ")[0] for line in damaged] == [str(newer.ref), str(older.ref)]
 
 
 def unbroken_chaos(folder: Path, *arguments: str) -> dict[str, Any]:

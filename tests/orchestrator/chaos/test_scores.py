@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,6 +80,8 @@ def test_the_card_passes_only_with_every_fault_and_the_same_bits() -> None:
     assert card([good]).passed
     assert not card([good, missed]).passed
     assert not card([good], same_bits=False).passed and not card([good], same_bits=None).passed
+    assert not replace(card([good]), damaged=["0000000000010-0001: a bit"]).passed
+    assert not replace(card([good]), left_running=[7]).passed
 
 
 def test_the_card_as_text_and_as_json() -> None:

@@ -143,6 +143,13 @@ def test_who_is_superseded_between_its_check_and_its_commit_commits_nothing(stor
     assert states(store) == [(20, "abandoned"), (10, "stable")]
 
 
+def test_every_older_attempt_is_closed(store):
+    for attempt in (1, 2):
+        write_shards(store, make_state(attempt), 2, CheckpointRef(10 * attempt, claim_attempt(store, {})))
+    new = claim_attempt(store, {})
+    assert [info.state for info in take_over(store, new)] == [CheckpointState.ABANDONED] * 2
+
+
 def test_a_commit_that_comes_before_it_is_closed_counts(store):
     old = claim_attempt(store, {})
     ref = save(store, make_state(1), step=1, attempt=old).ref

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import errno
+import time
 import uuid
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -81,6 +83,14 @@ def test_then_create_looks_before_and_after(overwriting):
     with pytest.raises(AlreadyExistsError):
         overwriting.create("a", b"theirs")
     assert overwriting.read("a") == b"mine"
+
+
+def test_then_who_was_overwritten_meanwhile_learns_it(overwriting, monkeypatch):
+    probe(overwriting)
+    waiting = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: overwriting.write("a", [b"theirs"]))
+    monkeypatch.setattr(store_module, "time", waiting)
+    with pytest.raises(AlreadyExistsError):
+        overwriting.create("a", b"mine")
 
 
 def test_then_racing_claims_still_get_different_numbers(overwriting):

@@ -87,6 +87,13 @@ def test_a_mark_of_the_future_counts_from_when_it_is_seen(tmp_path):
     assert run.prune() == GRACE_S
 
 
+def test_a_mark_that_was_taken_away_and_set_again_counts_from_the_second_time(store):
+    run = Run(store, 2, last=1)
+    run.prune()
+    store.delete(run.refs[0].expired)
+    assert run.prune(GRACE_S) == GRACE_S and run.expired == [1]
+
+
 def test_nobody_begins_to_read_what_is_expired(store):
     run = Run(store, 2, last=1)
     run.prune()

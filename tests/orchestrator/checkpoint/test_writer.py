@@ -78,12 +78,15 @@ class ForgetfulStore(Store):
         super().write(key, [b"".join(parts)[:-1]])
 
 
-@pytest.mark.parametrize("kind", [CorruptingStore, ForgetfulStore])
-def test_what_reads_back_otherwise_gets_no_receipt(kind):
+@pytest.mark.parametrize(
+    ("kind", "verify"),
+    [(CorruptingStore, "full"), (ForgetfulStore, "full"), (ForgetfulStore, "sample"), (ForgetfulStore, "size")],
+)
+def test_what_reads_back_otherwise_gets_no_receipt(kind, verify):
     inner = Store.open(f"memory://{kind.__name__}")
     chunks, data = snapshot(make_state(0), 0, 1)
     with pytest.raises(StorageError, match="reads back"):
-        write_shard(kind(inner.url, inner._root, inner.backend), REF.shard(0, 1), chunks, data, {})
+        write_shard(kind(inner.url, inner._root, inner.backend), REF.shard(0, 1), chunks, data, {}, verify)
 
 
 def test_a_tensor_without_rows_is_in_the_manifest(store):

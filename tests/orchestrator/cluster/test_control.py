@@ -12,6 +12,7 @@ from ray.exceptions import RayActorError
 
 from orchestrator.cluster import control
 from orchestrator.cluster.control import Listener, NodeWatch
+from orchestrator.coordination.halting import HaltOrder, Purpose
 from orchestrator.messages.attempts import Event
 
 
@@ -101,3 +102,43 @@ def test_a_look_at_the_nodes_that_fails_is_told_once_and_is_not_the_last(monkeyp
     assert looked.wait(30)
     watch.close()
     assert [(event.kind, event.fields) for event in told] == [("nodes_unseen", {"error": "KeyError: 'NodeID'"})]
+
+
+class Cluster:
+    """In the place of Ray: nodes of one CPU each, two of which are at work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.nodes, self.draining, self.group = ["a", "b"], {}, {0: "a", 1: "b"}
+        self.orders: list[HaltOrder] = []
+        monkeypatch.setattr(control, "NODE_POLL_S", 3600.0)
+        monkeypatch.setattr(control, "live_nodes", lambda ask=False: {node: {"CPU": 1.0} for node in self.nodes})
+        monkeypatch.setattr(control, "cluster", SimpleNamespace(get_draining_nodes=lambda: self.draining))
+        listener: Any = SimpleNamespace(nodes=self.group)
+        keepers: Any = SimpleNamespace(tend=lambda nodes, used: None)
+        self.watch = NodeWatch(listener, self.orders.append, 4, {"CPU": 1.0}, keepers, lambda event: None)
+
+    def look(self) -> list[Purpose]:
+        """What is ordered, if anything."""
+        self.orders.clear()
+        self.watch._look()
+        return [order.purpose for order in self.orders]
+
+
+def test_what_the_nodes_of_a_cluster_make_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch)
+    assert cluster.look() == []
+    cluster.draining = {"c": 0}  # nobody's
+    assert cluster.look() == []
+    cluster.draining = {"b": 0}
+    assert cluster.look() == [Purpose.DRAIN] and cluster.look() == [], "once"
+    cluster.nodes = ["a", "b", "c"]
+    assert cluster.look() == [], "a node that is lost is counted for a while"
+    cluster.nodes = ["a", "b"]
+    assert cluster.look() == []
+    cluster.nodes = ["a", "b", "c"]
+    assert cluster.look() == [] and cluster.look() == [Purpose.GROW] and cluster.look() == []
+    cluster.group.clear()  # a new group is placed
+    cluster.look()
+    cluster.group |= {0: "a", 1: "b"}
+    assert cluster.look() == [Purpose.DRAIN], "which does not know yet"
+    cluster.watch.close()

@@ -84,6 +84,8 @@ def test_a_step_during_the_inquiry_calls_it_off(group: Group, clock: Clock) -> N
     group.coordinator.handle(0, stepped(4))
     wait(group, clock, 4.0)
     assert group.count(Kill) == 0
+    wait(group, clock, 8 * 5.5 - 3.0)  # the limit that follows from that step is over, the time to answer not
+    assert group.count(Dump) == 4 and group.count(Kill) == 0, "all are asked anew"
 
 
 def test_agents_that_do_not_answer_are_not_waited_for(group: Group, clock: Clock) -> None:

@@ -12,7 +12,7 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.coordination.committing import carry_out
 from orchestrator.coordination.halting import HaltOrder, Purpose
 from orchestrator.errors import StorageError, UnknownOutcomeError
-from orchestrator.messages.attempts import Down, Ending, ExitKind, Launch, Outcome, TrainerExit
+from orchestrator.messages.attempts import Down, Ending, ExitKind, FromTrainer, Launch, Outcome, Restored, TrainerExit
 from tests.orchestrator.checkpoint.states import make_state, save
 from tests.orchestrator.group import Group
 from trainers.exclusions import Exclusions
@@ -237,6 +237,17 @@ def test_a_run_that_is_to_stop_while_its_trainers_are_down_stores_their_snapshot
     group.coordinator.take_order(HaltOrder(purpose=Purpose.END, reason="SIGTERM"))
     group.coordinator.tick()
     assert group.coordinator.outcome is None and group.attempt == 1
+    group.save(10)
+    assert group.last(Outcome) == Outcome(ending=Ending.STOPPED, message="SIGTERM: step 10 is saved")
+
+
+def test_a_run_whose_trainers_die_on_the_way_to_a_stop_stores_their_snapshot_first(store: Store) -> None:
+    group = Group(store).join()
+    group.both(FromTrainer(attempt=1, message=Restored(progress=Progress())))
+    group.coordinator.take_order(HaltOrder(purpose=Purpose.END, reason="SIGTERM"))
+    for rank in (0, 1):
+        group.down(rank, ExitKind.KILLED, pending=TEN)
+    assert group.coordinator.outcome is None
     group.save(10)
     assert group.last(Outcome) == Outcome(ending=Ending.STOPPED, message="SIGTERM: step 10 is saved")
 

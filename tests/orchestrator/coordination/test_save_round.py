@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 
 import pytest
 
 from orchestrator.checkpoint.attempts import claim_attempt, read_attempts
-from orchestrator.checkpoint.catalog import list_checkpoints
+from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints
 from orchestrator.checkpoint.store import Store
-from orchestrator.messages.attempts import FromTrainer, Stepped
+from orchestrator.messages.attempts import ExitKind, FromTrainer, Stepped
 from orchestrator.messages.saves import SaveEnded, SaveFailed
 from tests.orchestrator.group import Group, stable_steps
 from trainers.progress import Progress
@@ -74,6 +75,28 @@ def test_shards_of_a_failed_save_are_not_mixed_with_those_of_the_next(store: Sto
     assert stable_steps(store) == [10]
 
 
+def test_a_shard_of_a_save_that_another_rank_failed_is_none_of_the_next(store: Store) -> None:
+    group = Group(store).join()
+    group.coordinator.handle(0, group.receipt(0, 5))
+    group.coordinator.handle(1, SaveFailed(attempt=1, progress=Progress(5, 50), error="disk full"))
+    group.coordinator.handle(1, group.receipt(1, 10))
+    assert group.chores.jobs == []
+    group.coordinator.handle(0, group.receipt(0, 10))
+    assert stable_steps(store) == [10]
+
+
+def test_a_shard_of_an_earlier_attempt_is_none_of_this_one(store: Store) -> None:
+    """It lies in another folder."""
+    group = Group(store).join()
+    stale = group.receipt(0, 5)
+    for rank in (0, 1):
+        group.down(rank, ExitKind.KILLED)
+    group.coordinator.tick()
+    group.coordinator.handle(0, stale)
+    group.coordinator.handle(1, group.receipt(1, 5))
+    assert group.attempt == 2 and group.chores.jobs == []
+
+
 def test_a_rank_that_takes_its_snapshot_after_the_save_has_failed_is_told_too(store: Store) -> None:
     group = Group(store).join()
     group.coordinator.handle(1, SaveFailed(attempt=1, progress=Progress(5, 50), error="disk full"))
@@ -92,3 +115,25 @@ def test_a_checkpoint_has_the_numbers_of_its_step(store: Store) -> None:
     group.save(5)
     (info,) = list_checkpoints(store)
     assert info.manifest is not None and info.manifest.metrics == {"loss": 0.5}
+    group.save(10)  # of whose step nothing was heard
+    newest, _ = list_checkpoints(store)
+    assert newest.manifest is not None and newest.step == 10 and newest.manifest.metrics == {}
+
+
+@pytest.mark.parametrize(
+    ("num_bad", "step", "state"),
+    [
+        (0, 5, CheckpointState.STABLE),
+        (1, 5, CheckpointState.UNHEALTHY),
+        (2, 5, CheckpointState.UNHEALTHY),
+        (2, 20, CheckpointState.STABLE),  # the end of the run
+    ],
+)
+def test_while_steps_are_bad_a_checkpoint_is_not_one_to_go_on_from(
+    store: Store, num_bad: int, step: int, state: CheckpointState
+) -> None:
+    group = Group(store).join()
+    for rank in (0, 1):
+        receipt = replace(group.receipt(rank, step), scalars={"divergence": {"num_bad": num_bad}})
+        group.coordinator.handle(rank, receipt)
+    assert [info.state for info in list_checkpoints(store)] == [state]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,6 +49,25 @@ def test_what_is_sent_again_is_kept_once(tmp_path: Path) -> None:
     write(path, "a", *events)
     write(path, "a", *events, event("agent_lost", rank=1))
     assert [found.kind for found in read(path)] == [*(one.kind for one in events), "agent_lost"]
+
+
+def test_what_found_no_room_is_written_when_it_comes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "events.jsonl"
+    journal = Journal(path)
+    first, second, again = (
+        encode(event("step", attempt=attempt, step=step, metrics={}), "a", number)
+        for number, (attempt, step) in enumerate([(1, 1), (1, 2), (2, 2)])
+    )
+    journal.append(first)
+    with monkeypatch.context() as patch:
+        full = SimpleNamespace(fileno=journal._file.fileno, write=lambda line: 3)
+        patch.setattr(journal, "_file", full)
+        with pytest.raises(OSError, match="no space left"):
+            journal.append(second)
+    journal.append(again)  # made once more by the next attempt
+    journal.append(second)
+    journal.close()
+    assert [(found.fields["attempt"], found.fields["step"]) for found in read(path)] == [(1, 1), (2, 2)]
 
 
 def test_with_rewind_repeated_steps_are_kept(tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""Mistakes in what is noticed, and in what follows from it: failures, hangs, other bits, orders to stop."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+_TESTS = "tests/orchestrator/coordination"
+_FAILURES = "orchestrator/coordination/failures.py"
+_REPLAY = "orchestrator/coordination/replay.py"
+_WATCHDOG = "orchestrator/coordination/watchdog.py"
+_HALTING = "orchestrator/coordination/halting.py"
+_CONTROL = "orchestrator/cluster/control.py"
+
+FAILURES = (
+    Mutant(
+        "failures at one checkpoint are forgotten",
+        _FAILURES,
+        "if failure.restored_step < found[-1].restored_step:",
+        "if failure.restored_step <= found[-1].restored_step:",
+        f"{_TESTS}/test_failures.py::test_each_kind_has_its_own_budget",
+    ),
+    Mutant(
+        "each budget has one more",
+        _FAILURES,
+        "if count >= budget:",
+        "if count > budget:",
+        f"{_TESTS}/test_failures.py::test_each_kind_has_its_own_budget",
+    ),
+    Mutant(
+        "a crash loop at one step is not noticed",
+        _FAILURES,
+        "if failure.reached_step > history[-1].reached_step:",
+        "if failure.reached_step >= history[-1].reached_step:",
+        f"{_TESTS}/test_failures.py::test_decide",
+    ),
+    Mutant(
+        "rollbacks never end",
+        _FAILURES,
+        "if last.exit.num_rollbacks >= config.rollbacks:",
+        "if last.exit.num_rollbacks > config.rollbacks:",
+        f"{_TESTS}/test_failures.py::test_decide",
+    ),
+    Mutant(
+        "the first rank is to blame",
+        _FAILURES,
+        "key=lambda rank: (_BLAME.index(exits[rank].kind), rank)",
+        "key=lambda rank: (rank, _BLAME.index(exits[rank].kind))",
+        f"{_TESTS}/test_failures.py::test_the_cause_is_the_end_that_explains_the_others",
+    ),
+    Mutant(
+        "the replay check compares nothing",
+        _REPLAY,
+        "before is None or (before.numbers == now.numbers and",
+        "before is None or (len(before.numbers) == len(now.numbers) and",
+        f"{_TESTS}/test_replay.py::test_a_gradient_alone_is_of_no_known_rank",
+    ),
+    Mutant(
+        "what was recorded is not compared with what is made again",
+        _REPLAY,
+        "if now.numbers != then.numbers and not self._found:",
+        "if now.numbers is then.numbers and not self._found:",
+        f"{_TESTS}/test_replay.py::test_a_record_that_is_read_late_is_compared_with_what_was_made_meanwhile",
+    ),
+    Mutant(
+        "numbers of other versions bind",
+        "orchestrator/coordination/past.py",
+        '        if row["attempt"] in alike\n        and not any(',
+        "        if not any(",
+        f"{_TESTS}/test_past.py",
+    ),
+    Mutant(
+        "the watchdog learns nothing",
+        _WATCHDOG,
+        "            self._durations.append(self.silent_s)\n",
+        "            pass\n",
+        f"{_TESTS}/test_watchdog.py::test_learns_the_limit_from_the_longest_step",
+    ),
+    Mutant(
+        "to wait for storage is to hang",
+        _WATCHDOG,
+        "if self._counts[Phase.STORING] or not self._running:",
+        "if not self._running:",
+        f"{_TESTS}/test_watchdog.py::test_saves_take_the_time_they_take",
+    ),
+    Mutant(
+        "a pause of the machine is a silence",
+        _WATCHDOG,
+        "self._silent_s += min(max(0.0, now - self._now), _MAX_ADVANCE_S)",
+        "self._silent_s += max(0.0, now - self._now)",
+        f"{_TESTS}/test_watchdog.py::test_silence_counts_looks_not_pauses",
+    ),
+    Mutant(
+        "an inquiry that was called off goes on",
+        "orchestrator/coordination/guard.py",
+        "            self._inquiry = None  # it moves again: slow, not stuck\n",
+        "",
+        f"{_TESTS}/test_guard.py::test_a_step_during_the_inquiry_calls_it_off",
+    ),
+    Mutant(
+        "an order during the start is forgotten",
+        _HALTING,
+        "        self._training = True\n        if self.order is not None:",
+        "        self._training = True\n        if self.order is None:",
+        f"{_TESTS}/test_halting.py::test_an_order_during_the_start_waits_for_the_first_step",
+    ),
+    Mutant(
+        "rank 0 goes on before the others know where to stop",
+        _HALTING,
+        "if len(self._told) == self._world_size - 1:",
+        "if self._told or self._world_size == 1:",
+        f"{_TESTS}/test_halting.py::test_rank_0_goes_on_only_when_all_others_have_been_told",
+    ),
+    Mutant(
+        "a node that is drained is not left",
+        _CONTROL,
+        "sorted(set(group.values()) & set(draining))",
+        "sorted(set(draining) - set(group.values()))",
+        "tests/orchestrator/cluster/test_control.py::test_what_the_nodes_of_a_cluster_make_of_it",
+    ),
+    Mutant(
+        "a node that is lost is taken for room",
+        _CONTROL,
+        "if self._roomy_polls >= 2:",
+        "if self._roomy_polls >= 1:",
+        "tests/orchestrator/cluster/test_control.py::test_what_the_nodes_of_a_cluster_make_of_it",
+    ),
+    Mutant(
+        "a controller that dies again and again is started for ever",
+        "orchestrator/driver.py",
+        "deaths = deaths + 1 if step == stalled_at else 1",
+        "deaths = deaths + 1 if step != stalled_at else 1",
+        "tests/orchestrator/test_driver.py",
+    ),
+)
