@@ -105,11 +105,11 @@ CHECKPOINTS = (
         f"{_TESTS}/test_attempts.py::test_racing_claimers_with_equal_info_get_different_numbers[local]",
     ),
     Mutant(
-        "an attempt stops one successor too late",
+        "an attempt looks for the wrong successor",
         _ATTEMPTS,
-        "if newest > attempt:",
-        "if newest > attempt + 1:",
-        f"{_TESTS}/test_attempts.py::test_only_the_newest_goes_on[local]",
+        "    newer = attempt + 1\n",
+        "    newer = attempt + 2\n",
+        f"{_TESTS}/test_attempts.py::test_who_is_superseded_finds_out_by_name[local]",
     ),
     Mutant(
         "attempts are counted instead of numbered",

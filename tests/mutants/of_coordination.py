@@ -124,11 +124,11 @@ COORDINATION = (
         f"{_TESTS}/test_opening.py::test_a_run_whose_trainers_die_on_the_way_to_a_stop_stores_their_snapshot_first",
     ),
     Mutant(
-        "memory is used although somebody else was here",
+        "a group goes on though somebody else has superseded it",
         _OPENING,
-        "self._alone = self._alone and attempt == previous + 1",
-        "self._alone = self._alone or attempt == previous + 1",
-        f"{_TESTS}/test_opening.py::test_memory_is_not_used_if_somebody_else_claimed_an_attempt_in_between",
+        'lambda claim: claim.get("group") == self._group',
+        "lambda claim: True",
+        f"{_TESTS}/test_opening.py::test_a_group_that_is_superseded_takes_nothing_back[another]",
     ),
     Mutant(
         "memory is used although storage has something newer",
