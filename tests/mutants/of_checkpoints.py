@@ -105,10 +105,10 @@ CHECKPOINTS = (
         f"{_TESTS}/test_attempts.py::test_racing_claimers_with_equal_info_get_different_numbers[local]",
     ),
     Mutant(
-        "an attempt looks for the wrong successor",
+        "an attempt trusts a store to list its successor at once",
         _ATTEMPTS,
-        "    newer = attempt + 1\n",
-        "    newer = attempt + 2\n",
+        "if store.exists(keys.attempt_key(newer)) or (newer",
+        "if (newer",
         f"{_TESTS}/test_attempts.py::test_who_is_superseded_finds_out_by_name[local]",
     ),
     Mutant(

@@ -124,11 +124,11 @@ COORDINATION = (
         f"{_TESTS}/test_opening.py::test_a_run_whose_trainers_die_on_the_way_to_a_stop_stores_their_snapshot_first",
     ),
     Mutant(
-        "a group goes on though somebody else has superseded it",
+        "memory is used although somebody else was here",
         _OPENING,
-        'lambda claim: claim.get("group") == self._group',
-        "lambda claim: True",
-        f"{_TESTS}/test_opening.py::test_a_group_that_is_superseded_takes_nothing_back[another]",
+        'lambda claim: claim.get("group") == self._group)',
+        "lambda claim: True)",
+        f"{_TESTS}/test_opening.py::test_a_group_that_is_superseded_takes_nothing_back",
     ),
     Mutant(
         "memory is used although storage has something newer",

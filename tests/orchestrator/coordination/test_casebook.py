@@ -29,7 +29,8 @@ def checkpoint() -> CheckpointInfo | None:
 def test_samples_that_earlier_lives_left_out_count(
     checkpoint: CheckpointInfo | None, left_out: int, action: Action
 ) -> None:
-    book = Casebook(make_spec("", quarantine=True, failures=FailureConfig(left_out=left_out)), lambda *_, **__: None)
+    spec = make_spec("", quarantine=True, failures=FailureConfig(left_out=left_out))
+    book = Casebook(spec, lambda *_, **__: None, lambda *_: None)
     assert book.learn(checkpoint) == Exclusions(samples=((2, 7), (2, 8)))
     place = Place(step=8, microbatch=0, position=70, stage=Stage.MODEL, blame=Blame.MICROBATCH, samples=(5, 17))
     end = TrainerExit(kind=ExitKind.ERROR, message="ValueError()", place=place)
