@@ -176,6 +176,8 @@ def _die_with(parent: int) -> None:
 
 def main(keeper: str, listener: str, *preload: str) -> None:
     """Serve."""
+    for handle in {keeper, listener} - {"-1"}:  # not for what an import starts: it would hold the name, and may live on
+        os.set_inheritable(int(handle), False)
     shared = socket.socket(fileno=int(listener)) if listener != "-1" else None
     _Server(Connection(int(keeper)), shared).serve(preload)
 

@@ -111,7 +111,7 @@ def test_what_the_server_forked_dies_with_it(name: str, keeper: Keeper) -> None:
 def test_a_shared_one_that_is_killed_is_started_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orchestrator.agents.forkserver, "_FIND_S", 60.0)
     keeper = Keeper(name, PRELOAD)
-    keeping = threading.Thread(target=keeper.keep)
+    keeping = threading.Thread(target=keeper.keep, daemon=True)
     keeping.start()
     servers = set()
     for _ in range(2):
