@@ -50,10 +50,11 @@ class Checkpointer:
         dist.barrier()
 
 
-def take_turns(config: dict[str, Any], run_url: str) -> int:
+def take_turns(config: dict[str, Any], run_url: str, folder: str) -> int:
     """Collective: all ranks. Returns the step at which the run ends."""
-    from bench.save_turns import take_turns
+    from bench.save_turns import FOLDER, take_turns
 
+    os.environ[FOLDER] = folder  # ranks may come from a server that is older than this test
     os.sync = lambda: None  # in this process alone: it waits for what all others have written
     state, task = build(decode(TrainerConfig, config), torch.device("cpu"))
     take_turns(state, task, None, Checkpointer(Path(f"{run_url}.step")), None)
@@ -61,7 +62,8 @@ def take_turns(config: dict[str, Any], run_url: str) -> int:
 
 
 def run_group(spec: RunSpec, world_size: int) -> None:
-    steps = run_ranks(world_size, take_turns, spec.config, spec.run_url, timeout_s=600)
+    folder = str(Path(spec.run_url).parent)
+    steps = run_ranks(world_size, take_turns, spec.config, spec.run_url, folder, timeout_s=600)
     assert steps == [spec.num_steps] * world_size, "the run does not end with its last turn"
 
 

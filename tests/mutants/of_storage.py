@@ -93,7 +93,7 @@ STORAGE = (
         _RETENTION,
         "ref.attempt < attempt else _UPLOAD_S",
         "ref.attempt <= attempt else _UPLOAD_S",
-        f"{_PRUNING}::test_uploads_of_attempts_that_are_over_are_swept_after_the_grace_period",
+        f"{_TESTS}/test_litter.py::test_uploads_of_attempts_that_are_over_are_swept_after_the_grace_period",
     ),
     Mutant(
         "the place of what was never committed is free again",

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 
 import pytest
 
@@ -15,33 +14,9 @@ from orchestrator.checkpoint.selection import select_checkpoint
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError, SupersededError
 from tests.orchestrator.checkpoint.dict_store import DictStore
+from tests.orchestrator.checkpoint.retained import GRACE_S, Run, leave_upload
 from tests.orchestrator.checkpoint.states import make_state, save, write_shards
-from tests.s3.stores import abort_all
 from trainers.errors import ConfigError
-
-GRACE_S = 100.0
-
-
-class Run:
-    """A run with checkpoints of steps 1 to `num`, and a pruner with a clock that is set by hand."""
-
-    def __init__(self, store: Store, num: int, **config) -> None:
-        self.store, self.now_s, self.removed = store, 0.0, []
-        self.attempt = claim_attempt(store, {})
-        self.refs = [save(store, make_state(step), step=step, world_size=2).ref for step in range(1, num + 1)]
-        self.pruner = Pruner(store, RetentionConfig(**({"grace_s": GRACE_S} | config)), lambda: self.now_s)
-
-    def prune(self, after_s: float = 0.0) -> float | None:
-        self.now_s += after_s
-        return self.pruner.prune(self.attempt, self.removed.append)
-
-    @property
-    def steps(self) -> list[int]:
-        return sorted(info.step for info in list_checkpoints(self.store) if info.state == "stable")
-
-    @property
-    def expired(self) -> list[int]:
-        return sorted(info.step for info in list_checkpoints(self.store) if info.expired)
 
 
 def test_marked_first_and_removed_after_the_grace_period(store):
@@ -197,24 +172,6 @@ def test_a_superseded_attempt_removes_nothing(store):
     assert run.steps == [1, 2, 3] and run.expired == []
 
 
-def test_the_litter_of_killed_writers_goes_after_a_day(tmp_path):
-    run = Run(Store.open(str(tmp_path)), 1)
-    dead, barely = CheckpointRef(90, run.attempt), CheckpointRef(80, run.attempt)
-    write_shards(run.store, make_state(9), 2, dead)
-    (tmp_path / barely.folder).mkdir()
-    fresh, old = (tmp_path / run.refs[0].file(f".{letter * 32}.tmp") for letter in "ab")
-    for path in (fresh, old):
-        path.write_bytes(b"half a shard")
-    os.utime(old, (0, 0))
-    run.attempt = claim_attempt(run.store, {})
-    run.prune()
-    assert fresh.exists() and not old.exists() and len(run.store.list("checkpoints")) == 3
-    for path in (barely.folder, dead.manifest):
-        os.utime(tmp_path / path, (0, 0))
-    run.prune()
-    assert run.store.list("checkpoints") == [str(run.refs[0])] and run.steps == [1]
-
-
 def test_a_pass_reads_only_what_has_changed_since_the_last_one(store, monkeypatch):
     run, read = Run(store, 4, last=2), []
     real = store.read
@@ -259,48 +216,3 @@ def test_a_pin_set_during_a_pass_that_takes_long_is_respected(store, monkeypatch
     monkeypatch.setattr(store, "list", list_slowly)
     run.prune(1.0)
     assert run.steps == [1, 2]
-
-
-def leave_upload(store: Store, folder: str, age_s: float) -> Path:
-    """What a writer leaves that is killed, so long ago."""
-    path = Path(store.url) / folder / f".{len(folder):032x}.tmp"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"a part")
-    os.utime(path, (time.time() - age_s,) * 2)
-    return path
-
-
-def test_uploads_of_attempts_that_are_over_are_swept_after_the_grace_period(tmp_path):
-    run = Run(Store.open(str(tmp_path)), 1)
-    run.attempt = claim_attempt(run.store, {})
-    old, young = (
-        leave_upload(run.store, f"checkpoints/{samples:013d}-0001", age) for samples, age in ((7, 150), (8, 40))
-    )
-    living = [leave_upload(run.store, f"checkpoints/0000000000009-{attempt:04d}", 150) for attempt in (2, 3)]
-    foreign, forgotten = leave_upload(run.store, "exports", 150), leave_upload(run.store, "exports/b", 90_000)
-    assert 55 < run.prune() <= 60, "when the younger one may go"
-    assert not old.exists() and not forgotten.exists()
-    assert young.exists() and foreign.exists() and all(path.exists() for path in living)
-
-
-def test_a_superseded_attempt_sweeps_nothing(tmp_path):
-    run = Run(Store.open(str(tmp_path)), 1)
-    run.attempt = claim_attempt(run.store, {})
-    left = leave_upload(run.store, "checkpoints/0000000000007-0001", 150)
-    claim_attempt(run.store, {})
-    with pytest.raises(SupersededError):
-        run.prune()
-    assert left.exists()
-
-
-@pytest.mark.s3
-def test_uploads_are_swept_on_s3(s3_server, s3_url):
-    store = Store.open(s3_url)
-    bucket, _, prefix = s3_url.removeprefix("s3://").partition("/")
-    keys = [f"{prefix}/checkpoints/0000000000010-{attempt:04d}/shard" for attempt in (1, 2)]
-    for key in keys:
-        s3_server.client.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
-    attempts = [claim_attempt(store, {}) for _ in range(2)]
-    Pruner(store, RetentionConfig(grace_s=0.0)).prune(attempts[1], lambda _: None)
-    assert [f"{bucket}/{key}" for key in keys[1:]] == [upload.path for upload in store.unfinished_uploads()]
-    assert abort_all(store) == 1
