@@ -59,7 +59,8 @@ class Keepers:
             nodes: total resources of each that is alive.
             group: those that have agents now.
         """
-        self._keepers = {node: keeper for node, keeper in self._keepers.items() if node in nodes}
+        group = set(group)  # on a node that is being drained too: with its keeper Ray ends what the trainers hang on
+        self._keepers = {node: keeper for node, keeper in self._keepers.items() if node in nodes or node in group}
         for node in where(nodes, group, self._resources, self._max_workers) - self._keepers.keys():
             there: Any = NodeAffinitySchedulingStrategy(node, soft=False)
             options = _Keeper.options(scheduling_strategy=there, max_restarts=-1)
