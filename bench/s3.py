@@ -8,7 +8,6 @@ The goal is about the fastest of all bare clients, so without boto3 and obstore 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import fsspec
 from botocore.config import Config
 
 from bench.comparison import Comparison
+from bench.packages import INSTALL, versions
 from orchestrator.checkpoint.attempts import claim_attempt
 from orchestrator.checkpoint.catalog import load_manifest
 from orchestrator.checkpoint.keys import CheckpointRef, shard_name
@@ -42,7 +42,7 @@ _UPLOAD_GOAL, _DOWNLOAD_GOAL = 1.25, 1.3
 _RANGE_BYTES = 16 << 20
 _AT_ONCE = 8
 _WARM_UP = 1
-_ABSENT = [name for name in ("boto3", "obstore") if not importlib.util.find_spec(name)]
+_BARE = versions(("boto3", "obstore"))
 _OURS, _SAMPLED = "", " (1 % read back)"
 """Names of our arms: what they add to the name of a comparison. The first one reads everything back."""
 
@@ -67,6 +67,7 @@ def measure(quick: bool) -> list[Comparison]:
                 down[_OURS] = checkpoint.restore
             for what, goal, arms in zip(words, (_UPLOAD_GOAL, _DOWNLOAD_GOAL), (up, down), strict=True):
                 comparisons += _compare(f"{size >> 20} MiB, {target}: {what}", arms, num_pairs, goal, size)
+    comparisons[0].notes |= {"versions": _BARE}
     return comparisons
 
 
@@ -87,11 +88,8 @@ def _compare(name: str, arms: Arms, num_pairs: int, goal: float, size: int) -> I
             reference_name=arm,
             ours_s=times[ours][_WARM_UP:],
             reference_s=times[arm][_WARM_UP:],
-            goal=goal if arm == fastest and not _ABSENT else None,
-            notes={
-                f"CPU s/GB, of {arm}": [cpu[one] / num_pairs / size * 1e9 for one in (ours, arm)],
-                **({"not installed": ", ".join(_ABSENT)} if _ABSENT else {}),
-            },
+            goal=goal if arm == fastest and INSTALL not in _BARE.values() else None,
+            notes={f"CPU s/GB, of {arm}": [cpu[one] / num_pairs / size * 1e9 for one in (ours, arm)]},
         )
 
 
@@ -114,7 +112,7 @@ def _arms(endpoint: str, data: bytes, path: str) -> tuple[Arms, Arms]:
         _OURS: lambda: in_threads(lambda begin, end: out[: store.read_into("object", begin, [out[begin:end]])]),
         "s3fs cat_ranges": lambda: fs.cat_ranges(files, begins, ends),
     }
-    if "boto3" not in _ABSENT:
+    if _BARE["boto3"] != INSTALL:
         options = {name: value for name, value in OPTIONS["config_kwargs"].items() if name != "retries"}
         client = importlib.import_module("boto3").client("s3", config=Config(**options))
         transfer = importlib.import_module("boto3.s3.transfer").TransferConfig(
@@ -126,7 +124,7 @@ def _arms(endpoint: str, data: bytes, path: str) -> tuple[Arms, Arms]:
                 "Body"
             ].read()
         )
-    if "obstore" not in _ABSENT:
+    if _BARE["obstore"] != INSTALL:
         obstore = importlib.import_module("obstore")
         bare = obstore.store.S3Store(
             BUCKET,

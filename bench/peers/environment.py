@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import torch.distributed as dist
+
+from bench.programs import free_port
 
 
 def name_the_group() -> None:
     """Say which rank this is. Collective: none; the process group that is there is the one that will be used."""
-    with socket.socket() as free:  # they ask for an address too
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     world = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
     os.environ.update({name: str(value) for name, value in world.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))  # they ask for an address too
