@@ -8,10 +8,14 @@ from typing import Any
 
 import ray
 from ray._private.state import state as cluster
-from ray._raylet import RAY_NODE_ID_KEY  # pyright: ignore[reportAttributeAccessIssue]
+from ray._raylet import (  # pyright: ignore[reportAttributeAccessIssue]
+    RAY_NODE_ID_KEY,
+    PlacementGroupID,
+)
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from orchestrator.cluster.mailbox import Outbox
 from orchestrator.cluster.silent_nodes import silent_nodes
@@ -107,6 +111,18 @@ class Replacing(ControllerCallback, WorkerGroupCallback):
         self._outbox.put(Event(kind=kind, fields=fields, time_s=time.time()))
 
 
+def _free_what_is_left() -> None:
+    """Give back the room that an earlier controller of this driver held when it died: nobody else could start in it.
+
+    Ray does so itself only when the whole job ends. Ray Train has an actor that does it before, but that one can die
+    with the controller: Ray's memory monitor ends many processes at once.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for name, group in placement_group_table().items():
+        if name.endswith(job) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
+
 class _ByValue:
     """The train function as Ray Train wants it, and as a part of the calls that take it to the workers.
 
@@ -125,6 +141,7 @@ class Trainer(DataParallelTrainer):
     """Ray Train with our choice of the number of workers, where that is elastic, and our way to the workers."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        _free_what_is_left()
         if self.scaling_config.elasticity_enabled:
             arguments["scaling_policy"] = LiveNodesPolicy(self.scaling_config)
         arguments["train_fn_ref"] = _ByValue(arguments["train_fn_ref"].get())

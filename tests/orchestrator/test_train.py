@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ import pytest
 import yaml
 
 from orchestrator.checkpoint.store import Store
-from orchestrator.processes import birth, parent
+from orchestrator.processes import birth, descendants, parent
 from orchestrator.tracking.goodput import account
 from orchestrator.tracking.record import read_events, read_metrics
 from tests.orchestrator.independent import assert_same_state
@@ -26,6 +27,7 @@ from tests.trainers.tiny import tiny_config
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 STEPS, EVERY = 40, 5
+_CONTROLLING = re.compile("ray::(TrainController|PlacementGroupCleaner)")
 PIDS = re.compile(r"attempt (\d+): rank (\d+) trains in process (\d+) \(agent (\d+)\)")
 
 
@@ -139,6 +141,27 @@ def assert_same_record(run: Path, straight: Path) -> None:
     assert goodput.attempts == len(list((run / "attempts").iterdir())) >= 4
     seconds = {str(bucket): total for bucket, total in goodput.seconds.items()}
     assert min(seconds[name] for name in ("productive", "stall", "detect", "restart", "start", "down")) > 0
+
+
+def test_the_controller_and_what_cleans_up_after_it_killed(straight: Path, ray_folder: Path, tmp_path: Path) -> None:
+    """At once, as Ray's memory monitor does: nobody is left who gives back the room of the agents."""
+    driver = Driver(ray_folder, write_config(tmp_path))
+    driver.until("newest stable checkpoint: step")
+    doomed = [pid for pid in descendants(driver.process.pid) if _CONTROLLING.match(command_line(pid))]
+    assert len(doomed) == 2
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in doomed:
+            os.kill(pid, number)
+    driver.until("Ray Train ended without an outcome.*starting Ray Train again")
+    assert driver.end() == 0, "".join(driver.lines)
+    assert "attempt 2: 2 workers" in "".join(driver.lines)
+    assert_same_state(tmp_path / "run", straight)
+
+
+def command_line(pid: int) -> str:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
 
 
 def test_sigterm_saves_the_step_under_way(straight: Path, ray_folder: Path, tmp_path: Path) -> None:
