@@ -17,8 +17,11 @@ install: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(PY) -m orchestrator.demo
 
+# Two at once, as much of it is waiting; a file's tests stay together, as they share what is expensive to make. The order
+# is conftest's: what takes long begins first.
+WORKERS ?= 2
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 SEEDS ?= 10000
 simulate: $(VENV)/.installed-test

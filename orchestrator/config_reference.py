@@ -10,6 +10,7 @@ import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from orchestrator.config import RunConfig
@@ -53,6 +54,7 @@ def _keys(section: type, where: str) -> Iterator[Key]:
             yield from _keys(inner, f"{at}.")
 
 
+@cache  # the source of a class is slow to find, and asked for with every key
 def _texts(section: type) -> dict[str, str]:
     """The string under each field, of the classes that it inherits from too."""
     found = {}

@@ -19,14 +19,21 @@ from tests.s3.fault_proxy import FaultProxy
 from tests.s3.server import BUCKET, S3Server
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Real processes die at moments that no test decides to the millisecond: such a test gets a second try.
 
     The second try is shown ("rerun" in the summary): one that needs it often is a fault of the test, or of the code.
     """
     for item in items:
-        if any(item.get_closest_marker(name) for name in ("chaos", "ray")):
+        if _has(item, "chaos", "ray"):
             item.add_marker(pytest.mark.flaky(reruns=1))
+    if hasattr(config, "workerinput"):  # of several: files that take long first, so that none is left alone with one
+        long = {item.path for item in items if _has(item, "chaos", "ray", "slow")}
+        items.sort(key=lambda item: item.path not in long)
+
+
+def _has(item: pytest.Item, *markers: str) -> bool:
+    return any(item.get_closest_marker(name) for name in markers)
 
 
 @pytest.fixture(scope="session")

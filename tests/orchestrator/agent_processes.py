@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
 import threading
@@ -35,6 +36,7 @@ PRELOAD = (
 )
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="unbroken-faults-")
+atexit.register(_FOLDER.cleanup)  # or a worker of pytest-xdist is warned that it is left to the interpreter
 FAULTS = Path(_FOLDER.name) / "faults.json"
 """What `tests.orchestrator.faults` reads."""
 os.environ["UNBROKEN_TEST_FAULTS"] = str(FAULTS)

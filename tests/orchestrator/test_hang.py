@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import signal
@@ -23,6 +24,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
 TIMEOUT_S = 6.0
 _FOLDER = tempfile.TemporaryDirectory(prefix="unbroken-hangs-")
+atexit.register(_FOLDER.cleanup)  # or a worker of pytest-xdist is warned that it is left to the interpreter
 os.environ[PLANS] = _FOLDER.name
 STEPS, EVERY = 12, 3
 

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import suppress
 from functools import cached_property
+from itertools import count as counted
 from pathlib import Path
 
 import fsspec
@@ -31,6 +32,11 @@ _PORTS = (
     "admin.port.grpc",
 )
 _READY_S = 60
+
+# Below the ports that the kernel hands to any connection, which could take one between the question and its use; above
+# those of Ray's workers and of tests/deploy/test_slurm.py. Each worker of pytest-xdist has a share.
+_FIRST_PORT, _PORTS_EACH, _NUM_SHARES = 30_000, 300, 9
+_TURN = counted(os.getpid())  # another suite on this machine begins elsewhere
 
 
 class S3Server:
@@ -131,12 +137,17 @@ class S3Server:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, all different."""
-    with ExitStack() as sockets:
-        taken = [sockets.enter_context(socket.socket()) for _ in range(count)]
-        for one in taken:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in taken]
+    """Ports of 127.0.0.1 that were free a moment ago, all different, and different from those of the calls before."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    found: list[int] = []
+    for _ in range(_PORTS_EACH):
+        port = _FIRST_PORT + _PORTS_EACH * (number % _NUM_SHARES) + next(_TURN) % _PORTS_EACH
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError(f"{len(found)} free ports from {_FIRST_PORT} on, wanted {count}")
 
 
 def _binary() -> str:

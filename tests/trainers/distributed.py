@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "diffusers", "trainers.build"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "diffusers", "trainers.build", "sklearn.datasets"])
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240) -> list[Any]:

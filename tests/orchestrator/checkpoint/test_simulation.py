@@ -23,6 +23,7 @@ BATCH = 250
 MUTANT_SEEDS = range(6000)
 
 
+@pytest.mark.slow
 def test_no_seed_violates_an_invariant():
     batches = [range(first, min(first + BATCH, NUM_SEEDS)) for first in range(0, NUM_SEEDS, BATCH)]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
