@@ -48,7 +48,7 @@ def conditions(on_gpu: bool = False) -> dict[str, Any]:
     return {
         **({"gpu": torch.cuda.get_device_name()} if on_gpu and torch.cuda.is_available() else {}),
         "cpu": model,
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "load_at_start": os.getloadavg()[0],
         "time": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "python": platform.python_version(),

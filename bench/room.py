@@ -12,9 +12,9 @@ _MEMINFO = Path("/proc/meminfo")
 def missing_room(*, disk_bytes: int = 0, memory_bytes: int = 0, folder: str = "/tmp") -> str | None:
     """What there is too little of, in one line; None: nothing."""
     if (free := shutil.disk_usage(folder).free) < disk_bytes:
-        return f"{folder} has {free / 1e9:.1f} GB left; {disk_bytes / 1e9:.1f} GB are needed at most"
+        return f"{folder} has {free / 1e9:.1f} GB left; {disk_bytes / 1e9:.1f} GB are needed"
     if (free := available_bytes()) < memory_bytes:
-        return f"{free / 1e9:.1f} GB of memory are available; {memory_bytes / 1e9:.1f} GB are needed at most"
+        return f"{free / 1e9:.1f} GB of memory are available; {memory_bytes / 1e9:.1f} GB are needed"
     return None
 
 
