@@ -15,7 +15,6 @@ from bench.room import available_bytes
 
 _HEAD_START_CYCLES = 20_000_000
 """About 10 ms of a GPU, in which the host queues what is measured: as in training, where the GPU is behind it."""
-_WARM_UP = 3
 
 
 def here() -> torch.device:
@@ -111,10 +110,11 @@ def in_turn(
     arms: Mapping[str, Callable[[], object]],
     rounds: int,
     clock: Callable[[torch.device, Callable[[], object]], float],
+    warm_up: int = 3,
 ) -> dict[str, list[float]]:
-    """Seconds of each arm in each round; the order alternates, and the first rounds are not counted."""
+    """Seconds of each arm in each round; the order alternates, and the first `warm_up` rounds are not counted."""
     times: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(_WARM_UP + rounds):
+    for number in range(warm_up + rounds):
         for name in list(arms) if number % 2 == 0 else list(arms)[::-1]:
             times[name].append(clock(device, arms[name]))
-    return {name: values[_WARM_UP:] for name, values in times.items()}
+    return {name: values[warm_up:] for name, values in times.items()}

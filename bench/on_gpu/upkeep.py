@@ -94,8 +94,8 @@ def room_for_snapshots(ours: Ours) -> str | None:
 def hashes(ours: Ours, step_s: float | None, rounds: int) -> Iterator[Result]:
     """The fingerprint of a state, which is computed on the host, and the digest on the device that replicas compare."""
     device, size = ours.device, _snapshot_bytes(ours)
-    times = in_turn(device, {"fingerprint": lambda: fingerprints(ours.state)}, max(1, rounds // 4), waited_s)
-    whole = float(np.median(times["fingerprint"]))
+    arms = {"fingerprint": lambda: fingerprints(ours.state)}
+    whole = float(np.median(in_turn(device, arms, 2, waited_s, warm_up=1)["fingerprint"]))  # seconds each
     yield Figure(
         name=f"{ours.part}: fingerprint of the state, at a restore and on the host",
         value=whole,
