@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -30,7 +31,8 @@ class Arm:
     def __init__(self, name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start `python ARGUMENTS`. What it prints that is no JSON goes to a log file."""
         self.name = name
-        self.log = Path(tempfile.gettempdir()) / f"unbroken-bench-{name}.log"
+        # Of this user: another one's can not be written to.
+        self.log = Path(tempfile.gettempdir()) / f"unbroken-bench-{os.getuid()}-{name}.log"
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._process = subprocess.Popen(
             [sys.executable, *arguments],
@@ -49,8 +51,7 @@ class Arm:
 
     def __exit__(self, *_: object) -> None:
         tree = self._signal(signal.SIGSTOP)  # so that nobody starts more while they are being ended
-        for pid in tree:
-            os.kill(pid, signal.SIGKILL)
+        _send(tree, signal.SIGKILL)
         self._process.wait()
         self._reader.join()
 
@@ -88,8 +89,7 @@ class Arm:
 
     def _signal(self, number: int) -> list[int]:
         tree = [self._process.pid, *descendants(self._process.pid)]
-        for pid in tree:
-            os.kill(pid, number)
+        _send(tree, number)
         return tree
 
     def _read(self) -> None:
@@ -102,3 +102,9 @@ class Arm:
                     log.write(text)
                     log.flush()
         self._lines.put(None)
+
+
+def _send(pids: Sequence[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # it has ended since it was seen
+            os.kill(pid, number)

@@ -18,6 +18,8 @@ class Figure:
     """None: shown for information."""
     at_least: bool = False
     """The value must be at least the goal; else at most."""
+    required: bool = False
+    """If the goal is missed, the benchmark ends with an error, after everything is written."""
     points: Sequence[tuple[float, float]] = field(default_factory=list)
     """What it was made of: (x, y), for the plot."""
     notes: dict[str, Any] = field(default_factory=dict)

@@ -8,17 +8,21 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bench.comparison import Comparison
 from bench.figure import Figure
+from bench.not_measured import NotMeasured
 from bench.plot import draw
 
-Result = Comparison | Figure
+Result = Comparison | Figure | NotMeasured
+_KINDS = {"comparisons": Comparison, "figures": Figure, "not_measured": NotMeasured}
+"""Key in a result file -> what is listed there."""
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
@@ -30,36 +34,59 @@ _INTRODUCTION = """\
 `python -m bench reduction ema` only these rows. What is compared runs interleaved in one script: `ratio` is the median
 of the ratios of pairs, ours to the other, so less is better; behind it the upper end of its 95 % bootstrap interval. A
 goal `holds` only if that bound meets it, and is `open` if the median alone does. The frameworks that are met here are
-the extra `bench` (`pip install -e '.[bench]'`); a row says which of them it did without.
+the extra `bench` (`pip install -e '.[bench]'`); a row says which of them it did without. The row `gpu` needs a GPU, but
+neither Ray nor that extra: `python -m bench gpu`, or `torchrun --nproc-per-node W -m bench gpu` for several.
 """
 
 
-def conditions() -> dict[str, Any]:
-    """Where and when a row is measured."""
+def conditions(on_gpu: bool = False) -> dict[str, Any]:
+    """Where and when a row is measured. Args: on_gpu: which GPU there is, if there is one, is of interest."""
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
     return {
+        **({"gpu": torch.cuda.get_device_name()} if on_gpu and torch.cuda.is_available() else {}),
         "cpu": model,
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "load_at_start": os.getloadavg()[0],
         "time": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "diffusers", "ray")},
+        **{name: _version(name) for name in ("torch", "diffusers", "ray")},
     }
 
 
-def store(row: str, where: dict[str, Any], results: Sequence[Result], folder: Path = RESULTS) -> None:
-    """Write the row's result file, with every single time in it."""
-    where = {**where, "load_at_end": os.getloadavg()[0]}
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def store(
+    row: str, where: dict[str, Any], results: Sequence[Result], folder: Path = RESULTS, only: str | None = None
+) -> None:
+    """Write the row's result file, with every single time in it.
+
+    What was measured elsewhere stays, if here nothing could be.
+
+    Args:
+        only: the part of the row that was measured; what is stored of other parts is kept. None: the whole row.
+    """
+    before = load(row, folder)[1] if (folder / f"{row}.json").exists() else []
+    if _nothing(results) and not _nothing(before):
+        return
+    others = [one for one in before if only is not None and one.name.split(":")[0] not in (only, "limits", row)]
+    where, results = {**where, "load_at_end": os.getloadavg()[0]}, [*others, *results]
     comparisons = [
         {**asdict(one), "ratio": one.ratio, "upper_bound": one.upper_bound, "verdict": one.verdict}
         for one in results
         if isinstance(one, Comparison)
     ]
     figures = [{**asdict(one), "verdict": one.verdict} for one in results if isinstance(one, Figure)]
-    content = {"conditions": where, "comparisons": _rounded(comparisons), "figures": _rounded(figures)}
+    missing = [asdict(one) for one in results if isinstance(one, NotMeasured)]
+    listed = {"comparisons": _rounded(comparisons), "figures": _rounded(figures), "not_measured": missing}
+    content = {"conditions": where, **listed}
     folder.mkdir(exist_ok=True)
     (folder / f"{row}.json").write_text(json.dumps(content, indent=1))
 
@@ -69,7 +96,7 @@ def load(row: str, folder: Path = RESULTS) -> tuple[dict[str, Any], list[Result]
     content = json.loads((folder / f"{row}.json").read_text())
     derived = ("ratio", "upper_bound", "verdict")
     found: list[Result] = []
-    for kind, key in ((Comparison, "comparisons"), (Figure, "figures")):
+    for key, kind in _KINDS.items():
         for line in content.get(key, ()):
             found.append(kind(**{name: value for name, value in line.items() if name not in derived}))
     return content["conditions"], found
@@ -78,15 +105,39 @@ def load(row: str, folder: Path = RESULTS) -> tuple[dict[str, Any], list[Result]
 def write_readme(rows: Sequence[str], readme: Path = README, folder: Path = RESULTS) -> None:
     """Write this folder's README and the plots from the stored results of `rows`; those without any are left out."""
     for row in (row for row in rows if (folder / f"{row}.json").exists()):
-        (folder / f"{row}.svg").write_text(draw(load(row, folder)[1]))
+        if plot := plotted(load(row, folder)[1]):
+            (folder / f"{row}.svg").write_text(plot)
     readme.write_text(compose(rows, folder))
+
+
+def plotted(results: Sequence[Result]) -> str:
+    """The row's plot; empty, if there is nothing in it."""
+    measured = [one for one in results if not isinstance(one, NotMeasured)]
+    return draw(measured) if measured else ""
+
+
+def reasons(row: str, results: Sequence[Result]) -> str:
+    """Why nothing of a row was measured, in a line; empty, if something was."""
+    if not _nothing(results):
+        return ""
+    return "\n".join(f"{row}: not measured: {one.reason}" for one in results if isinstance(one, NotMeasured))
+
+
+def broken_requirements(results: Sequence[Result]) -> list[str]:
+    """The figures that had to meet their goals, and do not."""
+    return [one.name for one in results if isinstance(one, Figure) and one.required and one.verdict == "missed"]
+
+
+def _nothing(results: Sequence[Result]) -> bool:
+    return all(isinstance(one, NotMeasured) for one in results)
 
 
 def compose(rows: Sequence[str], folder: Path = RESULTS) -> str:
     """The README as it follows from the stored results."""
     found = {row: load(row, folder) for row in rows if (folder / f"{row}.json").exists()}
     parts = [_INTRODUCTION, _overview(found)]
-    parts += [section(row, where, results, f"![{row}](results/{row}.svg)") for row, (where, results) in found.items()]
+    for row, (where, results) in found.items():
+        parts.append(section(row, where, results, "" if _nothing(results) else f"![{row}](results/{row}.svg)"))
     return "\n".join(parts) + "\n"
 
 
@@ -97,31 +148,37 @@ def section(row: str, where: dict[str, Any], results: Sequence[Result], plot: st
     figures = [one for one in results if isinstance(one, Figure)]
     notes = [
         f"- {one.name}: " + "; ".join(f"{key}: {_plain(value)}" for key, value in one.notes.items())
-        for one in results
+        for one in (*comparisons, *figures)
         if one.notes
     ]
+    notes += [f"- {one.name}: not measured: {one.reason}" for one in results if isinstance(one, NotMeasured)]
     parts = [f"## {row}", described, plot, _compared(comparisons), _counted(figures), "\n".join(notes)]
     return "\n" + "\n\n".join(part for part in parts if part)
 
 
 def _overview(found: dict[str, tuple[dict[str, Any], list[Result]]]) -> str:
-    """Every figure that has a goal."""
+    """Every figure that has a goal, and what could not be measured."""
     lines = ["| row | what | figure | goal | | measured on |", "|---|---|---|---|---|---|"]
     for row, (where, results) in found.items():
-        place = f"{where['cores']} cores {where['cpu']}, {where['time']}"
-        for one in (one for one in results if one.goal is not None):
+        place = f"{where.get('gpu', '')} {where['cores']} cores {where['cpu']}, {where['time']}".lstrip()
+        for one in results:
+            if isinstance(one, NotMeasured):
+                lines.append(f"| [{row}](#{row}) | {one.name} | not measured: {one.reason} | | | {place} |")
+                continue
+            if one.goal is None:
+                continue
             what = f"{one.name} / {one.reference_name}" if isinstance(one, Comparison) else one.name
             lines.append(f"| [{row}](#{row}) | {what} | {_figure(one)} | {_goal(one)} | {one.verdict} | {place} |")
     return "\n".join(lines)
 
 
-def _figure(one: Result) -> str:
+def _figure(one: Comparison | Figure) -> str:
     if isinstance(one, Comparison):
         return f"{one.ratio:.3f} ({one.upper_bound:.3f})"
     return f"{one.value:.4g} {one.unit}".strip()
 
 
-def _goal(one: Result) -> str:
+def _goal(one: Comparison | Figure) -> str:
     if one.goal is None:
         return ""
     if isinstance(one, Figure):

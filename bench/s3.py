@@ -24,7 +24,9 @@ import fsspec
 from botocore.config import Config
 
 from bench.comparison import Comparison
+from bench.not_measured import NotMeasured
 from bench.packages import INSTALL, versions
+from bench.room import missing_room
 from orchestrator.checkpoint.attempts import claim_attempt
 from orchestrator.checkpoint.catalog import load_manifest
 from orchestrator.checkpoint.keys import CheckpointRef, shard_name
@@ -42,6 +44,9 @@ _UPLOAD_GOAL, _DOWNLOAD_GOAL = 1.25, 1.3
 _RANGE_BYTES = 16 << 20
 _AT_ONCE = 8
 _WARM_UP = 1
+_IN_MEMORY = "/dev/shm"
+"""A container has 64 MB of it, unless it is asked for more."""
+_OTHER_OBJECTS = 6
 _BARE = versions(("boto3", "obstore"))
 _OURS, _SAMPLED = "", " (1 % read back)"
 """Names of our arms: what they add to the name of a comparison. The first one reads everything back."""
@@ -49,13 +54,16 @@ _OURS, _SAMPLED = "", " (1 % read back)"
 Arms = dict[str, Callable[[], object]]
 
 
-def measure(quick: bool) -> list[Comparison]:
+def measure(quick: bool) -> list[Comparison] | list[NotMeasured]:
     """Ours beside each bare client; the fastest of them is the one that the goal is about."""
-    num_pairs = 2 if quick else 10
+    num_pairs, size = (2, 32 << 20) if quick else (10, 256 << 20)
+    # In memory, so that no disk is measured: every checkpoint of both arms of ours, and what each other one stores.
+    kept = size * (2 * (_WARM_UP + num_pairs) + _OTHER_OBJECTS)
+    if (reason := missing_room(disk_bytes=kept, memory_bytes=kept, folder=_IN_MEMORY)) is not None:
+        return [NotMeasured(name="s3", reason=reason)]
     comparisons = []
-    for target, endpoint, size in (("sink", _sink, 256 << 20), ("server", _server, 256 << 20)):
-        size = (32 << 20) if quick else size
-        with endpoint() as url, tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+    for target, endpoint in (("sink", _sink), ("server", _server)):
+        with endpoint() as url, tempfile.NamedTemporaryFile(dir=_IN_MEMORY) as file:
             data = os.urandom(1 << 20) * (size >> 20)
             file.write(data)
             file.flush()
@@ -210,7 +218,7 @@ def _sink() -> Iterator[str]:
 
 @contextmanager
 def _server() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+    with tempfile.TemporaryDirectory(dir=_IN_MEMORY) as folder:
         server = S3Server(Path(folder))
         try:
             server.start()

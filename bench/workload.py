@@ -44,6 +44,13 @@ def config(
     }
 
 
-def pin(rank: int) -> None:
-    """Keep this process, and the threads that it will start, on one core: no rank is moved onto another's."""
-    os.sched_setaffinity(0, {rank % (os.cpu_count() or 1)})
+def pin(rank: int, pid: int = 0) -> None:
+    """Keep a process, and the threads that it will start, on one core: no rank is moved onto another's.
+
+    One of those that this process may use: in a container they need not begin at 0, nor be all of the machine's.
+
+    Args:
+        pid: 0: this process.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(pid, {cores[rank % len(cores)]})
