@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -41,8 +42,8 @@ _EPILOG = """\
 Exit codes:
   0    done
   1    an error nobody foresaw: a bug in unbroken
-  2    usage or configuration: nothing was started
-  3    the run failed; `prove` or `verify` found a difference; `chaos` a fault that was not recovered from
+  2    usage, configuration or data; mostly told before anything starts
+  3    the run or command failed; `prove` or `verify` found a difference; `chaos` a fault that was not recovered from
   4    gave up: the failure policy ended the run, with its reason
   5    storage did not do what was asked
   6    superseded: a newer attempt owns the run
@@ -122,6 +123,7 @@ def describe(error: Exception) -> tuple[str, int]:
     # A bug that ends the run is told in three lines: what, where, which samples.
     lines = str(error).splitlines() if isinstance(error, GaveUpError) else [str(error)]
     text = "\n".join(" ".join(line.split()) for line in lines)
+    error = _as_os_error(error)
     match error:
         case click.Abort():
             return "interrupted; run the same command again to go on", 130
@@ -141,6 +143,12 @@ def describe(error: Exception) -> tuple[str, int]:
             return f"cannot go on: {error.strerror}{where}; see to that place, then run the same command again", 5
     kind = type(error).__name__
     return f"unexpected {kind}: {text}; a bug in unbroken: `unbroken --debug ...` shows where it comes from", 1
+
+
+def _as_os_error(error: Exception) -> Exception:
+    """safetensors wraps what the system refuses in an error of its own, with the number in its text."""
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else error
 
 
 @click.group(cls=_Cli, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

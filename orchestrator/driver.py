@@ -26,14 +26,13 @@ from orchestrator.data.files import with_absolute_paths
 from orchestrator.errors import (
     AlreadyExistsError,
     GaveUpError,
-    RunMismatchError,
     StorageError,
     SupersededError,
     UnbrokenError,
 )
 from orchestrator.interrupts import Interrupts
 from orchestrator.messages.attempts import Ending, Event
-from orchestrator.run_identity import config_hash, conflicting_keys
+from orchestrator.run_identity import check_same_run, config_hash
 from orchestrator.sections import Workers
 from orchestrator.tracking.recorder import Recorder
 from trainers.errors import ConfigError
@@ -152,11 +151,7 @@ def _go_on(config: RunConfig, spec: RunSpec, fan_out: FanOut, note: _Tell) -> No
 
 def _open_run(store: Store, config: RunConfig) -> RunRecord:
     record = open_or_create(store, to_dict(config))
-    if conflicts := conflicting_keys(record.config, config):
-        raise RunMismatchError(
-            f"the run at {store.url} was made with another configuration: {'; '.join(conflicts)};"
-            " set these back, or choose another run.name"
-        )
+    check_same_run(store, record, config)
     with suppress(AlreadyExistsError):  # for people; what counts is in the run record
         store.create(CONFIG, to_yaml(config).encode())
     return record

@@ -14,8 +14,9 @@ from orchestrator.data.files import data_files
 from orchestrator.weights import SavedModel
 from trainers.conditioning import takes_text
 from trainers.config import TrainerConfig
+from trainers.data.guarded import GuardedSource
 from trainers.data.sampler import sample_indices
-from trainers.data.samples import Samples
+from trainers.data.samples import Samples, Source
 from trainers.data.sources import open_source
 from trainers.errors import ConfigError
 from trainers.evaluation.metrics import frechet_distance, kernel_distance, open_clip, open_network
@@ -99,7 +100,8 @@ def measure(saved: SavedModel, weights: str, request: Request, progress: Callabl
 
 def _reference(config: TrainerConfig, request: Request, model: nn.Module) -> tuple[torch.Tensor, list[Any]]:
     """Images of the data, (N, C, H, W) uint8, in a fixed random order; and a label or caption for each one to draw."""
-    source = open_source(replace(config.data, buckets=None), data_files)
+    source: Source = open_source(replace(config.data, buckets=None), data_files)
+    source = GuardedSource(source, None, skip_broken=config.data.on_broken == "skip")
     if source.latents is not None:
         raise ConfigError("data.source=latents holds no images to compare with; give those that they were made of")
     members = np.arange(len(source))

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from orchestrator.checkpoint import run_record
+from orchestrator.checkpoint.run_record import RunRecord
 from orchestrator.checkpoint.store import Store
 from orchestrator.config import SECTIONS_OF_RUN, RunConfig, flatten, to_dict
 from orchestrator.errors import RunMismatchError
@@ -76,6 +77,15 @@ def conflicting_keys(old: Mapping[str, Any], new: TrainerConfig) -> list[str]:
     ]
 
 
+def check_same_run(store: Store, record: RunRecord, config: TrainerConfig) -> None:
+    """Check that the run at `store` may go on with `config`. Raises RunMismatchError: it may not; names the keys."""
+    if conflicts := conflicting_keys(record.config, config):
+        raise RunMismatchError(
+            f"the run at {store.url} was made with another configuration: {'; '.join(conflicts)};"
+            " set these back, or choose another run.name"
+        )
+
+
 def _is_free(key: str, schedule: ScheduleConfig) -> bool:
     if key == "train.num_steps":
         return not depends_on_num_steps(schedule)
@@ -94,4 +104,4 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = ""
 
 
 def _show(value: Any) -> str:
-    return _ABSENT if value == _ABSENT else json.dumps(value)
+    return _ABSENT if value == _ABSENT else json.dumps(value, ensure_ascii=False)

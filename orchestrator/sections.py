@@ -27,8 +27,9 @@ class RunSection:
 
     def __post_init__(self) -> None:
         if not SAFE_NAME.fullmatch(self.name):
+            shown = json.dumps(self.name, ensure_ascii=False)
             raise ConfigError(
-                f"name={json.dumps(self.name)} is no safe folder name; start with a letter or digit and use only"
+                f"name={shown} is no safe folder name; start with a letter or digit and use only"
                 " letters, digits, '.', '_' and '-', at most 100"
             )
         if not self.grace_s > 0:

@@ -29,7 +29,7 @@ from trainers.state import TrainState, combined_fingerprint, fingerprints
 
 
 class _Print:
-    """Rank 0 prints a line a step, at most one in two seconds, and writes what was drawn into the folder `out`."""
+    """Rank 0 prints a line a step, at most one in two seconds, and writes what was drawn beside the folder `out`."""
 
     def __init__(self, config: TrainerConfig, out: Path | None) -> None:
         self._config = config
@@ -56,7 +56,8 @@ class _Print:
 
     def drew(self, progress: Progress, weights: str, png: bytes) -> None:
         assert self._out is not None
-        path = self._out / "samples" / weights / f"{progress.step:09d}.png"
+        # Not into it: what is exported there at the end is a folder of its own.
+        path = self._out.with_name(f"{self._out.name}-samples") / weights / f"{progress.step:09d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png)
         print(f"step {progress.step}  samples drawn: {path}", flush=True)
@@ -89,7 +90,11 @@ def _write_weights(state: TrainState, config: TrainerConfig, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m trainers", description=__doc__)
     parser.add_argument("config", help="JSON file, as `unbroken config show CONFIG --trainers-only --json` prints it")
-    parser.add_argument("--out", type=Path, help="write the trained weights here, as a diffusers folder")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="write the trained weights into this new folder, as diffusers has it; samples to OUT-samples",
+    )
     arguments = parser.parse_args()
     try:
         config = decode(TrainerConfig, json.loads(Path(arguments.config).read_text()))
@@ -97,6 +102,9 @@ def main() -> None:
         parser.exit(2, f"error: {error}\n")
     if config.samples.every_steps is not None and not arguments.out:
         parser.exit(2, "error: samples.every_steps needs --out, the folder for the images; or set it to null\n")
+    out = arguments.out and arguments.out.resolve()
+    if out and out.exists() and (not out.is_dir() or any(out.iterdir())):  # now, not when all is trained
+        parser.exit(2, f"error: --out {arguments.out} is not an empty folder; remove it, or name another\n")
     torch.set_num_threads(config.parallel.cpu_threads)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -106,13 +114,13 @@ def main() -> None:
     try:
         state, task = build(config, device)
         unsaved = Unsaved()
-        train(state, task, unsaved, unsaved, _Print(config, arguments.out))
+        train(state, task, unsaved, unsaved, _Print(config, out))
         state.generators.capture()
         combined = combined_fingerprint(fingerprints(state))
         if dist.get_rank() == 0:
             print(f"fingerprint of the state after step {state.progress.step}: {combined}", flush=True)
-        if arguments.out:
-            _write_weights(state, config, arguments.out)
+        if out:
+            _write_weights(state, config, out)
     except ConfigError as error:
         parser.exit(2, f"error: {error}\n")
     except DivergedError as error:

@@ -51,7 +51,7 @@ def _join(where: str, key: object) -> str:
 
 def _show(value: object) -> str:
     """A value as the user wrote it: YAML's words on one line, cut short."""
-    text = json.dumps(value, default=str)
+    text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

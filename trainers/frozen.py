@@ -10,6 +10,7 @@ from typing import Any, cast
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from torch import nn
 
 from trainers.conditioning import Condition, ConditioningConfig
@@ -65,7 +66,7 @@ def load_pipeline(
             variant=model.variant if has_variant else None,
             **{**absent, **parts},
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ConfigError(
             f"model.pretrained={model.pretrained}: a frozen part cannot be loaded: {str(error).splitlines()[0]};"
             " complete the folder, or install what it needs"

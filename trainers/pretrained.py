@@ -6,7 +6,8 @@ import functools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class PretrainedFolder:
     def scheduler(self) -> dict[str, Any]:
         """The settings of the pipeline's sampler, empty if there are none."""
         file = self.root / "scheduler" / "scheduler_config.json"
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return _document(file) if file.is_file() else {}
 
     def libraries(self) -> set[tuple[str, str]]:
         """Library and class of the pipeline and each of its parts."""
@@ -53,7 +54,7 @@ class PretrainedFolder:
         """Elements of the tensors in a part's files, of one variant if there are several."""
         counts: dict[str, int] = {}
         for file in sorted((self.root / part).glob("*.safetensors")):
-            with safe_open(file, "pt") as opened:
+            with opened_weights(file) as opened:
                 count = sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())
             variant = re.sub(r"-\d+-of-\d+", "", file.name)
             counts[variant] = counts.get(variant, 0) + count
@@ -74,7 +75,7 @@ def open_pretrained(where: str, subfolder: str | None = None, variant: str | Non
     if not root.is_dir():
         root = _download(where, variant)
     index_file = root / "model_index.json"
-    index = json.loads(index_file.read_text()) if index_file.is_file() else {}
+    index = _document(index_file) if index_file.is_file() else {}
     part = subfolder or next((name for name in _NETWORKS if _holds(index, name)), None)
     settings_file = (root / part if part else root) / "config.json"
     if not settings_file.is_file():
@@ -83,9 +84,30 @@ def open_pretrained(where: str, subfolder: str | None = None, variant: str | Non
             f"model.{key}={value}: there is no {settings_file}; give a pipeline folder of diffusers"
             " (with model_index.json), or the folder of a network (with config.json)"
         )
-    settings = json.loads(settings_file.read_text())
+    settings = _document(settings_file)
     args = {key: value for key, value in settings.items() if not key.startswith("_")}
     return PretrainedFolder(root=root, part=part, index=index, class_name=settings.get("_class_name", ""), args=args)
+
+
+def _document(file: Path) -> dict[str, Any]:
+    """What is in a JSON file. Raises ConfigError: it is damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no keys")
+        return found
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.pretrained: {file} cannot be read ({error}); copy it anew") from error
+
+
+@contextmanager
+def opened_weights(file: Path) -> Iterator[Any]:
+    """A safetensors file. Raises ConfigError: it is cut short, or is none."""
+    try:
+        with safe_open(file, "pt") as opened:
+            yield opened
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); copy it anew") from error
 
 
 def _holds(index: Mapping[str, Any], part: str) -> bool:
@@ -114,10 +136,10 @@ def weight_files(folder: PretrainedFolder, variant: str | None) -> dict[str, Pat
     index = folder.network / f"{_WEIGHTS}.safetensors.index{dotted}.json"
     single = folder.network / f"{_WEIGHTS}{dotted}.safetensors"
     if index.is_file():
-        files = json.loads(index.read_text())["weight_map"]
+        files = _document(index).get("weight_map", {})
         return {name: folder.network / file for name, file in files.items()}
     if single.is_file():
-        with safe_open(single, "pt") as opened:
+        with opened_weights(single) as opened:
             return dict.fromkeys(opened.keys(), single)
     found = sorted(file.name for file in folder.network.glob(f"{_WEIGHTS}*"))
     raise ConfigError(

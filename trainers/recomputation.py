@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from trainers.errors import CorruptionError
+from trainers.exclusions import Exclusions
 from trainers.integrity import IntegrityConfig
 from trainers.parallel import drop_gradients
 from trainers.reduction import Rounds
@@ -54,7 +55,7 @@ class Recomputation:
         made, here = self._watched(make, shift=None)
         table = torch.stack((*elsewhere, *here))
         dist.all_reduce(table)  # every place is zero on all ranks but one
-        self._compare(step, table.tolist())
+        self._compare(step, table.tolist(), state.exclusions)
         return made
 
     def _watched(self, make: Callable[[], Made], shift: int | None) -> tuple[Made, tuple[torch.Tensor, torch.Tensor]]:
@@ -68,7 +69,7 @@ class Recomputation:
             rounds.shift = rounds.bits = None
         return made, (made[0].view(torch.int32).to(torch.int64), bits)
 
-    def _compare(self, step: int, table: Sequence[Sequence[int]]) -> None:
+    def _compare(self, step: int, table: Sequence[Sequence[int]], exclusions: Exclusions) -> None:
         columns = enumerate(zip(*table, strict=True))
         different = [index for index, (loss, bits, *here) in columns if [loss, bits] != here]
         if not different:
@@ -84,8 +85,10 @@ class Recomputation:
         more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
         # Who is in every pair explains all of them.
         ranks = tuple(sorted(set.intersection(*pairs) or set.union(*pairs)))
-        # No run gets past such a step without this comparison.
-        since = self._alike_step if self._alike_step is not None else (step - 1) // every * every
+        since = self._alike_step
+        if since is None:  # no run gets past such a step without this comparison, unless it passes without training
+            before = range((step - 1) // every * every, 0, -every)
+            since = next((one for one in before if not exclusions.skips(one)), 0)
         raise CorruptionError(
             f"gradients of step {step} were made twice and have other bits: {shown}{more};"
             f" alike in step {since}: the processor or memory of rank {' or '.join(map(str, ranks))} is faulty, or the"

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 
 from trainers.conditioning import Condition, ConditioningConfig
 from trainers.errors import ConfigError
 from trainers.identity import tensors_hash
 from trainers.pipeline import encode_text
+from trainers.pretrained import opened_weights
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _KEPT_BYTES = 256 * 2**20
@@ -76,7 +77,7 @@ def open_text_encoder(config: ConditioningConfig, device: torch.device) -> TextE
         model: Any = transformers.AutoModelForTextEncoding.from_pretrained(
             folder, dtype=_DTYPES[config.precision], local_files_only=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"conditioning.text_encoder={config.text_encoder} can not be loaded: {str(error).splitlines()[0]}; give a"
             " folder with the model and the tokenizer of a text encoder (BERT, CLIP, T5, ...)"
@@ -102,13 +103,13 @@ def encoder_facts(config: ConditioningConfig) -> tuple[int, int]:
     try:
         settings = json.loads((folder / "config.json").read_text())
         width = settings.get("hidden_size") or settings["d_model"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"conditioning.text_encoder={config.text_encoder} is no folder of a text encoder ({error!r}); give one with"
             " config.json, weights and tokenizer, as save_pretrained of transformers writes it"
         ) from error
     count = 0
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
+        with opened_weights(file) as opened:
             count += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())
     return width, count

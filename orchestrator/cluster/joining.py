@@ -67,8 +67,8 @@ def start_here(num_cpus: int, logging_level: int = logging.WARNING) -> None:
             if start == _STARTS:
                 reason = str(error).partition(". ")[0]
                 raise ClusterError(
-                    f"Ray does not start on this machine, in {_STARTS} tries ({reason}); look for too little memory or"
-                    " a full disk; its logs are in /tmp/ray, or in RAY_TMPDIR"
+                    f"Ray does not start on this machine, in {_STARTS} tries ({reason}); look for too little memory,"
+                    " a full disk or a machine that is too busy; its logs are in /tmp/ray, or in RAY_TMPDIR"
                 ) from error
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator.commands.finite import FiniteRange
 from orchestrator.commands.json_output import JSON, print_json
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def verify(run: str, step: int | None, as_json: bool) -> int:
 @click.option("--last", type=click.IntRange(min=1), help="Keep this many, instead of checkpoint.keep.last.")
 @click.option(
     "--grace-s",
-    type=click.FloatRange(0, 86400),
+    type=FiniteRange(0, 86400),
     default=60.0,
     show_default=True,
     help="Seconds that commands which are reading now have left. 0 if nobody reads.",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from orchestrator.commands.finite import FiniteRange
 from orchestrator.commands.json_output import JSON, print_json
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _ENOUGH_ROWS = 20_000
 @click.command()
 @click.argument("run")
 @click.option("--watch", is_flag=True, help="Look again and again, until the run has ended or Ctrl-C.")
-@click.option("--every", default=2.0, type=click.FloatRange(0.2, 3600), show_default=True, help="Seconds, for --watch.")
+@click.option("--every", default=2.0, type=FiniteRange(0.2, 3600), show_default=True, help="Seconds, for --watch.")
 @JSON
 def status(run: str, watch: bool, every: float, as_json: bool) -> int:
     """Show what a run does: now, or what it did.

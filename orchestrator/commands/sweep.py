@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -69,13 +70,16 @@ def _sweep(
     from orchestrator.config import load_config
     from orchestrator.preflight import check_trainable
     from orchestrator.search.trials import check_metric, make_trials, parse_parameter, ranked
+    from trainers.errors import ConfigError
 
     base = load_config(path, overrides)
     check_metric(metric, base.validation.holds_out)
     params, samples, seed = space
     trials = make_trials(base.run.name, [parse_parameter(text) for text in params], samples, seed)
     keys = {key for trial in trials for key in trial.values}
-    given = [text for text in overrides if text.partition("=")[0] not in {*keys, "run.name"}]
+    if twice := next((text for text in overrides if text.partition("=")[0] in keys), None):
+        raise ConfigError(f"{twice} has no effect, as --param searches that key; leave one of them out")
+    given = [text for text in overrides if not text.startswith("run.name=")]
     configs = [load_config(path, [*given, *trial.overrides]) for trial in trials]
     open_trials = [one for one in configs if not _finished(one)]
     said: dict[str, str] = {}
@@ -95,6 +99,16 @@ def _sweep(
 
 
 def _finished(config: RunConfig) -> bool:
+    """Raises RunMismatchError if the trial is one of an earlier search, whose other keys were others."""
+    from orchestrator.checkpoint import run_record
+    from orchestrator.checkpoint.store import Store
+    from orchestrator.config import run_url
+    from orchestrator.errors import RunNotFoundError
+    from orchestrator.run_identity import check_same_run
+
+    store = Store.reach(run_url(config))
+    with suppress(RunNotFoundError):  # it has not begun
+        check_same_run(store, run_record.load(store), config)
     return _step(config) >= config.train.num_steps
 
 

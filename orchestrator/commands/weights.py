@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator.commands.finite import FiniteRange
 from orchestrator.commands.json_output import JSON, print_json
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ STEP = click.option(
 )
 GUIDANCE = click.option(
     "--guidance",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     help="1 is none. Default: what diffusers' pipeline takes, 1.5 for a network alone; 1 if it learnt none.",
 )
 

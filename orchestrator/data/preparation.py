@@ -20,7 +20,7 @@ from orchestrator.config import RunConfig, to_dict
 from orchestrator.data.encoding import NOTE, Encoder, plain_data, shard_name
 from orchestrator.data.files import data_files
 from orchestrator.driver import connect_ray
-from orchestrator.errors import StorageError, UnbrokenError
+from orchestrator.errors import AlreadyExistsError, StorageError, UnbrokenError
 from trainers.data.config import ColorJitter
 from trainers.data.images import digest
 from trainers.data.latents import FORMAT, INDEX, PREPARING
@@ -119,9 +119,11 @@ class Preparation:
             "pretrained": config.model.pretrained,
             "conditioning": to_dict(config)["conditioning"],
         }
-        if not self._store.exists(PREPARING):
-            return self._store.write(PREPARING, [json.dumps(settings, indent=1).encode()])
-        known = json.loads(self._store.read(PREPARING))
+        try:  # of two that begin here at once, one is the first
+            return self._store.create(PREPARING, json.dumps(settings, indent=1).encode())
+        except AlreadyExistsError:
+            pass
+        known = self._parsed(PREPARING, self._store.read(PREPARING))
         differing = [key for key in settings if settings[key] != known.get(key)]
         if differing:
             key = differing[0]
@@ -134,7 +136,16 @@ class Preparation:
         """What a shard that is there says of itself."""
         name = self._shards[number]
         length = int.from_bytes(self._store.read(name, 0, 8), "little")
-        return json.loads(json.loads(self._store.read(name, 8, 8 + length))["__metadata__"][NOTE])
+        header = self._parsed(name, self._store.read(name, 8, 8 + length) if length else b"")
+        return json.loads(header["__metadata__"][NOTE])
+
+    def _parsed(self, name: str, document: bytes) -> dict[str, Any]:
+        try:
+            return json.loads(document)
+        except ValueError as error:
+            raise ConfigError(
+                f"{self._out}/{name} is damaged ({error}); remove it, and run the same command again"
+            ) from error
 
     def _index(self, facts: Mapping[str, Any], broken: tuple[str, ...]) -> dict[str, Any]:
         settings = json.loads(self._store.read(PREPARING))

@@ -73,7 +73,7 @@ def supervise(
             if not away:
                 say(f"{error}; trying again until it answers")
             away += 1
-            sleep(min(_MOST_PAUSE_S, 2.0**away))
+            sleep(min(_MOST_PAUSE_S, 2.0 ** min(away, 10)))  # 2.0**1024 is an error, after 17 hours
             continue
         if ended is not None and not needs_another(ended):
             return ended

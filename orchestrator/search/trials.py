@@ -22,6 +22,8 @@ from trainers.errors import ConfigError
 _DRAWN = re.compile(r"(choice|uniform|loguniform|randint)\((.*)\)", re.DOTALL)
 _FORMS = "key=[a, b], key=choice(a, b), key=uniform(low, high), key=loguniform(low, high) or key=randint(low, high)"
 _NOT_SEARCHED = ("run", "storage", "checkpoint", "tracking", "deploy")
+_MOST = {"uniform": 1e307, "loguniform": math.inf, "randint": 2**63}
+"""Where bounds end: their difference must be a number, and NumPy's integers have 64 bits."""
 _LAST_SHARE = 0.1
 _OF_STEPS = ("loss", "grad_norm")
 VALIDATION = "validation/"
@@ -102,10 +104,14 @@ def parse_parameter(text: str) -> Parameter:
         raise wrong
     kind = drawn[1] if drawn else "grid"
     values = [_number(entry) for entry in values]
+    try:
+        json.dumps(values)
+    except TypeError:  # YAML takes 2026-11-30 for a date
+        raise ConfigError(f"--param {text!r}: a config has no dates; put them into quotes") from None
     if kind in ("uniform", "loguniform", "randint"):
         numbers = int if kind == "randint" else (int, float)
-        fits = len(values) == 2 and all(isinstance(bound, numbers) for bound in values) and values[0] < values[1]
-        if not fits or (kind == "loguniform" and values[0] <= 0):
+        fits = len(values) == 2 and all(isinstance(bound, numbers) and abs(bound) < _MOST[kind] for bound in values)
+        if not fits or values[0] >= values[1] or (kind == "loguniform" and values[0] <= 0):
             more = ", above 0" if kind == "loguniform" else ""
             raise ConfigError(f"--param {text!r}: {kind} takes a lower and a higher {_numbers_of(kind)}{more}")
     return Parameter(key=key, kind=kind, values=tuple(values))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -49,14 +50,25 @@ def fill_journal(folder: Path, introduction: Event, store: Store, session: str) 
 def _past(store: Store) -> Iterator[Event]:
     """All that happened, in order of time; steps may be in it twice."""
     marks = ("step", "alive")  # of the steps without their numbers, which the other folder has
-    events = (event for event in of_the_owner(read_events(store)) if event.kind not in marks)
+    events = (_as_told(event) for event in of_the_owner(read_events(store)) if event.kind not in marks)
     rows = sorted(RowsReader(store, METRICS).rows(), key=itemgetter("attempt", "step"))  # two may have the same time
     steps = map(_step, rows)
     yield from sorted(chain(events, steps), key=attrgetter("time_s"))
 
 
+def _as_told(event: Event) -> Event:
+    """With NaN again where the record, as JSON, has null."""
+    if event.kind != "validation":
+        return event
+    return replace(event, fields={**event.fields, "metrics": _numbers(event.fields["metrics"])})
+
+
+def _numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
+
+
 def _step(row: Row) -> Event:
-    metrics = {name: math.nan if value is None else value for name, value in row.items() if name not in _OF_A_ROW}
+    metrics = _numbers({name: value for name, value in row.items() if name not in _OF_A_ROW})
     return Event(
         kind="step", fields={"step": row["step"], "attempt": row["attempt"], "metrics": metrics}, time_s=row["time_s"]
     )

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,11 @@ def encode(event: Event, session: str, number: int) -> bytes:
 
 def decode(line: bytes) -> Event:
     """Raises ValueError if the line is damaged."""
-    document = json.loads(line)
-    return Event(kind=document["kind"], fields=document["fields"], time_s=document["time_s"])
+    try:
+        document = json.loads(line)
+        return Event(kind=document["kind"], fields=document["fields"], time_s=document["time_s"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{error!r} in a line of the journal") from error
 
 
 class Journal:
@@ -84,7 +87,8 @@ class Journal:
                 if not line.endswith(b"\n"):
                     break  # torn by a machine that died
                 end += len(line)
-                self._admit(line)
+                with suppress(ValueError, KeyError, TypeError):  # damaged: `follow` passes over it too
+                    self._admit(line)
         os.ftruncate(self._file.fileno(), end)
 
     def _admit(self, line: bytes) -> bool:
@@ -108,6 +112,8 @@ class Journal:
 def follow(path: Path, end: Callable[[], int | None]) -> Iterator[tuple[Event, int]]:
     """The events of a journal that is being written, from its beginning, and the position behind each.
 
+    A damaged line is left out: a sink would end at it, at every start.
+
     Args:
         end: the size at which the journal ends, once that is known.
     """
@@ -119,7 +125,11 @@ def follow(path: Path, end: Callable[[], int | None]) -> Iterator[tuple[Event, i
                 if limit is not None and position + len(line) > limit:
                     return  # the next driver's
                 position += len(line)
-                yield decode(line), position
+                try:
+                    event = decode(line)
+                except ValueError:
+                    continue
+                yield event, position
             if limit is not None:
                 return
             file.seek(position)

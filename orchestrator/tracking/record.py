@@ -41,6 +41,14 @@ _NEEDED_OF_KIND = {
     "outcome": {"ending", "message"},
 }
 """What readers take for granted: one bit can make another key of it, and the line is JSON all the same."""
+_NUMBERS = frozenset({int, float})
+_TYPES = {
+    **dict.fromkeys(("step", "attempt", "seq", "world_size", "num_steps", "since"), frozenset({int})),
+    **dict.fromkeys(("time_s", "stall_s", "seconds"), _NUMBERS),
+    **dict.fromkeys(("event", "writer"), frozenset({str})),
+    "metrics": frozenset({dict}),
+}
+"""And of which type, for keys that readers reckon with or sort by."""
 _LISTINGS = 10
 """Times that a folder is listed anew because objects were merged while we read them."""
 _PARALLEL_READS = 8
@@ -77,11 +85,14 @@ def decode(data: bytes, folder: str) -> tuple[list[Row], int]:
         found = json.loads(b"[%s]" % b",".join(lines))  # far quicker than line by line
     except ValueError:
         found = [_parse(line) for line in lines]
-    needed = _NEEDED[folder]
-    rows = [row for row in found if type(row) is dict and needed <= row.keys()]
+    rows = [row for row in found if type(row) is dict and _has(row, _NEEDED[folder])]
     if folder == EVENTS:
-        rows = [row for row in rows if _NEEDED_OF_KIND.get(row["event"], needed) <= row.keys()]
+        rows = [row for row in rows if _has(row, _NEEDED_OF_KIND.get(row["event"], ()))]
     return rows, len(lines) - len(rows)
+
+
+def _has(row: Row, keys: Iterable[str]) -> bool:
+    return all(key in row and (key not in _TYPES or type(row[key]) in _TYPES[key]) for key in keys)
 
 
 def _parse(line: bytes) -> Any:

@@ -102,7 +102,7 @@ class Recorder:
 
     def _pause_s(self, closing: bool) -> float:
         """How long to leave storage alone after a failure, whatever comes in meanwhile."""
-        pause_s = min(_LONGEST_PAUSE_S, 0.5 * 2**self._failures)
+        pause_s = min(_LONGEST_PAUSE_S, 0.5 * 2 ** min(self._failures, 10))  # 2**1024 is no float any more
         end = time.monotonic() + pause_s
         while not self._closing and (left := end - time.monotonic()) > 0:
             time.sleep(min(0.2, left))

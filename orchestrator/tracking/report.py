@@ -96,7 +96,8 @@ def _loss(seen: Overview) -> str:
         )
         for recovery in seen.goodput.recoveries
     ]
-    last = f"{points[-1][1]:.4g} at step {points[-1][0]:,}"
+    newest = next(row for row in reversed(seen.metrics) if isinstance(row.get("loss"), int | float))
+    last = f"{newest['loss']:.4g} at step {newest['step']:,}"  # a point of the curve is the mean of several steps
     missing = seen.metrics[-1]["step"] - seen.metrics[0]["step"] + 1 - len(seen.metrics)
     gaps = f"; {missing:,} steps are not in the record" if missing else ""
     without = sum(row.get("loss") is None for row in seen.metrics)
@@ -245,7 +246,7 @@ def _config(seen: Overview, store: Store) -> str:
     try:
         return store.read(CONFIG).decode(errors="replace")
     except MissingObjectError:
-        return json.dumps(seen.run.config, indent=2)
+        return json.dumps(seen.run.config, indent=2, ensure_ascii=False)
 
 
 def _clock(time_s: float) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -212,7 +213,7 @@ class WandbSink:
         if best is None or best["metric"] not in metrics:
             return
         value = metrics[best["metric"]]
-        if self._best is None or (value < self._best[1] if best["mode"] == "min" else value > self._best[1]):
+        if is_better(value, None if self._best is None else self._best[1], best["mode"]):
             self._best = (step, value)
             if new and step in self._checkpoints:
                 self._log_artifact(step, [])
@@ -262,6 +263,13 @@ class WandbSink:
             title, level = "training diverged", "ERROR"
         if title:
             self._run.alert(title=title, text=f"{name}: {text}", level=level)
+
+
+def is_better(value: float, best: float | None, mode: str) -> bool:
+    """Whether `value` takes the place of `best`, if there is one: what is not finite never does."""
+    if not math.isfinite(value):
+        return False
+    return best is None or (value < best if mode == "min" else value > best)
 
 
 def _parse(data: bytes) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
+from safetensors import SafetensorError
 
 from orchestrator.cli import describe, main
 from orchestrator.errors import GaveUpError, StorageError, SupersededError
@@ -97,6 +98,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(config: str, args: list[str], mes
         (GaveUpError("what:  it\nwhere: there"), "what: it\nwhere: there", 4),
         (DivergedError("loss is NaN at step 3"), "loss is NaN at step 3", 3),
         (OSError(28, "No space left on device", "a/b"), "cannot go on: No space left on device (a/b); see to that", 5),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "cannot go on: No space left on device; see to that place",
+            5,
+        ),
+        (SafetensorError("Error while deserializing header"), "unexpected SafetensorError: Error while", 1),
         (
             KeyError("x"),
             "unexpected KeyError: 'x'; a bug in unbroken: `unbroken --debug ...` shows where it comes from",

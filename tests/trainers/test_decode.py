@@ -116,3 +116,8 @@ def test_a_line_break_in_a_value_stays_one_line():
     with pytest.raises(ConfigError) as caught:
         decode(Outer, {"inner": {"size": "two\nlines"}})
     assert str(caught.value) == 'inner.size="two\\nlines" is a text; give a whole number'
+
+
+def test_a_text_is_shown_as_it_was_written():
+    with pytest.raises(ConfigError, match=r'inner\.size="zwölf" is a text'):
+        decode(Outer, {"inner": {"size": "zwölf"}})

@@ -99,13 +99,26 @@ def test_a_config_that_does_not_work_is_one_line(
     )
 
 
+def test_a_folder_that_is_taken_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    monkeypatch.setattr(sys, "argv", ["trainers", str(tmp_path / "config.json"), "--out", str(tmp_path)])
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: pytest.fail("it begins to train"))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "is not an empty folder; remove it" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_torchrun_without_ray(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
-    config.write_text(json.dumps(tiny_config()))
+    config.write_text(json.dumps(tiny_config(samples={"every_steps": 2, "num_images": 2, "num_steps": 1})))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "trainers", str(config), "--out", str(tmp_path / "out")]
     result = subprocess.run(command, text=True, capture_output=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "step 4/4" in result.stdout and "fingerprint of the state after step 4: " in result.stdout
     assert (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    drawn = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
+    assert drawn == [f"out-samples/slow/{step:09d}.png" for step in (2, 4)]

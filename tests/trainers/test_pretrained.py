@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import diffusers
@@ -78,6 +79,27 @@ def test_what_is_not_there_is_refused(folder, monkeypatch, keys, words):
     with pytest.raises(ConfigError) as error:
         build_model(ModelConfig(**{"pretrained": str(folder), **keys}), seed=0)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"]
+)
+def test_a_file_that_is_cut_short_is_one_line(folder, tmp_path, name):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for length in (0, (tmp_path / name).stat().st_size - 3):
+        with (tmp_path / name).open("r+b") as file:
+            file.truncate(length)
+        with pytest.raises(ConfigError, match=f"{name} cannot be read .*; copy it anew"):
+            build_model(ModelConfig(pretrained=str(tmp_path)), seed=0)
+        shutil.copy(folder / name, tmp_path / name)
+
+
+def test_a_frozen_part_that_is_cut_short_is_one_line(tmp_path):
+    folder = write_pipeline(tmp_path / "sd15", "sd15")
+    weights = folder / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match="a frozen part cannot be loaded"):
+        open_frozen(ModelConfig(pretrained=str(folder)), ConditioningConfig(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import trainers.step
 from tests.trainers.distributed import run_ranks
 from tests.trainers.test_integrity import caught, flip
 from tests.trainers.tiny import build_tiny, tiny_config, train_tiny
+from trainers.exclusions import Exclusions
+from trainers.progress import Progress
 from trainers.reduction import InvariantReduction
 from trainers.step import train_step
 
@@ -25,6 +27,10 @@ def recomputed_on_four_ranks() -> list[Any]:
     state, task = build_tiny(tiny_config(parallel={"strategy": "ddp"}, integrity={"recompute_every": 2}))
     with caught(found):
         train_step(state, task)
+        train_step(state, task)
+    state, task = build_tiny(tiny_config(parallel={"strategy": "ddp"}, integrity={"recompute_every": 2}))
+    state.progress, state.exclusions = Progress(3, 72), Exclusions(steps=((2, 2),))
+    with caught(found):
         train_step(state, task)
     trainers.step.sample_losses = sample_losses
     _wrong_in_one_rehearsal(rank=1)
@@ -59,7 +65,7 @@ sample_losses = trainers.step.sample_losses
 def test_gradients_are_the_same_on_other_ranks_unless_one_computes_wrongly() -> None:
     results = run_ranks(4, recomputed_on_four_ranks)
     assert all(result == results[0] for result in results)
-    *same, always, once = results[0]
+    *same, always, skipped, once = results[0]
     assert same == [True] * len(LAYOUTS), "making gradients twice changes nothing"
     assert always == (
         (1,),
@@ -68,5 +74,6 @@ def test_gradients_are_the_same_on_other_ranks_unless_one_computes_wrongly() -> 
         " rank 0 and rank 1; microbatch 4 on rank 1 and rank 2; microbatch 5 on rank 1 and rank 2; alike in step 0: the"
         " processor or memory of rank 1 is faulty, or the training is not deterministic",
     )
+    assert skipped[1] == 0 and "alike in step 0:" in skipped[2], "step 2 passed without training, so nobody compared"
     assert once[:2] == ((1, 2), 0)
     assert "other bits: microbatch 4 on rank 1 and rank 2; alike" in once[2] and "rank 1 or 2 is faulty" in once[2]

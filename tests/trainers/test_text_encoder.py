@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ def test_facts_are_read_without_loading(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 16}))
     with pytest.raises(ConfigError, match="can not be loaded"):
         open_text_encoder(ConditioningConfig(text_encoder=str(tmp_path)), CPU)
+
+
+def test_weights_that_are_cut_short_are_one_line(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    config = ConditioningConfig(text_encoder=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read .*; copy it anew"):
+        encoder_facts(config)
+    with pytest.raises(ConfigError, match="can not be loaded"):
+        open_text_encoder(config, CPU)
 
 
 def check(plain: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ def cached(folder: str | None, name: str, make: Callable[[], np.ndarray]) -> np.
     array = make()
     with suppress(OSError):  # a disk that is full or read-only costs time at the next start, nothing else
         place.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place, prefix=".", delete=False) as file:
-            np.save(file, array)
-        os.replace(file.name, path)  # complete or not at all: others may be reading
+        with tempfile.TemporaryDirectory(dir=place, prefix=".") as folder:  # a disk that is full keeps no half of it
+            np.save(Path(folder, path.name), array)
+            os.replace(Path(folder, path.name), path)  # complete or not at all: others may be reading
     return array

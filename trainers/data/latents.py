@@ -146,7 +146,10 @@ def _read_index(files: Files) -> Mapping[str, Any]:
         if files.exists(PREPARING):
             raise ConfigError(f"data.path={files.root} is not complete; run `unbroken data prepare` again, it goes on")
         return {}
-    index = json.loads(files.read(INDEX))
+    try:
+        index = json.loads(files.read(INDEX))
+    except ValueError as error:
+        raise ConfigError(f"data.path={files.root}/{INDEX} is damaged ({error}); make it again") from error
     if index.get("format") != FORMAT:
         raise ConfigError(
             f"data.path={files.root}/{INDEX}: format {index.get('format')!r} is not {FORMAT}; make it again"

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
+from orchestrator.checkpoint.run_record import open_or_create
+from orchestrator.checkpoint.store import Store
 from orchestrator.cli import main
-from tests.orchestrator.tiny_run import make_run
+from orchestrator.config import RunConfig, to_dict
+from tests.orchestrator.tiny_run import CONFIG, make_run, save
 from tests.trainers.evaluation.test_metrics import save_network
+from trainers.decode import decode
+from trainers.models import build_model
 
 
 def unbroken(*args: str) -> Result:
@@ -52,6 +59,21 @@ def test_lines_for_people(run: str, network: str) -> None:
     result = unbroken("evaluate", run, "--network", network, "--num=5", "--num-steps=1", "--step=5")
     first, fid, *_ = result.stdout.splitlines()
     assert first == "EMA weights (slow) of step 5: 5 images against 5 of the data" and fid.startswith("fid/means-")
+
+
+def test_a_broken_image_is_replaced_as_it_is_in_training(network: str, tmp_path: Path) -> None:
+    for number in range(6):
+        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_bytes(b"no image")
+    args = {**CONFIG["model"]["args"], "in_channels": 3, "out_channels": 3, "num_class_embeds": None}
+    data = {"source": "folder", "path": str(tmp_path), "image_size": 8, "on_broken": "skip"}
+    plain = {**CONFIG, "model": {"class_name": "UNet2DModel", "args": args}, "data": data, "objective": {}}
+    config, store = decode(RunConfig, plain), Store.open(str(tmp_path / "runs" / "tiny"))
+    open_or_create(store, to_dict(config))
+    weights = build_model(config.model, 0).named_parameters()
+    save(store, 5, {f"model/{name}": parameter.detach() for name, parameter in weights})
+    found = evaluate(store.url, network, "--num=6", "--weights=raw", "--metrics=kid")
+    assert found["num_real"] == 6
 
 
 @pytest.mark.parametrize(

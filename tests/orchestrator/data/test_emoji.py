@@ -75,3 +75,10 @@ def test_a_package_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "emoji", None)
     result = CliRunner().invoke(main, ["data", "emoji", str(tmp_path / "out")])
     assert result.exit_code == 2 and "pip install 'unbroken[emoji]'" in result.stderr
+
+
+def test_other_words_leave_no_image_without_a_caption(tmp_path: Path) -> None:
+    emoji.make(tmp_path, 8, ["heart"])
+    assert emoji.make(tmp_path, 8, ["circle"]) == 1
+    folder = str(tmp_path / emoji.IMAGES)
+    assert len(open_source(DataConfig(source="folder", path=folder, image_size=8, captions=True))) == 1

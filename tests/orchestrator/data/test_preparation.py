@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import yaml
 
+from orchestrator.checkpoint.store import Store
 from orchestrator.config import load_config, to_dict
-from orchestrator.data.encoding import Encoder
+from orchestrator.data.encoding import Encoder, shard_name
 from orchestrator.data.preparation import Preparation
 from tests.orchestrator.test_train import ray_folder
 from tests.trainers.distributed import run_ranks
@@ -21,6 +22,7 @@ from tests.trainers.families import family_config
 from tests.trainers.pipelines import write_pipeline
 from tests.trainers.tiny import build_tiny
 from trainers.data.config import DataConfig
+from trainers.data.latents import PREPARING
 from trainers.data.sources import open_source
 from trainers.errors import ConfigError
 from trainers.step import train_step
@@ -91,3 +93,29 @@ def test_what_can_not_be_prepared_is_one_line(tmp_path: Path, changes: dict[str,
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**plain, "run": {"name": "x"}, **changes}))
     with pytest.raises(ConfigError, match=word):
         Preparation(load_config(tmp_path / "config.yaml"), str(tmp_path / "out"), 10)
+
+
+def test_what_is_damaged_is_named(tmp_path: Path) -> None:
+    plain = family_config(write_pipeline(tmp_path / "dit", "dit"), "dit")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**plain, "run": {"name": "x"}}))
+    config, out = load_config(tmp_path / "config.yaml"), tmp_path / "out"
+    name = shard_name(0, 2)  # of 1,797 digits
+    Preparation(config, str(out), 900)
+    (out / name).write_bytes(b"")
+    with pytest.raises(ConfigError, match=f"{name} is damaged .*; remove it, and run the same command again"):
+        Preparation(config, str(out), 900).run(lambda _: None)
+    (out / PREPARING).write_bytes(b"")
+    with pytest.raises(ConfigError, match=f"{PREPARING} is damaged"):
+        Preparation(config, str(out), 900)
+
+
+def test_of_two_that_begin_at_once_with_other_settings_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = family_config(write_pipeline(tmp_path / "dit", "dit"), "dit")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**plain, "run": {"name": "x"}}))
+    config = load_config(tmp_path / "config.yaml")
+    monkeypatch.setattr(Store, "exists", lambda self, key: False)  # as each saw it a moment ago
+    Preparation(config, str(tmp_path / "out"), 900)
+    with pytest.raises(ConfigError, match="made with another shard_size: 900, not 600"):
+        Preparation(config, str(tmp_path / "out"), 600)

@@ -132,6 +132,15 @@ def test_pauses_grow():
     assert pauses == [2, 4, 8]
 
 
+def test_a_head_may_be_away_for_days():
+    client = FakeClient()
+    client.on_follow = lambda id: client.end(id, "SUCCEEDED", 0)
+    client.failures = [ConnectionError()] * 3000
+    pauses: list[float] = []
+    job = supervise(cluster(client), request(), lambda text: None, lambda text: None, pauses.append)
+    assert job.status == "SUCCEEDED" and pauses[:3] == [2, 4, 8] and set(pauses[5:]) == {60} and len(pauses) == 3000
+
+
 def test_without_supervision_a_head_that_is_away_is_an_error():
     client = FakeClient()
     client.failures = [ConnectionError()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from dataclasses import replace
 
@@ -71,3 +72,11 @@ def test_a_record_that_cannot_be_read_leaves_no_journal(store, tmp_path, monkeyp
     with pytest.raises(StorageError):
         fill_journal(tmp_path, opened(tmp_path, mode="offline"), store, "second")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_validation_that_was_not_finite_is_a_number_again(store, tmp_path) -> None:
+    validated = event("validation", step=2, metrics={"loss": math.nan, "kid/x": 1.5})
+    record(store, "first", *attempt(1, 0, 2), validated)
+    fill_journal(tmp_path, opened(tmp_path, mode="offline"), store, "second")
+    (found,) = [one.fields["metrics"] for one in journal(tmp_path) if one.kind == "validation"]
+    assert math.isnan(found["loss"]) and found["kid/x"] == 1.5

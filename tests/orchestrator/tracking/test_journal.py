@@ -99,3 +99,13 @@ def test_the_newest_introduction_counts(tmp_path: Path) -> None:
     write(path, "b", opened(tmp_path, project="new"), *attempt(1, 0, 1))
     found = last_opened(path)
     assert found is not None and found.fields["tracking"]["wandb"]["project"] == "new"
+
+
+@pytest.mark.parametrize("damaged", [b"\0\0\0\n", b'{"kind": "step"}\n', b"7\n", b'{"time_s": 1.5, "ki\xf0nd": 1}\n'])
+def test_a_damaged_line_is_passed_over(tmp_path: Path, damaged: bytes) -> None:
+    path = tmp_path / "events.jsonl"
+    write(path, "a", opened(tmp_path), *attempt(1, 0, 4))
+    with path.open("ab") as file:
+        file.write(damaged)
+    write(path, "b", *attempt(2, 3, 6))
+    assert steps(path) == list(range(1, 7))

@@ -21,6 +21,7 @@ from orchestrator.tracking.record import (
     encode,
     event_row,
     in_order,
+    of_the_owner,
     read_events,
     read_metrics,
     step_row,
@@ -113,6 +114,28 @@ def test_lines_that_are_no_rows_are_counted_and_skipped(garbage: bytes):
     reader = RowsReader(store, METRICS)
     assert sorted(row["step"] for row in reader.rows()) == [1, 2] and len(reader.damaged) == 1
     assert [row["step"] for row in read_metrics(store)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("folder", "garbage"),
+    [
+        (METRICS, {"step": "7", "attempt": 1, "time_s": 1.0}),
+        (METRICS, {"step": 7, "attempt": None, "time_s": 1.0}),
+        (EVENTS, {"time_s": None, "event": "down", "writer": "w", "seq": 1}),
+        (EVENTS, {"time_s": 1.0, "event": "down", "writer": ["w"], "seq": 1}),
+        (EVENTS, {"time_s": 1.0, "event": ["down"], "writer": "w", "seq": 1}),
+        (EVENTS, {"time_s": 1.0, "event": "attempt", "writer": "w", "seq": 1, "attempt": "2", "world_size": 1}),
+        (EVENTS, {"time_s": 1.0, "event": "validation", "writer": "w", "seq": 1, "step": 1, "metrics": None}),
+    ],
+)
+def test_lines_with_values_of_other_types_are_counted_and_skipped(folder: str, garbage: dict[str, object]):
+    store = new_store()
+    record(store, [step(1, 1, 1)])
+    store.write(f"{folder}/{RowsRef(1, 2, 'b' * 8, 0)}", [encode([garbage])])
+    reader = RowsReader(store, folder)
+    assert len(reader.rows()) == 1 and len(reader.damaged) == 1
+    assert [row["step"] for row in read_metrics(store)] == [1]
+    assert [event.kind for event in of_the_owner(read_events(store))] == ["step"]
 
 
 def test_a_clock_that_goes_backwards_does_not_change_the_order():

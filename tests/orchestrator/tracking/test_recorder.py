@@ -8,6 +8,8 @@ import time
 import uuid
 from collections.abc import Callable
 
+import pytest
+
 from orchestrator.checkpoint.keys import EVENTS, METRICS
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError
@@ -129,6 +131,20 @@ def test_a_bug_in_it_is_reported_and_not_the_end_of_it():
     recorder.take(finished(2))
     recorder.close()
     assert "outcome" in [one.kind for one in read_events(flaky.store)]
+
+
+def test_storage_may_be_away_for_days(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("orchestrator.tracking.recorder._LONGEST_PAUSE_S", 0.0)
+    flaky = Flaky()
+    flaky.away.set()
+    recorder = flaky.recorder(flush_s=0.0)
+    recorder.take(attempt(0, 1))
+    until(lambda: recorder._failures > 1100 or not recorder._thread.is_alive())
+    flaky.away.clear()
+    assert flaky.reports.get(timeout=10).kind == "record_failed"
+    assert flaky.reports.get(timeout=10).kind == "record_resumed"
+    recorder.close()
+    assert next(one.kind for one in read_events(flaky.store)) == "attempt"
 
 
 def test_silence_is_broken_by_a_sign_of_life():

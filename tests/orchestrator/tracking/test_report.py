@@ -191,6 +191,9 @@ def test_a_run_of_100_000_steps_is_quick_and_small():
     text = page(seen, store)
     took_s = time.monotonic() - begun
     assert took_s < 15 and len(text) < 200_000, (took_s, len(text))  # 1.5 s on an idle machine
+    assert f">{seen.metrics[-1]['loss']:.4g} at step 100,000; dashed" in text, (
+        "the step's own, not a point of the curve"
+    )
     assert len(seen.metrics) == 100_000 and len(seen.goodput.recoveries) == 4
     assert sum(seen.goodput.seconds.values()) == pytest.approx(seen.goodput.wall_s, rel=0.01)
     check(text)

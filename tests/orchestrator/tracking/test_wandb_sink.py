@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from PIL import Image
 from orchestrator.messages.attempts import Event
 from orchestrator.tracking.process import LOG
 from orchestrator.tracking.tracker import Tracker
+from orchestrator.tracking.wandb_sink import is_better
 from tests.orchestrator.tracking.made_up import RUN_ID, attempt, event, history, opened, records
 from tests.orchestrator.tracking.wandb_server import KEY, WandbServer
 
@@ -40,6 +42,14 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
         monkeypatch.setenv(name, value)
     yield server
     server.close()
+
+
+def test_the_best_is_a_number() -> None:
+    assert is_better(1.0, None, "min") and is_better(1.0, 2.0, "min") and is_better(2.0, 1.0, "max")
+    assert not is_better(2.0, 1.0, "min") and not is_better(1.0, 1.0, "min")
+    for value in (math.nan, math.inf, -math.inf):
+        for best, mode in ((None, "min"), (1.0, "min"), (1.0, "max")):
+            assert not is_better(value, best, mode), (value, best, mode)
 
 
 class Life:

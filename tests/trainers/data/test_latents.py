@@ -101,6 +101,7 @@ def test_npz_of_a_user(tmp_path: Path) -> None:
         ),
         (lambda folder: (folder / INDEX).unlink(), "no index.json with shift and scale"),
         (lambda folder: (folder / INDEX).write_text('{"format": "other"}'), "format 'other' is not"),
+        (lambda folder: (folder / INDEX).write_text('{"format": "o'), "index.json is damaged"),
         (lambda folder: (folder / "0.safetensors").write_bytes((folder / "0.safetensors").read_bytes()[:-1]), "cut"),
     ],
 )
