@@ -24,6 +24,14 @@ def process_state(pid: int) -> str:
     return "" if fields is None else fields[0]
 
 
+def command(pid: int) -> str:
+    """The words that a process was started with; "": it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def cpu_s(pid: int) -> float:
     """CPU seconds that a process has used, with all of its threads; 0 if there is none."""
     fields = _fields(pid)

@@ -30,6 +30,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from trainers.exchanges import Exchanges, Reduction
 from trainers.integrity import digest
+from trainers.steadiness import Steady
 from trainers.tree import TreeSum, add_up, aligned_heights
 
 # Renamed in torch 2.13; the old name warns there, the new one is missing before.
@@ -137,6 +138,7 @@ class InvariantReduction(ReduceScatter):
         """Without shards: memory for the next gradient."""
         self._asked = False
         """FSDP has it, and will ask once more."""
+        self._steady = Steady[object]()
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Memory for the whole gradient, and then for this rank's shard of it.
@@ -146,6 +148,7 @@ class InvariantReduction(ReduceScatter):
         """
         if self._topology.shard_size > 1:
             return torch.empty(*size, dtype=dtype, device=device)
+        self._steady.check(tuple(size))
         if self._whole is None:
             self._whole = torch.empty(*size, dtype=dtype, device=device)
         whole, self._asked = self._whole, not self._asked
@@ -162,6 +165,7 @@ class InvariantReduction(ReduceScatter):
         async_op: bool = False,
     ) -> None:
         """In place of the reduce-scatter: hand every rank its shard of all nodes. `finish_round` adds them."""
+        self._steady.check(input_tensor.shape)
         self._add_own(input_tensor)
         if self._exchanges:
             self._begun = self._exchange(self._take_own(), input_tensor, self._topology.shard_peers, group)

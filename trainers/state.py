@@ -21,6 +21,7 @@ from trainers.parallel import LocalParameter, kept_buffers
 from trainers.progress import Progress
 from trainers.reduction import Topology
 from trainers.shards import TensorSpec
+from trainers.steadiness import Steady
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -75,6 +76,18 @@ class TrainState:
     """Names of the numbers that the optimizer keeps for all parameters together, in each of its groups."""
     frozen: Mapping[str, str] = field(default_factory=dict)
     """Part -> hash, of all that the training needs but does not change: text encoders, VAE, weights under adapters."""
+    _steady: Steady[tuple[bool, ...]] = field(default_factory=Steady, init=False, repr=False)
+
+    def take_gradients(self) -> None:
+        """Hand the gradient of every parameter to the optimizer. Local.
+
+        Raises:
+            ConfigError: a parameter has one in some steps only. The optimizer would count that one's updates apart,
+                and a checkpoint has one count for all.
+        """
+        for parameter in self.parameters:
+            parameter.local.grad = parameter.local_grad()
+        self._steady.check(tuple(parameter.local.grad is not None for parameter in self.parameters))
 
     def tensors(self) -> Iterator[LocalTensor]:
         """Every tensor of the state, in an order that is the same on all ranks. Local."""

@@ -249,8 +249,7 @@ def _on(device: torch.device, value: torch.Tensor) -> torch.Tensor:
 
 
 def _update(state: TrainState, lr: float) -> None:
-    for parameter in state.parameters:
-        parameter.local.grad = parameter.local_grad()
+    state.take_gradients()
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     state.optimizer.step()

@@ -8,12 +8,15 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from orchestrator.errors import ClusterError
+from orchestrator.processes import command, descendants
 
 GIVE_TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, here too"
 """What to do where a cluster asks for its token."""
@@ -51,6 +54,7 @@ def start_here(num_cpus: int, logging_level: int = logging.WARNING) -> None:
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    before = set(descendants(os.getpid()))
     for start in range(1, _STARTS + 1):
         try:
             _init(
@@ -64,6 +68,7 @@ def start_here(num_cpus: int, logging_level: int = logging.WARNING) -> None:
             return
         except Exception as error:  # Ray raises a plain Exception when its own processes do not come up in time
             ray.shutdown()
+            _end_what_came_up(before)
             if start == _STARTS:
                 reason = str(error).partition(". ")[0]
                 raise ClusterError(
@@ -80,6 +85,21 @@ def _init(**arguments: Any) -> None:
         raise SystemExit(_TERMINATED_CODE) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED_CODE))
+
+
+def _end_what_came_up(before: Collection[int]) -> None:
+    """Of a start that failed Ray forgets what it had started: that would live as long as this process, beside the next.
+
+    Args:
+        before: what this process had started before.
+    """
+    of_ray = os.path.dirname(ray.__file__)
+    for pid in descendants(os.getpid()):
+        if pid not in before and of_ray in command(pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with suppress(ChildProcessError):  # of a child that has ended already, or of one of our child's
+                os.waitpid(pid, 0)
 
 
 def _ask(address: str) -> None:

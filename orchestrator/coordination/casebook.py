@@ -8,9 +8,10 @@ from typing import Any
 
 from orchestrator.checkpoint.catalog import CheckpointInfo
 from orchestrator.coordination.failures import Action, Decision, Failure, classify, decide
-from orchestrator.messages.attempts import ExitKind, TrainerExit
+from orchestrator.messages.attempts import Down, ExitKind, TrainerExit
 from orchestrator.run_spec import RunSpec
 from trainers.exclusions import Exclusions
+from trainers.progress import Progress
 
 
 class Casebook:
@@ -20,15 +21,19 @@ class Casebook:
     fails or diverges at the same step again, which leads to the same decision.
     """
 
-    def __init__(self, spec: RunSpec, event: Callable[..., None], distrust: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, spec: RunSpec, event: Callable[..., None], distrust: Callable[[int, int, Progress | None], None]
+    ) -> None:
         """
         Args:
             event: reports; called with the event's kind and its fields.
-            distrust: told from which step on what attempts up to which one have saved may be corrupted.
+            distrust: told from which step on what attempts up to which one have saved may be corrupted, and which
+                snapshot is still to be saved.
         """
         self._spec = spec
         self._distrust = distrust
         self._event = event
+        self._corrupted_attempt = 0
         self._history: list[Failure] = []
         self.exclusions = Exclusions()
         """What trainers are told to leave out, beside what stands in their checkpoint."""
@@ -41,6 +46,16 @@ class Casebook:
         if manifest is not None and "exclusions" in manifest.scalars:
             self.exclusions = self.exclusions.merged(Exclusions.from_scalars(manifest.scalars["exclusions"]))
         return self.exclusions
+
+    def hear(self, down: Down, reached_step: int) -> None:
+        """Take one rank's end. That a state may be corrupted is not kept until all have ended: perhaps not all do."""
+        end = down.exit
+        if end.kind is not ExitKind.CORRUPTED or down.attempt == self._corrupted_attempt:
+            return  # all ranks find the same, and have taken the same snapshots
+        self._corrupted_attempt, since = down.attempt, end.alike_step + 1
+        fields = {"since": since, "ranks": list(end.ranks), "reason": end.message}
+        self._event("corrupted", attempt=down.attempt, step=reached_step, **fields)
+        self._distrust(since, down.attempt, down.pending)
 
     def judge(self, attempt: int, exits: Mapping[int, TrainerExit], restored_step: int, reached_step: int) -> Decision:
         """Decide on the attempt that ended with `exits`, and report it."""
@@ -65,9 +80,6 @@ class Casebook:
         if cause.kind is ExitKind.CORRUPTED:
             # What was made since may be wrong in every replica: it is no measure of what is made now.
             self.changed_from = cause.alike_step + 1
-            fields = {"since": self.changed_from, "ranks": list(cause.ranks), "reason": cause.message}
-            self._event("corrupted", attempt=attempt, step=reached_step, **fields)
-            self._distrust(self.changed_from, attempt)
         elif decision.action is Action.ROLL_BACK:
             assert cause.skip is not None
             self._leave_out(cause.skip[0], Exclusions(steps=(cause.skip,)))

@@ -139,10 +139,8 @@ class Coordinator:
         """Launch, or try again in a while if storage does not answer; the trainers are down and lose nothing."""
         try:
             self._launch(self._next.cause)
-        except GaveUpError as error:
-            self._end(Ending.GAVE_UP, str(error))
-        except SupersededError as error:
-            self._end(Ending.SUPERSEDED, str(error))
+        except (GaveUpError, SupersededError) as error:
+            self._end(Ending.GAVE_UP if isinstance(error, GaveUpError) else Ending.SUPERSEDED, str(error))
         except UnbrokenError as error:
             if (delay_s := self._next.failed()) is None:
                 self._end(Ending.STORAGE, str(error))
@@ -212,6 +210,7 @@ class Coordinator:
         if not self._stopping:
             self._event("down", rank=rank, kind=down.exit.kind.value, message=down.exit.message)
             self._stop({})
+        self._casebook.hear(down, self._steps.reached.step)
         if len(self._down) == self._world_size:
             self._decide()
 
@@ -268,10 +267,11 @@ class Coordinator:
         else:  # the trainers are about to begin from it
             pending = {None if self._opening.memory == self._opening.committed else self._opening.memory}
         # An agent may not have read yet that the save it names has ended: that one is nothing to wait for.
-        if len(pending) == 1 and (progress := pending.pop()) and not self._save.has_ended(progress):
-            self._save.then = then
-        else:
+        progress = pending.pop() if len(pending) == 1 else None
+        if progress is None or self._save.has_ended(progress) or self._opener.distrusts(progress):
             then()
+        else:
+            self._save.then = then
 
     def _end_halted(self) -> None:
         """All ranks have stopped as ordered, or failed on the way."""

@@ -21,7 +21,7 @@ from orchestrator.checkpoint.keys import CHECKPOINTS, QUARANTINE_NAME, Checkpoin
 from orchestrator.checkpoint.probe import probe
 from orchestrator.checkpoint.records import encode
 from orchestrator.checkpoint.retention import claim_fields
-from orchestrator.coordination.restore_point import Distrusted, newest_sound, set_aside, undone
+from orchestrator.coordination.restore_point import Distrusted, newest_sound, set_aside, undone, undone_since
 from orchestrator.errors import GaveUpError, UnbrokenError
 from orchestrator.messages.attempts import Launch
 from orchestrator.run_spec import RunSpec
@@ -226,11 +226,24 @@ class Opener:
         # Nobody goes on from one that is quarantined; after a rollback there are some.
         return any(QUARANTINE_NAME not in self._store.list(ref.folder) for ref in newer)
 
-    def distrust(self, since: int, attempt: int) -> None:
-        """What attempts up to this one have saved of step `since` and later ones is not gone on from any more."""
+    def distrust(self, since: int, attempt: int, pending: Progress | None) -> None:
+        """What attempts up to this one have saved of step `since` and later ones is not gone on from any more.
+
+        It is marked at once, wherever it lies: whoever goes on, after whatever happens next, may know nothing of this.
+
+        Args:
+            pending: a snapshot that is on its way. What is committed later must find its mark there.
+        """
         self._distrusted.append((since, attempt))
-        with suppress(UnbrokenError):  # then the next attempt does it, unless the run ends here
-            newest_sound(self._store, attempt, self._report_quarantine, Exclusions(), self._distrusted)
+        for store in filter(None, (self._store, self._peer)):
+            with suppress(UnbrokenError):  # then the next attempt does it, unless the run ends here
+                if pending is not None and self.distrusts(pending):
+                    quarantine(store, CheckpointRef(pending.samples_seen, attempt), undone_since(since), attempt)
+                newest_sound(store, attempt, self._report_quarantine, Exclusions(), self._distrusted)
+
+    def distrusts(self, progress: Progress) -> bool:
+        """Whether what the newest attempt of this group has saved of `progress` may be corrupted."""
+        return any(progress.step >= since and self.claimed <= until for since, until in self._distrusted)
 
     def set_aside(self, opening: Opening, seen: str) -> None:
         """Quarantine the checkpoint, if any, that an attempt could not load: see `restore_point.set_aside`."""

@@ -49,8 +49,13 @@ def undone(info: CheckpointInfo, exclusions: Exclusions, distrusted: Collection[
             return f"training diverged in step {last}; what it learned from step {first} on is undone"
     for since, until in distrusted:
         if info.step >= since and info.ref.attempt <= until:
-            return f"a processor was found to be faulty; what was made from step {since} on may be wrong"
+            return undone_since(since)
     return None
+
+
+def undone_since(since: int) -> str:
+    """Why what was made from this step on is not gone on from, where corruption was found."""
+    return f"a processor was found to be faulty; what was made from step {since} on may be wrong"
 
 
 def set_aside(store: Store, checkpoint: CheckpointInfo, seen: str, attempt: int, report: Report) -> None:

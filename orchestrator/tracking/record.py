@@ -49,6 +49,8 @@ _TYPES = {
     "metrics": frozenset({dict}),
 }
 """And of which type, for keys that readers reckon with or sort by."""
+_BETWEEN_S = 0.001
+"""From the last event of a driver to the first of the next, where clocks do not say."""
 _LISTINGS = 10
 """Times that a folder is listed anew because objects were merged while we read them."""
 _PARALLEL_READS = 8
@@ -177,7 +179,9 @@ def one_row_a_step(rows: Iterable[Row]) -> list[Row]:
 def in_order(rows: Iterable[Row]) -> list[Event]:
     """Events in order of time, each exactly once.
 
-    A writer's own order stands above its clock: if that was set back, time stands still until it has caught up.
+    A writer's own order stands above its clock: if that was set back, time stands still until it has caught up. And so
+    does the order of attempts: a driver whose clock shows less than when an older one claimed its last attempt has the
+    right time, as those who look now are nearer to it, and the older one's events lie before.
     """
     by_writer: dict[str, dict[int, Row]] = {}
     for row in rows:
@@ -188,8 +192,32 @@ def in_order(rows: Iterable[Row]) -> list[Event]:
         for seq in sorted(own):
             latest = max(latest, own[seq]["time_s"])
             timed.append((latest, writer, seq, own[seq]))
-    timed.sort(key=lambda item: item[:3])
-    return [_event(time_s, row) for time_s, _, _, row in timed]
+    early = _set_back(timed)
+    shifted = [
+        (time_s - early.get(row.get("session", ""), 0.0), writer, seq, row) for time_s, writer, seq, row in timed
+    ]
+    shifted.sort(key=lambda item: item[:3])
+    return [_event(time_s, row) for time_s, _, _, row in shifted]
+
+
+def _set_back(timed: Iterable[tuple[float, str, int, Row]]) -> dict[str, float]:
+    """By session, the seconds by which its events are to lie earlier."""
+    times: dict[str, list[float]] = {}
+    claims: dict[str, list[tuple[int, float]]] = {}
+    for time_s, _, _, row in timed:
+        session = row.get("session", "")
+        times.setdefault(session, []).append(time_s)
+        if row["event"] == "attempt":
+            claims.setdefault(session, []).append((row["attempt"], time_s))
+    early: dict[str, float] = {}
+    newer: tuple[float, int, float] | None = None
+    """When the next driver began; the number of its first attempt, and when it claimed that."""
+    for session in sorted(claims, key=lambda session: min(claims[session]), reverse=True):
+        if newer is not None and any(number < newer[1] and at > newer[2] for number, at in claims[session]):
+            early[session] = max(times[session]) - newer[0] + _BETWEEN_S
+        shift, (first, at) = early.get(session, 0.0), min(claims[session])
+        newer = min(times[session]) - shift, first, at - shift
+    return early
 
 
 def _event(time_s: float, row: Row) -> Event:

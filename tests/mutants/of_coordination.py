@@ -187,4 +187,18 @@ COORDINATION = (
         "    def succeeded(self) -> None:\n        self._at = None",
         f"{_TESTS}/test_next_launch.py",
     ),
+    Mutant(
+        "a save under way when corruption is found counts as any",
+        _OPENING,
+        "if pending is not None and self.distrusts(pending):",
+        "if pending is not None and not self._distrusted:",
+        f"{_TESTS}/test_corruption.py::test_a_run_that_gives_up_while_such_a_state_is_saved_leaves_it_marked",
+    ),
+    Mutant(
+        "corruption is forgotten when not all trainers end",
+        _COORDINATOR,
+        "        self._casebook.hear(down, ",
+        "        if len(self._down) == self._world_size:\n            self._casebook.hear(down, ",
+        f"{_TESTS}/test_corruption.py::test_the_first_to_find_it_is_enough_if_the_others_never_end",
+    ),
 )

@@ -146,4 +146,11 @@ NUMBERS = (
         "first_position = 0",
         f"{_TESTS}/test_fingerprint.py::test_every_cut_into_rows_gives_the_same_sum",
     ),
+    Mutant(
+        "a parameter may take part in some steps only",
+        "trainers/steadiness.py",
+        "if self._seen is not None and seen != self._seen:",
+        "if False:",
+        f"{_TESTS}/test_optimizer_steps.py::test_a_parameter_that_is_used_in_some_steps_only_is_refused",
+    ),
 )

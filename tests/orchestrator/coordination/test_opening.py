@@ -212,24 +212,6 @@ def test_after_a_divergence_memory_is_not_used_and_its_snapshot_counts_as_any_ch
     assert group.last(Launch).memory == Progress(7, 70) and group.last(Launch).exclusions == left_out
 
 
-def test_nothing_is_gone_on_from_that_was_saved_while_a_state_may_have_been_corrupted(store: Store) -> None:
-    group = Group(store).join()
-    group.save(5)
-    group.save(10)
-    end = TrainerExit(kind=ExitKind.CORRUPTED, message="m", ranks=(1,), alike_step=7)
-    for rank in (0, 1):
-        group.coordinator.handle(rank, Down(attempt=group.attempt, exit=end, pending=None, held=TEN))
-    assert stable_steps(store) == [5], "at once: even if the run ends here"
-    group.coordinator.tick()
-    assert group.last(Launch) == Launch(attempt=2, restore="0000000000050-0001", committed=FIVE)
-    group.save(10)
-    assert stable_steps(store) == [10, 5], "made anew"
-    for rank in (0, 1):
-        group.down(rank, ExitKind.KILLED)
-    group.coordinator.tick()
-    assert group.last(Launch).restore == "0000000000100-0002"
-
-
 def test_a_run_that_is_to_stop_while_its_trainers_are_down_stores_their_snapshot_first(store: Store) -> None:
     group = Group(store).join()
     for rank in (0, 1):

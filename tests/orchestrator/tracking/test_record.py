@@ -27,7 +27,18 @@ from orchestrator.tracking.record import (
     step_row,
 )
 from orchestrator.tracking.telling import told
-from tests.orchestrator.tracking.story import T0, event, new_store, one_kill, record, step, steps
+from tests.orchestrator.tracking.story import (
+    T0,
+    attempt,
+    event,
+    new_store,
+    one_kill,
+    record,
+    started,
+    step,
+    steps,
+    training,
+)
 
 
 def test_a_step_that_was_replayed_counts_once_and_says_which_attempt_it_is_from():
@@ -145,6 +156,19 @@ def test_a_clock_that_goes_backwards_does_not_change_the_order():
     events = read_events(store)
     assert [one.kind for one in events] == ["tracking", "placing", "placed", "down", "interrupted", "pruned"]
     assert [one.time_s - T0 for one in events] == [50, 100, 100, 100, 120, 130]
+
+
+def test_a_driver_whose_clock_is_behind_that_of_the_one_before_is_the_newer_one():
+    """Two hours, on the next machine, which has no time server yet."""
+    store = new_store()
+    record(store, [*one_kill()[:-1], event(52, "interrupted", session="a", kept="step 30 is saved")])
+    again = [started(-7200, "b"), attempt(-7197, 3, "b"), training(-7195, 3, 30, "b")]
+    record(store, [*again, *steps(-7195, 3, range(31, 41), session="b")], "1" * 8)
+    events = read_events(store)
+    present = Present(events, T0 - 7180)
+    assert (str(present.state), present.step, present.last_s) == ("training", 40, T0 - 7185)
+    book = account(events)
+    assert book.attempts == 3 and book.wall_s == pytest.approx(52 + 15, abs=0.1)
 
 
 def test_two_writers_interleaved_and_rows_that_are_twice_there():
