@@ -28,6 +28,13 @@ NUMBERS = (
         f"{_LAYOUTS}[local-6-2]",
     ),
     Mutant(
+        "a rank's own slices come first, whichever microbatches they are of",
+        "trainers/slices.py",
+        "parts=[part for some in parts for part in some]",
+        "parts=[*parts[own], *(part for some in (*parts[:own], *parts[own + 1 :]) for part in some)]",
+        f"{_LAYOUTS}[local-3-1]",
+    ),
+    Mutant(
         "sums are made as they come, whoever makes them",
         _TREE,
         "self._stack[-1][0] == height and not (first - (1 << height)) % (2 << height):",

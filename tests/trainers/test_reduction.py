@@ -8,11 +8,15 @@ import torch.distributed as dist
 
 from tests.trainers.distributed import run_ranks
 from tests.trainers.test_tree import tree_by_definition
+from trainers import slices
 from trainers.reduction import InvariantReduction, Rounds, Topology
 
 
-def reduce_everywhere(num_replicas: int, num_microbatches: int, numel: int, local: bool) -> torch.Tensor:
+def reduce_everywhere(
+    num_replicas: int, num_microbatches: int, numel: int, local: bool, messages: bool = True
+) -> torch.Tensor:
     """Drive one unit's reduction by hand, as FSDP does; this rank's whole, gathered gradient."""
+    slices.by_messages = lambda _: messages
     world_size, rank = dist.get_world_size(), dist.get_rank()
     shards = world_size // num_replicas
     shard_groups = [dist.new_group(range(r * shards, (r + 1) * shards)) for r in range(num_replicas)]
@@ -57,6 +61,16 @@ def test_every_layout_builds_the_same_tree(world_size: int, num_replicas: int, l
         expected = tree_by_definition([leaf_of(i, numel) for i in range(num_microbatches)]) + 0.0
         for result in run_ranks(world_size, reduce_everywhere, num_replicas, num_microbatches, numel, local):
             assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize(("world_size", "num_replicas"), [(2, 2), (3, 1), (4, 2), (4, 4)])
+@pytest.mark.parametrize("local", [True, False], ids=["local", "sharded"])
+def test_the_collectives_of_a_gpu_build_the_same_tree(world_size: int, num_replicas: int, local: bool) -> None:
+    for numel in (3, 101):  # with 3 elements one of four replicas owns none
+        expected = tree_by_definition([leaf_of(i, numel) for i in range(7)]) + 0.0
+        for messages in (True, False):
+            for result in run_ranks(world_size, reduce_everywhere, num_replicas, 7, numel, local, messages):
+                assert torch.equal(result, expected)
 
 
 def test_a_gradient_on_a_gpu_is_kept_for_the_stream_that_sends_it(monkeypatch: pytest.MonkeyPatch) -> None:
