@@ -19,7 +19,7 @@ gradient holds counts after the last round only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,6 +82,8 @@ class Rounds:
     """A rehearsal: each rank works on what the one so far after it will, and nothing is exchanged. None: in earnest."""
     bits: torch.Tensor | None = None
     """Where the bits of each microbatch's gradient are added up, (M,) int64, if somebody compares them."""
+    after_backward: list[Callable[[], None]] = field(default_factory=list)
+    """Called in order at the end of every round."""
 
     @property
     def count(self) -> int:
@@ -95,6 +97,8 @@ class Rounds:
         for index in range(self.count):
             self.current = index
             yield index
+            for begin in self.after_backward:
+                begin()
             self.exchanges.finish()
 
     def microbatch(self, rank: int) -> int | None:
@@ -130,23 +134,27 @@ class InvariantReduction(ReduceScatter):
         """Inside the shard group, of this round."""
         self._whole: torch.Tensor | None = None
         """Without shards: memory for the next gradient."""
-        self._asked = False
-        """FSDP has it, and will ask once more."""
+        self._given: torch.Tensor | None = None
+        """What FSDP has got of it, and will ask for once more."""
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Memory for the whole gradient, and then for this rank's shard of it.
 
-        Without shards it is one and the same, as FSDP would only copy one to the other; and on a CPU, where new memory
-        costs more than what is done with it, that of the step before.
+        Without shards it is one and the same, as FSDP would only copy one to the other.
         """
         if self._topology.shard_size > 1:
             return torch.empty(*size, dtype=dtype, device=device)
-        if self._whole is None:
-            self._whole = torch.empty(*size, dtype=dtype, device=device)
-        whole, self._asked = self._whole, not self._asked
-        if not self._asked:
-            self._whole = None
-        return whole
+        if self._given is None:
+            self._given = self.room(int(size[0]), torch.empty(0, dtype=dtype, device=device))
+            return self._given
+        given, self._given = self._given, None
+        return given
+
+    def room(self, numel: int, like: torch.Tensor) -> torch.Tensor:
+        """Without shards: memory for a gradient; on a CPU, where new memory costs more than what is done with it, that
+        of the step before."""
+        whole, self._whole = self._whole, None
+        return whole if whole is not None and len(whole) == numel else like.new_empty(numel)
 
     def __call__(
         self,

@@ -35,6 +35,20 @@ NUMBERS = (
         f"{_LAYOUTS}[local-3-1]",
     ),
     Mutant(
+        "a unit of which the backward pass reaches a part only is not reduced",
+        _REDUCTION,
+        "            for begin in self.after_backward:\n                begin()\n",
+        "",
+        f"{_TESTS}/test_replicated.py",
+    ),
+    Mutant(
+        "gradients of what several units take are added in another order under ddp",
+        "trainers/replicated.py",
+        "        module.register_forward_pre_hook(_enter, prepend=True, with_kwargs=True)\n",
+        "",
+        f"{_TESTS}/test_recomputation.py",
+    ),
+    Mutant(
         "sums are made as they come, whoever makes them",
         _TREE,
         "self._stack[-1][0] == height and not (first - (1 << height)) % (2 << height):",
