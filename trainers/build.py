@@ -34,6 +34,7 @@ from trainers.optimizers import make_optimizer
 from trainers.parallel import LocalParameter, gather_for_good, make_topology, shard_model
 from trainers.recomputation import Recomputation
 from trainers.reduction import Rounds, Topology
+from trainers.replicated import reduce_directly
 from trainers.state import TrainState, combined_fingerprint, sharded_fingerprints, sharded_tensor
 from trainers.step import Task
 from trainers.trace import StepTrace
@@ -107,7 +108,12 @@ def _shard(
     bf16 = config.train.precision == "bf16"
     whole = shard_model(model, config.parallel, topology, mesh, rounds, bf16)
     load_initial_weights(config.model, config.seed, model, whole)
-    return gather_for_good(model, whole) if topology.shard_size == 1 and not bf16 else whole
+    if topology.shard_size > 1 or bf16:
+        return whole
+    whole = gather_for_good(model, whole)
+    # On a GPU the host is ahead of the device, and FSDP's streams have their use.
+    directly = mesh.device_type == "cpu" and config.parallel.reduction == "invariant"
+    return reduce_directly(model, whole, topology, rounds) if directly else whole
 
 
 def _parts(config: TrainerConfig, source: Source, trace: StepTrace) -> tuple[GuardedSource, GuardedSource | None]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
 
-Reduction = Iterator[dist.Work]
-"""The reduction of one unit: it hands out what it has begun wherever it would have to wait for it."""
+Reduction = Iterator[Sequence[dist.Work]]
+"""The reduction of one unit: it hands out what it has begun wherever it would have to wait for all of it."""
 
 
 class Exchanges:
@@ -19,15 +19,15 @@ class Exchanges:
     """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Reduction, dist.Work]] = []
+        self._waiting: list[tuple[Reduction, Sequence[dist.Work]]] = []
 
     def begin(self, reduction: Reduction) -> None:
         """Run `reduction` until it would wait, and those before it one exchange further. Collective: all ranks."""
         earlier, self._waiting = self._waiting, []
-        work = next(reduction, None)  # first of all: while others are waited for, its exchange goes on
+        works = next(reduction, None)  # first of all: while others are waited for, its exchange goes on
         self._go_on(earlier)
-        if work is not None:
-            self._waiting.append((reduction, work))
+        if works is not None:
+            self._waiting.append((reduction, works))
 
     def finish(self) -> None:
         """Run all of them to their ends. Collective: all ranks."""
@@ -35,8 +35,9 @@ class Exchanges:
             earlier, self._waiting = self._waiting, []
             self._go_on(earlier)
 
-    def _go_on(self, earlier: list[tuple[Reduction, dist.Work]]) -> None:
-        for reduction, work in earlier:
-            work.wait()
+    def _go_on(self, earlier: list[tuple[Reduction, Sequence[dist.Work]]]) -> None:
+        for reduction, works in earlier:
+            for work in works:
+                work.wait()
             if (following := next(reduction, None)) is not None:
                 self._waiting.append((reduction, following))

@@ -15,7 +15,14 @@ class _Pieces:
 
     def __init__(self, tensors: list[tuple[torch.Tensor, ...]]) -> None:
         """Args: tensors: of every parameter its weights, first and second moment, flat."""
-        self.tails = [flat[_whole(flat) :] for kinds in zip(*tensors, strict=True) for flat in kinds if _left(flat)]
+        self.whole = [_whole(flat.numel()) for flat, *_ in tensors]
+        """Elements in whole vectors."""
+        self.tails = [
+            flat[whole:]
+            for kinds in zip(*tensors, strict=True)
+            for flat, whole in zip(kinds, self.whole, strict=True)
+            if whole < flat.numel()
+        ]
         """Of all weights, then of all first and of all second moments, where they belong."""
         self.grads = torch.zeros(len(self.tails) // 3, _ALIGNED)
         """Room for the ends of gradients, which are new in every step."""
@@ -24,7 +31,8 @@ class _Pieces:
         self.copies = [row[: len(tail)] for row, tail in zip(room.flatten(0, 1), self.tails, strict=True)]
         """And where each fills a vector, whose other elements stay zero."""
         self.updated = [
-            [flat[: _whole(flat)] for flat in kinds if _whole(flat)] + [copies] * bool(len(copies))
+            [flat[:whole] for flat, whole in zip(kinds, self.whole, strict=True) if whole]
+            + [copies] * bool(len(copies))
             for kinds, copies in zip(zip(*tensors, strict=True), room, strict=True)
         ]
 
@@ -63,10 +71,16 @@ class FusedAdam(torch.optim.Optimizer):
             states = [(member, self.state[member]["exp_avg"], self.state[member]["exp_avg_sq"]) for member in members]
             self._pieces[key] = _Pieces([tuple(tensor.view(-1) for tensor in tensors) for tensors in states])
         pieces = self._pieces[key]
-        flat = [member.grad.reshape(-1) for member in members if member.grad is not None]
-        grads = [grad[: _whole(grad)] for grad in flat if _whole(grad)]
+        grads, left = [], []
+        for member, whole in zip(members, pieces.whole, strict=True):
+            assert member.grad is not None
+            flat = member.grad.reshape(-1)
+            if whole == flat.numel():
+                grads += [flat] * bool(whole)
+            else:
+                grads += [flat[:whole]] * bool(whole)
+                left.append(flat[whole:])
         if pieces.tails:
-            left = [grad[_whole(grad) :] for grad in flat if _left(grad)]
             torch._foreach_copy_([*pieces.copies, *pieces.grad_rows], [*pieces.tails, *left])
             grads.append(pieces.grads)
         steps = [self.state[member]["step"] for member in members]
@@ -92,9 +106,6 @@ class FusedAdam(torch.optim.Optimizer):
             torch._foreach_copy_(pieces.tails, pieces.copies)
 
 
-def _left(flat: torch.Tensor) -> int:
-    return len(flat) % _ALIGNED
-
-
-def _whole(flat: torch.Tensor) -> int:
-    return len(flat) - _left(flat)
+def _whole(numel: int) -> int:
+    """As many of `numel` elements as fill whole vectors."""
+    return numel - numel % _ALIGNED

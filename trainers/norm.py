@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,10 +14,24 @@ from trainers.reduction import Topology
 from trainers.tree import halve
 
 _BLOCK_NUMEL = 1 << 18
-"""Rows are squared and folded in blocks of about this many elements: 1 MiB of temporaries, cache-sized on CPU."""
-
+"""Rows are squared and folded in blocks of about this many elements: 1 MiB, cache-sized on CPU."""
+_NARROW = 64
+"""What rows are folded to block by block; the rest is done for many blocks at once."""
 
 _RowsOf = Callable[[LocalParameter], torch.Tensor | None]
+_Fold = tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a parameter, and where their sums begin."""
+
+    parameter: LocalParameter
+    part: slice
+    first: int
+
+    def __len__(self) -> int:
+        return self.part.stop - self.part.start
 
 
 class StepSums:
@@ -28,17 +43,24 @@ class StepSums:
     """
 
     def __init__(self, parameters: Sequence[LocalParameter], topology: Topology, device: torch.device) -> None:
-        self._parameters = parameters
         self._device = device
         self._num_rows = sum(parameter.shape[0] for parameter in parameters)
-        by_width: dict[int, list[tuple[LocalParameter, int]]] = defaultdict(list)
+        by_width: dict[int, list[_Rows]] = defaultdict(list)
         first = 0
         for parameter in parameters:
             if parameter.local.numel():
-                width = parameter.local.numel() // len(parameter.local)
-                by_width[width].append((parameter, first + parameter.row_offset))
+                held = len(parameter.local)
+                # Of the rows that several replicas hold only some are this one's to sum.
+                start, stop = (held * of // topology.num_replicas for of in (topology.replica, topology.replica + 1))
+                rows = _Rows(parameter, slice(start, stop), first + parameter.row_offset + start)
+                by_width[parameter.local.numel() // held].append(rows)
             first += parameter.shape[0]
-        self._blocks = [block for width, group in by_width.items() for block in _blocks(width, group, topology)]
+        room = torch.empty(2, max([_BLOCK_NUMEL, *by_width]), device=device)
+        self._groups = [
+            _Group(width, some, room)
+            for width, rows in by_width.items()
+            for some in _cut(rows, _BLOCK_NUMEL // min(width, _NARROW))
+        ]
 
     def __call__(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The mean loss, the L2 norm of the gradient, and every rank's losses. Collective: all ranks.
@@ -73,56 +95,92 @@ class StepSums:
 
     def _add_squares(self, sums: torch.Tensor, rows_of: _RowsOf, minus: Mapping[str, torch.Tensor] | None = None):
         """Put the sum of squares of every row into its place in `sums`; of the difference from `minus`, if given."""
-        for width, members in self._blocks:
-            self._sum_rows(width, members, sums, rows_of, minus)
+        for group in self._groups:
+            group.add_squares(sums, rows_of, minus)
 
-    def _sum_rows(
-        self,
-        width: int,
-        members: list[tuple[LocalParameter, int, slice]],
-        sums: torch.Tensor,
-        rows_of: _RowsOf,
-        minus: Mapping[str, torch.Tensor] | None,
+
+class _Group:
+    """Equally wide rows. Blocks of them are squared and folded in place; what that leaves of all is folded at once."""
+
+    def __init__(self, width: int, rows: list[_Rows], room: torch.Tensor) -> None:
+        """
+        Args:
+            room: (2, N), for the squares of one block and for what all are folded to; shared by all groups.
+        """
+        self._width = width
+        self._rows = rows
+        num_rows, narrow = sum(map(len, rows)), _folded(width)
+        self._rest = room[1, : num_rows * narrow].view(num_rows, narrow)
+        self._blocks = []
+        """Rows, where their squares go, and what is to be done with these."""
+        taken = 0
+        for block in _cut(rows, max(1, _BLOCK_NUMEL // width)):
+            count = sum(map(len, block))
+            squares = room[0, : count * width].view(count, width)
+            self._blocks.append((block, squares, _folds(squares, self._rest[taken : taken + count])))
+            taken += count
+
+    def add_squares(self, sums: torch.Tensor, rows_of: _RowsOf, minus: Mapping[str, torch.Tensor] | None) -> None:
+        """See `StepSums`."""
+        for block, squares, folds in self._blocks:
+            taken = 0
+            for some in block:
+                self._square(some, squares[taken : taken + len(some)], rows_of, minus)
+                taken += len(some)
+            for step, source in folds:
+                step(source)
+        found, taken = halve(self._rest), 0
+        for some in self._rows:
+            sums[some.first : some.first + len(some)] = found[taken : taken + len(some)]
+            taken += len(some)
+
+    def _square(
+        self, some: _Rows, out: torch.Tensor, rows_of: _RowsOf, minus: Mapping[str, torch.Tensor] | None
     ) -> None:
-        squares = torch.empty(sum(part.stop - part.start for _, _, part in members), width, device=self._device)
-        taken, places = 0, []
-        for parameter, first, part in members:
-            tensor = rows_of(parameter)
-            if tensor is None:
-                continue
-            rows = tensor.reshape(-1, width)[part]
-            if minus is not None:
-                rows = rows - minus[parameter.name].reshape(-1, width)[part]
-            torch.mul(rows, rows, out=squares[taken : taken + len(rows)])
-            places.append((first, taken, len(rows)))
-            taken += len(rows)
-        found = halve(squares[:taken])
-        for first, place, count in places:
-            sums[first : first + count] = found[place : place + count]
+        tensor = rows_of(some.parameter)
+        if tensor is None:
+            out.zero_()
+            return
+        rows = tensor.reshape(-1, self._width)[some.part]
+        if minus is not None:
+            rows = rows - minus[some.parameter.name].reshape(-1, self._width)[some.part]
+        torch.mul(rows, rows, out=out)
 
 
-def _blocks(
-    width: int, group: list[tuple[LocalParameter, int]], topology: Topology
-) -> list[tuple[int, list[tuple[LocalParameter, int, slice]]]]:
-    """Cut the rows of equally wide parameters into blocks, so that few operations serve many small tensors.
-
-    Of the rows that several replicas hold only those that are this one's to sum.
-    """
-    rows_per_block = max(1, _BLOCK_NUMEL // width)
-    blocks: list[list[tuple[LocalParameter, int, slice]]] = [[]]
-    room = rows_per_block
-    for parameter, first in group:
-        start, stop = (
-            len(parameter.local) * of // topology.num_replicas for of in (topology.replica, topology.replica + 1)
-        )
-        while start < stop:
+def _cut(rows: list[_Rows], size: int) -> list[list[_Rows]]:
+    """Cut into lists of `size` rows, so that few operations serve many small tensors."""
+    lists: list[list[_Rows]] = []
+    room = 0
+    for some in rows:
+        start = some.part.start
+        while start < some.part.stop:
             if room == 0:
-                blocks.append([])
-                room = rows_per_block
-            take = min(room, stop - start)
-            blocks[-1].append((parameter, first + start, slice(start, start + take)))
+                lists.append([])
+                room = size
+            take = min(room, some.part.stop - start)
+            lists[-1].append(_Rows(some.parameter, slice(start, start + take), some.first + start - some.part.start))
             start, room = start + take, room - take
-    return [(width, block) for block in blocks]
+    return lists
+
+
+def _folded(width: int) -> int:
+    """What rows are folded to in their block."""
+    while width > _NARROW:
+        width -= width // 2
+    return width
+
+
+def _folds(squares: torch.Tensor, out: torch.Tensor) -> list[_Fold]:
+    """The first additions of `halve`, in place, until rows are as narrow as `out`, which they are then copied to."""
+    folds: list[_Fold] = []
+    width = squares.shape[1]
+    while width > out.shape[1]:
+        half = width // 2
+        folds.append((squares[:, :half].add_, squares[:, half : 2 * half]))
+        if width % 2:  # the last one moves up
+            folds.append((squares[:, half : half + 1].copy_, squares[:, width - 1 : width]))
+        width -= half
+    return [*folds, (out.copy_, squares[:, :width])]
 
 
 def clip_(parameters: Sequence[LocalParameter], norm: torch.Tensor, max_norm: float) -> None:

@@ -6,6 +6,7 @@ replicas are kept alike by the reduction in `trainers.reduction`.
 
 Where every rank holds all parameters, in the precision that it computes in, FSDP2 gathers them once, at the start: that
 copy is what is trained from then on, and the shards' own memory is given back. Otherwise it is gathered in every step.
+Steps on a CPU then do without FSDP2: see `trainers.replicated`.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class LocalParameter:
     """Global shape."""
     row_offset: int
     parameter: torch.nn.Parameter
-    """A DTensor; its `grad` too."""
+    """A DTensor, and its `grad` too; with `trainers.replicated` both are plain tensors."""
     local: torch.Tensor
     """Its local rows: the memory that is trained, no part of the autograd graph. (rows, ...)"""
     computed_with: bool = False
@@ -85,7 +86,8 @@ class LocalParameter:
     def local_grad(self) -> torch.Tensor | None:
         """This rank's rows of the gradient, (rows, ...), or None if there is no gradient."""
         grad = self.parameter.grad
-        return cast(DTensor, grad).to_local() if grad is not None else None
+        # `to_local` makes a node of the autograd graph, which takes longer than what is done with a small gradient.
+        return grad._local_tensor if isinstance(grad, DTensor) else grad
 
 
 def make_topology(config: ParallelConfig, device: torch.device) -> tuple[Topology, dist.DeviceMesh]:

@@ -19,7 +19,7 @@ gradient holds counts after the last round only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,14 +30,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from trainers.exchanges import Exchanges, Reduction
 from trainers.integrity import digest
+from trainers.slices import Exchange, exchange, hand_back
 from trainers.steadiness import Steady
 from trainers.tree import TreeSum, add_up, aligned_heights
-
-# Renamed in torch 2.13; the old name warns there, the new one is missing before.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-_FEW = 3
-"""Replicas that hand each other their slices one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +83,8 @@ class Rounds:
     """A rehearsal: each rank works on what the one so far after it will, and nothing is exchanged. None: in earnest."""
     bits: torch.Tensor | None = None
     """Where the bits of each microbatch's gradient are added up, (M,) int64, if somebody compares them."""
+    after_backward: list[Callable[[], None]] = field(default_factory=list)
+    """Called in order at the end of every round."""
 
     @property
     def count(self) -> int:
@@ -101,6 +98,8 @@ class Rounds:
         for index in range(self.count):
             self.current = index
             yield index
+            for begin in self.after_backward:
+                begin()
             self.exchanges.finish()
 
     def microbatch(self, rank: int) -> int | None:
@@ -132,29 +131,33 @@ class InvariantReduction(ReduceScatter):
         """Of this rank's slice of its shard, over all microbatches."""
         self._own: TreeSum | None = None
         """Of the whole unit, over this rank's own microbatches since the last exchange."""
-        self._begun: _Exchange | None = None
+        self._begun: Exchange | None = None
         """Inside the shard group, of this round."""
         self._whole: torch.Tensor | None = None
         """Without shards: memory for the next gradient."""
-        self._asked = False
-        """FSDP has it, and will ask once more."""
+        self._given: torch.Tensor | None = None
+        """What FSDP has got of it, and will ask for once more."""
         self._steady = Steady[object]()
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Memory for the whole gradient, and then for this rank's shard of it.
 
-        Without shards it is one and the same, as FSDP would only copy one to the other; and on a CPU, where new memory
-        costs more than what is done with it, that of the step before.
+        Without shards it is one and the same, as FSDP would only copy one to the other.
         """
         if self._topology.shard_size > 1:
             return torch.empty(*size, dtype=dtype, device=device)
-        self._steady.check(tuple(size))
-        if self._whole is None:
-            self._whole = torch.empty(*size, dtype=dtype, device=device)
-        whole, self._asked = self._whole, not self._asked
-        if not self._asked:
-            self._whole = None
-        return whole
+        if self._given is None:
+            self._given = self.room(int(size[0]), torch.empty(0, dtype=dtype, device=device))
+            return self._given
+        given, self._given = self._given, None
+        return given
+
+    def room(self, numel: int, like: torch.Tensor) -> torch.Tensor:
+        """Without shards: memory for a gradient; on a CPU, where new memory costs more than what is done with it, that
+        of the step before."""
+        self._steady.check(numel)
+        whole, self._whole = self._whole, None
+        return whole if whole is not None and len(whole) == numel else like.new_empty(numel)
 
     def __call__(
         self,
@@ -165,10 +168,11 @@ class InvariantReduction(ReduceScatter):
         async_op: bool = False,
     ) -> None:
         """In place of the reduce-scatter: hand every rank its shard of all nodes. `finish_round` adds them."""
-        self._steady.check(input_tensor.shape)
+        self._steady.check(input_tensor.numel())
         self._add_own(input_tensor)
         if self._exchanges:
-            self._begun = self._exchange(self._take_own(), input_tensor, self._topology.shard_peers, group)
+            counts = [len(self._heights([ranks])) for ranks in self._topology.shard_peers]
+            self._begun = exchange(self._take_own(), counts, input_tensor, group)
 
     def finish_round(self, output: torch.Tensor) -> None:
         """FSDP's all-reduce hook: runs after the reduce-scatter, or instead of it where S = 1.
@@ -214,19 +218,23 @@ class InvariantReduction(ReduceScatter):
         else:
             begun, self._begun = self._begun, None
             assert begun is not None
-            yield from begun.works()
-            nodes = begun.parts()
+            yield begun.works
+            nodes = begun.parts
         if topology.num_replicas > 1:
             of_replica = TreeSum(self._rounds.leaves(topology.replicas[topology.replica]).start)
             for height, node in zip(heights, nodes, strict=True):
                 of_replica.push(node, height)
-            begun = self._exchange(of_replica.nodes(), output, topology.replicas, topology.replicate_group)
-            yield from begun.works()
-            nodes, heights = begun.parts(), self._heights(topology.replicas)
+            counts = [len(self._heights([ranks])) for ranks in topology.replicas]
+            begun = exchange(of_replica.nodes(), counts, output, topology.replicate_group)
+            yield begun.works
+            nodes, heights = begun.parts, self._heights(topology.replicas)
         if self._rounds.is_last:
             nodes, heights = [*self._tree.nodes(), *nodes], [*self._tree.heights(), *heights]
             self._tree = TreeSum()
-            yield from self._hand_back(nodes, heights, output)
+            if topology.num_replicas == 1:
+                add_up(nodes, heights, output)
+            else:
+                yield from hand_back(nodes, heights, output, topology.replicate_group)
             if topology.shard_size == 1 and not output.is_cuda:
                 self._whole = output  # these gradients are of no use any more when the next ones are made
         else:
@@ -234,67 +242,7 @@ class InvariantReduction(ReduceScatter):
                 self._tree.push(node, height)
             self._tree.own_memory()
 
-    def _hand_back(self, nodes: list[torch.Tensor], heights: list[int], output: torch.Tensor) -> Reduction:
-        """Put the sum of `nodes` into `output`, the whole shard, of which this rank has its slice of each node."""
-        topology, part = self._topology, nodes[0].numel()
-        if topology.num_replicas == 1:
-            add_up(nodes, heights, output)
-            return
-        options = {"group": topology.replicate_group, "async_op": not output.is_cuda}
-        if topology.num_replicas > _FEW:
-            add_up(nodes, heights, nodes[0])
-            gathered = output.new_empty(topology.num_replicas * part)
-            works = [_all_gather(gathered, nodes[0], **options)]
-        else:  # in place, where an all-gather would need memory for all of it
-            gathered, slices = output, output.split(part)
-            if topology.replica < len(slices):  # with few elements not everybody has a slice
-                add_up(nodes, heights, slices[topology.replica])
-            works = [dist.broadcast(part, group_src=owner, **options) for owner, part in enumerate(slices)]
-        yield from (work for work in works if work is not None)
-        if gathered is not output:
-            output.copy_(gathered[: output.numel()])
-
     def _heights(self, members: Sequence[range]) -> list[int]:
         """Of the nodes that these ranges of ranks bring to this exchange, in leaf order."""
         spans = (self._rounds.leaves(ranks) for ranks in members)
         return [height for span in spans for height in aligned_heights(span.start, span.stop)]
-
-    def _exchange(
-        self, nodes: list[torch.Tensor], like: torch.Tensor, members: Sequence[range], group: dist.ProcessGroup
-    ) -> _Exchange:
-        """Cut `nodes`, (like.numel(),) each, into one part a member of the group, and hand every member its parts."""
-        numel, num_members = like.numel(), len(members)
-        part = -(-numel // num_members)
-        if len(nodes) == 1 and part * num_members == numel:
-            sent = nodes[0]
-        else:
-            padded = like.new_zeros(len(nodes), part * num_members)
-            for row, node in zip(padded, nodes, strict=True):
-                row[:numel].copy_(node)
-            # (nodes, members, part) -> (members, nodes, part): one contiguous message a member
-            sent = padded.view(len(nodes), num_members, part).transpose(0, 1).contiguous().view(-1)
-        counts = [len(self._heights([ranks])) * part for ranks in members]
-        received = like.new_empty(sum(counts))
-        sizes = [len(nodes) * part] * num_members
-        work = dist.all_to_all_single(received, sent, counts, sizes, group=group, async_op=not like.is_cuda)
-        return _Exchange(sent=sent, received=received, part=part, work=work)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Exchange:
-    """An all-to-all that has begun."""
-
-    sent: torch.Tensor
-    """Must not go before it has arrived."""
-    received: torch.Tensor
-    part: int
-    work: dist.Work | None
-    """None on a GPU, where streams wait."""
-
-    def works(self) -> Reduction:
-        if self.work is not None:
-            yield self.work
-
-    def parts(self) -> list[torch.Tensor]:
-        """This rank's part of all members' nodes, in leaf order."""
-        return list(self.received.view(-1, self.part).unbind(0))

@@ -101,12 +101,15 @@ def normal(seed: int, stream: Stream, positions: np.ndarray, shape: tuple[int, .
 
 
 def seed_global_generators(seed: int, step: int, microbatch: int) -> None:
-    """Seed torch (all devices), numpy and python for one forward and backward pass.
+    """Seed torch (CPU and CUDA), numpy and python for one forward and backward pass.
 
     Randomness inside a model (dropout) draws from these; seeding them here makes it independent of the rank
     that happens to run the microbatch, so no generator state has to be saved.
     """
     value = derive_seed(seed, Stream.MODEL_INTERNAL, step, microbatch)
-    torch.manual_seed(value)
+    # `torch.manual_seed` writes this thread's stack down, in text, for every kind of device that is not there.
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(value)
     np.random.seed(value)
     random.seed(value)

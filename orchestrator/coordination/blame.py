@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from orchestrator.messages.liveness import Stack
 
 # Frames in which a rank waits for its peers: torch's collectives, and what of ours calls them.
-_WAITING = re.compile(r'File "[^"]*(/torch/distributed/|/trainers/(reduction|norm|parallel)\.py)')
+_WAITING = re.compile(r'File "[^"]*(/torch/distributed/|/trainers/(exchanges|reduction|norm|parallel)\.py)')
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>.+)')
 _INNERMOST = 6
 """Frames looked at: user code may well be *called* by torch.distributed (hooks), further out."""

@@ -28,6 +28,27 @@ NUMBERS = (
         f"{_LAYOUTS}[local-6-2]",
     ),
     Mutant(
+        "a rank's own slices come first, whichever microbatches they are of",
+        "trainers/slices.py",
+        "parts=[part for some in parts for part in some]",
+        "parts=[*parts[own], *(part for some in (*parts[:own], *parts[own + 1 :]) for part in some)]",
+        f"{_LAYOUTS}[local-3-1]",
+    ),
+    Mutant(
+        "a unit of which the backward pass reaches a part only is not reduced",
+        _REDUCTION,
+        "            for begin in self.after_backward:\n                begin()\n",
+        "",
+        f"{_TESTS}/test_replicated.py",
+    ),
+    Mutant(
+        "gradients of what several units take are added in another order under ddp",
+        "trainers/replicated.py",
+        "        module.register_forward_pre_hook(_enter, prepend=True, with_kwargs=True)\n",
+        "",
+        f"{_TESTS}/test_recomputation.py",
+    ),
+    Mutant(
         "sums are made as they come, whoever makes them",
         _TREE,
         "self._stack[-1][0] == height and not (first - (1 << height)) % (2 << height):",

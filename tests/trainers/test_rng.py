@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import random
+import traceback
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -121,3 +123,11 @@ def test_global_generators_follow_seed_step_and_microbatch():
     assert draw(1, 2, 3) == first
     for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
         assert all(a != b for a, b in zip(draw(*other), first, strict=True))
+
+
+def test_the_generators_are_seeded_as_torch_does_and_no_stack_is_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(derive_seed(5, Stream.MODEL_INTERNAL, 1, 2))
+    expected = torch.rand(3)
+    monkeypatch.setattr(traceback, "format_stack", lambda: pytest.fail("torch does so for devices that are not there"))
+    seed_global_generators(5, 1, 2)
+    assert torch.equal(torch.rand(3), expected)
