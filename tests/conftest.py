@@ -13,10 +13,15 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # tests call nobody
 
 import uuid
 
+import hypothesis
 import pytest
 
 from tests.s3.fault_proxy import FaultProxy
 from tests.s3.server import BUCKET, S3Server
+
+
+hypothesis.settings.register_profile("busy machine", deadline=None)  # a wait for a core is no fault of an example
+hypothesis.settings.load_profile("busy machine")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,10 @@ def test_time_and_failures_of_the_past_are_those_that_status_shows(
 
 def test_a_row_that_makes_no_sense_is_told(tmp_path: Path) -> None:
     store, reported = Store.open(str(tmp_path)), []
-    store.write(f"{METRICS}/{RowsRef(1, 2, 'abcdef01', 0)}", [encode([row(1, 5) | {"step": "5"}])])
-    reader = PastReader(make_spec(store.url), lambda kind, **fields: reported.append((kind, fields["error"])))
+    senseless = event_row(event("down", 8.0, attempt="1", kind="killed"), "session", "abcdef01", 0)
+    store.write(f"{EVENTS}/{RowsRef(1, 2, 'abcdef01', 0)}", [encode([senseless])])
+    spec = replace(make_spec(store.url), checkpoint=CheckpointConfig(every_steps="auto"))
+    reader = PastReader(spec, lambda kind, **fields: reported.append((kind, fields["error"])))
     reader._read(2, 0, Exclusions())
     ((kind, error),) = reported
     assert kind == "past_unread" and error.startswith("TypeError") and reader.past is None
