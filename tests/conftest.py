@@ -19,7 +19,6 @@ import pytest
 from tests.s3.fault_proxy import FaultProxy
 from tests.s3.server import BUCKET, S3Server
 
-
 hypothesis.settings.register_profile("busy machine", deadline=None)  # a wait for a core is no fault of an example
 hypothesis.settings.load_profile("busy machine")
 
