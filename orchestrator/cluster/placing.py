@@ -8,10 +8,7 @@ from typing import Any
 
 import ray
 from ray._private.state import state as cluster
-from ray._raylet import (  # pyright: ignore[reportAttributeAccessIssue]
-    RAY_NODE_ID_KEY,
-    PlacementGroupID,
-)
+from ray._raylet import RAY_NODE_ID_KEY, PlacementGroupID  # pyright: ignore[reportAttributeAccessIssue]
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
