@@ -53,6 +53,9 @@ class ClusterNodes:
     def resize(self, places: Mapping[int, Place], size: int) -> None:
         raise AssertionError("the nodes of a cluster of somebody else are left alone")
 
+    def waiting_for(self) -> str:
+        return ""
+
     def close(self) -> None:
         ray.shutdown()
 

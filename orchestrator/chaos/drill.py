@@ -152,14 +152,18 @@ class Drill:
                     code = self._process.wait()
                     return f"it ended with exit code {code}: {self._process.last_words()}" if code else None
                 self._take(event)
-            late = [entry for entry in self._open if time.monotonic() - entry.since > self._plan.patience_s]
-            if late:
-                kind = late[0].injection.fault.kind
-                return f"it has not recovered from {kind} in {self._plan.patience_s:g} s, and was ended"
+            if late := [entry for entry in self._open if time.monotonic() - entry.since > self._plan.patience_s]:
+                return self._stands_still(f"not recovered from {late[0].injection.fault.kind}")
             if time.monotonic() - self._watch.moved > self._plan.patience_s:
-                return f"it has made no step in {self._plan.patience_s:g} s, and was ended"
+                return self._stands_still("made no step")
             self._nodes.tend()
             self._inject_next()
+
+    def _stands_still(self, what: str) -> str:
+        nodes = (
+            self._nodes.waiting_for()
+        )  # is it the run's fault, or that of a machine which is too busy for the drill?
+        return f"it has {what} in {self._plan.patience_s:g} s, and was ended" + (f"; {nodes}" if nodes else "")
 
     def _take(self, event: Event) -> None:
         self._watch.take(event)

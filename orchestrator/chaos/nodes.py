@@ -90,6 +90,10 @@ class Nodes(Protocol):
         """Called now and then: nodes that did not come up are started once more."""
         ...
 
+    def waiting_for(self) -> str:
+        """Which nodes are not up yet that should be, in words; empty: none, or it is not in our hands."""
+        ...
+
     def close(self) -> None:
         """End what was started."""
         ...
@@ -196,6 +200,12 @@ class LocalNodes:
                     raise ClusterError(f"a Ray node on this machine does not start: {said.strip()[-400:]}")
                 self._start(start.options, start.prefix, start.address, start.tries + 1)
                 self._starting.insert(0, self._starting.pop())
+
+    def waiting_for(self) -> str:
+        if not self._starting:
+            return ""
+        tries = f"try {self._starting[0].tries} of {_TRIES}"
+        return f"{len(self._starting)} Ray nodes on this machine have not started, the first in {tries}"
 
     def _wait(self) -> None:
         while self._starting:
