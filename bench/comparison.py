@@ -31,20 +31,21 @@ class Comparison:
         return float(np.median(self.ratios))
 
     @property
-    def upper_bound(self) -> float:
-        """95 % of bootstrap resamples of the pairs have a median ratio of at most this."""
+    def interval(self) -> tuple[float, float]:
+        """Of the bootstrap resamples of the pairs, 5 % have a median ratio below it, and 5 % above it."""
         ratios = self.ratios
         draws = np.random.default_rng(0).choice(ratios, (_RESAMPLES, len(ratios)))
-        return float(np.quantile(np.median(draws, axis=1), 0.95))
+        low, high = np.quantile(np.median(draws, axis=1), (0.05, 0.95))
+        return float(low), float(high)
 
     @property
     def verdict(self) -> str:
-        """Whether the goal is met: `holds` if so even at the upper bound, `open` if only at the median."""
+        """Whether the goal is met: `holds` if so even at the interval's end, `open` if only at the median."""
         if self.goal is None:
             return ""
         if self.ratio > self.goal or (self.max_s is not None and np.median(self.ours_s) > self.max_s):
             return "missed"
-        return "holds" if self.upper_bound <= self.goal else "open"
+        return "holds" if self.interval[1] <= self.goal else "open"
 
     @property
     def ratios(self) -> np.ndarray:

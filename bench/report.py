@@ -31,11 +31,12 @@ _INTRODUCTION = """\
 # Benchmarks
 
 `make bench` measures every row on your machine and writes `bench/results/ROW.json`, a plot of it, and this file;
-`python -m bench reduction ema` only these rows. What is compared runs interleaved in one script: `ratio` is the median
-of the ratios of pairs, ours to the other, so less is better; behind it the upper end of its 95 % bootstrap interval. A
-goal `holds` only if that bound meets it, and is `open` if the median alone does. The frameworks that are met here are
-the extra `bench` (`pip install -e '.[bench]'`); a row says which of them it did without. The row `gpu` needs a GPU, but
-neither Ray nor that extra: `python -m bench gpu`, or `torchrun --nproc-per-node W -m bench gpu` for several.
+`python -m bench reduction ema` only these rows. What is compared runs interleaved in one script: `ratio` is the
+median of the ratios of pairs, ours to the other, so less is better; behind it its 90 % bootstrap interval. A goal
+`holds` only if the upper end of that meets it, and is `open` if the median alone does. The frameworks that are met
+here are the extra `bench` (`pip install -e '.[bench]'`); a row says which of them it did without. The row `gpu` needs
+a GPU, but neither Ray nor that extra: `python -m bench gpu`, or `torchrun --nproc-per-node W -m bench gpu` for
+several.
 """
 
 
@@ -79,7 +80,7 @@ def store(
     others = [one for one in before if only is not None and one.name.split(":")[0] not in (only, "limits", row)]
     where, results = {**where, "load_at_end": os.getloadavg()[0]}, [*others, *results]
     comparisons = [
-        {**asdict(one), "ratio": one.ratio, "upper_bound": one.upper_bound, "verdict": one.verdict}
+        {**asdict(one), "ratio": one.ratio, "interval": one.interval, "verdict": one.verdict}
         for one in results
         if isinstance(one, Comparison)
     ]
@@ -94,7 +95,7 @@ def store(
 def load(row: str, folder: Path = RESULTS) -> tuple[dict[str, Any], list[Result]]:
     """What `store` wrote."""
     content = json.loads((folder / f"{row}.json").read_text())
-    derived = ("ratio", "upper_bound", "verdict")
+    derived = ("ratio", "interval", "verdict")
     found: list[Result] = []
     for key, kind in _KINDS.items():
         for line in content.get(key, ()):
@@ -174,7 +175,8 @@ def _overview(found: dict[str, tuple[dict[str, Any], list[Result]]]) -> str:
 
 def _figure(one: Comparison | Figure) -> str:
     if isinstance(one, Comparison):
-        return f"{one.ratio:.3f} ({one.upper_bound:.3f})"
+        low, high = one.interval
+        return f"{one.ratio:.3f} ({low:.3f} .. {high:.3f})"
     return f"{one.value:.4g} {one.unit}".strip()
 
 
@@ -188,9 +190,9 @@ def _goal(one: Comparison | Figure) -> str:
 
 
 def _compared(comparisons: Sequence[Comparison]) -> str:
-    """Medians with the 10 % and 90 % quantiles, the ratio with its bound, and the verdict."""
+    """Medians with the 10 % and 90 % quantiles, the ratio with its interval, and the verdict."""
     lines = [
-        "| ours | ms (p10 .. p90) | beside | ms (p10 .. p90) | pairs | ratio (95 % bound) | goal | |",
+        "| ours | ms (p10 .. p90) | beside | ms (p10 .. p90) | pairs | ratio (90 % interval) | goal | |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
