@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +116,8 @@ SUBJECTS = {
     ),
 }
 SMALL = {
-    "sd2-unet": Subject(
-        class_name="UNet2DConditionModel", args=_SMALL_UNET, num_tokens=3, microbatch_size=2, noise=_STABLE_DIFFUSION
-    ),
-    "dit-xl-2": Subject(
-        class_name="DiTTransformer2DModel",
-        args=_SMALL_DIT,
-        num_tokens=0,
-        microbatch_size=2,
-        noise={"beta_schedule": "linear"},
-    ),
+    "sd2-unet": replace(SUBJECTS["sd2-unet"], args=_SMALL_UNET, num_tokens=3, microbatch_size=2),
+    "dit-xl-2": replace(SUBJECTS["dit-xl-2"], args=_SMALL_DIT, microbatch_size=2),
 }
 """For trying out."""
 

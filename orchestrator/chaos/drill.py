@@ -160,9 +160,7 @@ class Drill:
             self._inject_next()
 
     def _stands_still(self, what: str) -> str:
-        nodes = (
-            self._nodes.waiting_for()
-        )  # is it the run's fault, or that of a machine which is too busy for the drill?
+        nodes = self._nodes.waiting_for()  # a machine that is too busy for a drill is not the run's fault
         return f"it has {what} in {self._plan.patience_s:g} s, and was ended" + (f"; {nodes}" if nodes else "")
 
     def _take(self, event: Event) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ import pytest
 import yaml
 
 from orchestrator.checkpoint.store import Store
-from orchestrator.processes import birth, descendants, parent
+from orchestrator.processes import birth, command, descendants, parent
 from orchestrator.tracking.goodput import account
 from orchestrator.tracking.record import read_events, read_metrics
 from tests.orchestrator.independent import assert_same_state
@@ -147,7 +146,7 @@ def test_the_controller_and_what_cleans_up_after_it_killed(straight: Path, ray_f
     """At once, as Ray's memory monitor does: nobody is left who gives back the room of the agents."""
     driver = Driver(ray_folder, write_config(tmp_path))
     driver.until("newest stable checkpoint: step")
-    doomed = [pid for pid in descendants(driver.process.pid) if _CONTROLLING.match(command_line(pid))]
+    doomed = [pid for pid in descendants(driver.process.pid) if _CONTROLLING.match(command(pid))]
     assert len(doomed) == 2
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for pid in doomed:
@@ -156,12 +155,6 @@ def test_the_controller_and_what_cleans_up_after_it_killed(straight: Path, ray_f
     assert driver.end() == 0, "".join(driver.lines)
     assert "attempt 2: 2 workers" in "".join(driver.lines)
     assert_same_state(tmp_path / "run", straight)
-
-
-def command_line(pid: int) -> str:
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    return ""
 
 
 def test_sigterm_saves_the_step_under_way(straight: Path, ray_folder: Path, tmp_path: Path) -> None:
