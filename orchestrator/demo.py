@@ -21,7 +21,8 @@ _STEP = re.compile(r"step (\d+)/(\d+) ")
 
 
 def main() -> int:
-    """Run the demo; its exit code is that of the first command that fails, or of the proof."""
+    """Run the demo; its exit code is that of the first command that fails or is interrupted, or of the proof."""
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the command too, which says what it does about it
     began = time.monotonic()
     storage = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     killed, straight = storage / "killed", storage / "straight"
