@@ -79,6 +79,8 @@ def start_here(num_cpus: int, logging_level: int = logging.WARNING) -> None:
 
 def _init(**arguments: Any) -> None:
     """`ray.init`. Ray's own answer to SIGTERM is exit code 15, or a stack dump; this process ends with 143 instead."""
+    if not sys.stderr.isatty():  # Ray puts colours into files too
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     try:
         ray.init(**arguments)
     except SystemExit as error:

@@ -31,6 +31,19 @@ def test_a_token_that_is_missing_or_wrong(monkeypatch: pytest.MonkeyPatch, init)
         join("auto")
 
 
+def test_what_ray_tells_has_no_colours_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+    monkeypatch.setattr(ray, "init", lambda **_: seen.append(os.environ.get("RAY_COLOR_PREFIX")))
+    monkeypatch.setenv("RAY_COLOR_PREFIX", "1")
+    start_here(1)
+    monkeypatch.delenv("RAY_COLOR_PREFIX")
+    start_here(1)
+    monkeypatch.delenv("RAY_COLOR_PREFIX")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    start_here(1)
+    assert seen == ["1", "0", None], "what the user has set stays"
+
+
 def test_what_a_start_that_failed_has_started_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray starts its processes one after the other, and raises when the last one does not answer in time."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
