@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,26 @@ def test_the_controller_and_what_cleans_up_after_it_killed(straight: Path, ray_f
     driver.until("Ray Train ended without an outcome.*starting Ray Train again")
     assert driver.end() == 0, "".join(driver.lines)
     assert "attempt 2: 2 workers" in "".join(driver.lines)
+    assert_same_state(tmp_path / "run", straight)
+
+
+def test_what_is_frozen_for_a_while(straight: Path, ray_folder: Path, tmp_path: Path) -> None:
+    """As by a debugger or a suspended machine: an agent is replaced and ended, a driver or controller is only late."""
+    driver = Driver(ray_folder, write_config(tmp_path))
+    driver.until("newest stable checkpoint: step")
+    frozen = driver.agents[1]
+    os.kill(frozen, signal.SIGSTOP)
+    driver.until("rank 1: the agent or its node is gone")
+    driver.until("goes on from step")
+    assert birth(frozen) is None, "it does not wake up beside who took its place"
+    late = [driver.process.pid, *(pid for pid in descendants(driver.process.pid) if _CONTROLLING.match(command(pid)))]
+    for pid in late:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(12.0)  # longer than anybody may be silent who is watched
+    for pid in late:
+        os.kill(pid, signal.SIGCONT)
+    assert driver.end() == 0, "".join(driver.lines)
+    assert "attempt 3" not in "".join(driver.lines)
     assert_same_state(tmp_path / "run", straight)
 
 
