@@ -139,6 +139,7 @@ class ForkServer:
         self._pid = process.pid if process else None
         """At the other end; of a shared one known from its first fork on."""
         self._stopped = Silence(time.monotonic())
+        self._look_at = 0.0
         self.connection = connection
         """Delivers `ChildEnded`; end of file when the fork server itself has died."""
 
@@ -185,7 +186,10 @@ class ForkServer:
 
     def look(self) -> None:
         """End the fork server, and its trainers with it, if somebody has stopped it. Call often."""
-        stopped_s = self._stopped.passed(time.monotonic())
+        if (now := time.monotonic()) < self._look_at:
+            return
+        self._look_at = now + BEAT_S / 2
+        stopped_s = self._stopped.passed(now)
         if self._pid is None or process_state(self._pid) != "T":
             self._stopped.heard()
         elif stopped_s >= STOPPED_LIMIT_S:

@@ -18,6 +18,7 @@ import pytest
 
 import orchestrator.agents.forkserver
 from orchestrator.agents.forkserver import ForkServer, Keeper, open_fork_server
+from orchestrator.agents.trainer_probe import STACK_SIGNAL
 from orchestrator.errors import StartError
 from orchestrator.messages.attempts import ChildEnded
 from orchestrator.processes import parent
@@ -69,6 +70,17 @@ def test_a_trainer_has_the_surroundings_of_its_agent(
         trainer.send(7)
         assert agent.hear() == ChildEnded(pid, 7)
     assert capfd.readouterr().out == "a trainer\n"
+    agent.close()
+
+
+def test_to_ask_a_trainer_for_its_stacks_before_it_can_give_them_ends_it_not(name: str, keeper: Keeper) -> None:
+    agent = open_fork_server(name, PRELOAD)
+    pid, trainer = fork(agent)
+    with trainer:
+        trainer.recv()
+        agent.signal(pid, STACK_SIGNAL)
+        trainer.send(7)
+        assert agent.hear() == ChildEnded(pid, 7)
     agent.close()
 
 
