@@ -52,6 +52,25 @@ def test_a_group_that_was_replaced_does_not_end_the_run() -> None:
     assert [event.kind for event in shown] == ["attempt", "attempt", "outcome"]
 
 
+def test_nor_if_its_attempt_is_heard_of_after_the_next_one() -> None:
+    late = ("outcome", {"ending": "superseded", "message": "by attempt 2", "attempt": 1})
+    outcome = {"ending": "finished", "message": "done", "attempt": 2}
+    mailbox = Mailbox(attempt(2), attempt(1), late)
+    mailbox._events.put([Event(kind="outcome", fields=outcome, time_s=0.0)])
+    assert Listener(mailbox, lambda _: None).finish() == outcome
+
+
+def test_a_mailbox_that_fails_once_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "_AGAIN_S", 0.0)
+    outcome = {"ending": "finished", "message": "done", "attempt": 1}
+    mailbox = Mailbox(attempt(1))
+    listener = Listener(mailbox, lambda _: None)
+    mailbox.kill()
+    mailbox._events.put([Event(kind="outcome", fields=outcome, time_s=0.0)])
+    listener._thread.join(30)
+    assert listener.finish() == outcome
+
+
 def test_a_group_that_gives_up_before_its_first_attempt_ends_it() -> None:
     outcome = {"ending": "gave up", "message": "30 groups of agents in a row"}
     assert Listener(Mailbox(attempt(7), ("outcome", outcome)), lambda _: None).finish() == outcome
