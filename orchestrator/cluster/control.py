@@ -152,8 +152,11 @@ class NodeWatch:
             when = f"gone in {left_s:.0f} s" if draining[node] else "no deadline given"
             self._order_once(Purpose.DRAIN, f"node {node[:8]} is being drained, {when}", node)
         room = count_workers(self._resources, nodes, self._max_workers)
-        if room > len(group):  # or does Ray only not know yet that a node is lost?
-            room = count_workers(self._resources, live_nodes(ask=True), self._max_workers)
+        if room > len(group):  # or does Ray only not know yet that a node is lost? Or does somebody else use it?
+            nodes = live_nodes(ask=True)
+            free = {node: has for node, has in cluster.available_resources_per_node().items() if node in nodes}
+            more = count_workers(self._resources, free, self._max_workers)
+            room = min(count_workers(self._resources, nodes, self._max_workers), len(group) + more)
         # Twice in a row: a node that is lost while a group starts may still be counted.
         self._roomy_polls = self._roomy_polls + 1 if room > len(group) else 0
         if self._roomy_polls >= 2:

@@ -128,13 +128,19 @@ class Cluster:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.nodes, self.draining, self.group = ["a", "b"], {}, {0: "a", 1: "b"}
+        self.theirs: set[str] = set()
+        """Nodes that somebody else uses."""
         self.orders: list[HaltOrder] = []
         monkeypatch.setattr(control, "NODE_POLL_S", 3600.0)
         monkeypatch.setattr(control, "live_nodes", lambda ask=False: {node: {"CPU": 1.0} for node in self.nodes})
-        monkeypatch.setattr(control, "cluster", SimpleNamespace(get_draining_nodes=lambda: self.draining))
+        known = SimpleNamespace(get_draining_nodes=lambda: self.draining, available_resources_per_node=self.free)
+        monkeypatch.setattr(control, "cluster", known)
         listener: Any = SimpleNamespace(nodes=self.group)
         keepers: Any = SimpleNamespace(tend=lambda nodes, used: None)
         self.watch = NodeWatch(listener, self.orders.append, 4, {"CPU": 1.0}, keepers, lambda event: None)
+
+    def free(self) -> dict[str, dict[str, float]]:
+        return {node: {"CPU": float(node not in {*self.group.values(), *self.theirs})} for node in self.nodes}
 
     def look(self) -> list[Purpose]:
         """What is ordered, if anything."""
@@ -160,4 +166,15 @@ def test_what_the_nodes_of_a_cluster_make_of_it(monkeypatch: pytest.MonkeyPatch)
     cluster.look()
     cluster.group |= {0: "a", 1: "b"}
     assert cluster.look() == [Purpose.DRAIN], "which does not know yet"
+    cluster.watch.close()
+
+
+def test_what_somebody_else_uses_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch)
+    cluster.nodes, cluster.theirs = ["a", "b", "c"], {"c"}
+    assert [cluster.look() for _ in range(3)] == [[], [], []], (
+        "or each group would be placed anew, to be as small again"
+    )
+    cluster.theirs.clear()
+    assert cluster.look() == [] and cluster.look() == [Purpose.GROW]
     cluster.watch.close()
