@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -166,6 +167,37 @@ def test_one_that_is_stopped_is_ended(name: str, shared: bool, monkeypatch: pyte
     if shared:
         keeper.close()
         assert keeper.process.wait(60) == -signal.SIGKILL
+
+
+def test_one_that_is_stopped_before_its_first_fork_is_ended(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchestrator.agents.forkserver, "STOPPED_LIMIT_S", 0.1)
+    monkeypatch.setattr(orchestrator.agents.forkserver, "_FIND_S", 60.0)
+    keeper = Keeper(name, PRELOAD)
+    keeping = threading.Thread(target=keeper.keep, daemon=True)
+    keeping.start()
+    agent = open_fork_server(name, PRELOAD)
+    while not hasattr(keeper, "process"):
+        time.sleep(0.01)
+    os.kill(server := keeper.process.pid, signal.SIGSTOP)
+    told: list[str] = []
+
+    def ask() -> None:
+        with pytest.raises(StartError, match="the process that trainers are forked from ended"):
+            fork(agent)
+        told.append("it has ended")
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(60)
+    try:
+        assert told, "the agent waits for it"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server, signal.SIGCONT)
+        keeper.close()
+        agent.close()
+    keeping.join(60)
+    assert not keeping.is_alive()
 
 
 def test_imports_that_fail_are_told(name: str) -> None:
