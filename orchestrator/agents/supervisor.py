@@ -113,9 +113,8 @@ class Supervisor:
             if self._fork_server is not None:
                 self._fork_server.close()
             self._coordinator.close()
-            os.close(self._trace_handle)
-            os.close(self._buffer)
-            os.close(self._stacks)
+            for handle in (self._trace_handle, self._buffer, self._stacks):
+                os.close(handle)
 
     def _serve(self, source: object) -> Outcome | None:
         if source is self._coordinator:
@@ -269,17 +268,13 @@ class Supervisor:
         if self._pid is None or ended.pid != self._pid:
             return
         self._heartbeat.watch(self._attempt, None)
-        self._hear_last_words(ended.pid)
-        self._report_down(self._cause(ended.status))
-
-    def _hear_last_words(self, pid: int) -> None:
-        """Up to the end of file; or all that is there, if what the trainer had started holds its pipe open."""
-        while self._trainer is not None:
+        while self._trainer is not None:  # its last words, up to the end of file
             if self._trainer.poll(BEAT_S):
                 self._hear_trainer()
-            elif process_state(pid) in ("", "Z"):
+            elif process_state(ended.pid) in ("", "Z"):  # what it had started holds its pipe open
                 self._trainer.close()
                 self._trainer = None
+        self._report_down(self._cause(ended.status))
 
     def _drop_fork_server(self) -> None:
         assert self._fork_server is not None
