@@ -143,9 +143,9 @@ class SaveRound:
         """Report a failure, and tell everybody if the save is over in all its tiers."""
         progress, tier = result.progress, result.tier
         # A tier may be slow: the save may have ended in another one, and the next one may have begun in this one.
-        for over in self._receipts if result.last else [tier]:
-            receipts = self._receipts.get(over, {})
-            self._receipts[over] = {rank: of for rank, of in receipts.items() if of.progress.step > progress.step}
+        for over, receipts in self._receipts.items():
+            if result.last or over == tier:
+                self._receipts[over] = {rank: of for rank, of in receipts.items() if of.progress.step > progress.step}
         self._over[tier] = max(progress, self._over.get(tier, progress), key=lambda progress: progress.step)
         if error is not None:
             self._event("save_failed", step=progress.step, tier=tier, error=error)

@@ -90,7 +90,7 @@ class _PunctualClient(JobSubmissionClient):
     """Ray's own, which would wait without end for a head that takes a request and says nothing."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-        return super()._do_request(method, endpoint, **{"timeout": _REQUEST_S} | options)
+        return super()._do_request(method, endpoint, timeout=_REQUEST_S, **options)
 
 
 class Cluster:
