@@ -51,8 +51,11 @@ def descendants(pid: int) -> list[int]:
 
 
 def _fields(pid: int) -> list[str] | None:
-    """What the kernel says of a process, from its state on; the name before may hold spaces. None: it has ended."""
+    """What the kernel says of a process, from its state on. None: it has ended.
+
+    The name before that may hold spaces, and be no text at all: the kernel cuts it off in the middle of a character.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
     except (FileNotFoundError, ProcessLookupError):
         return None

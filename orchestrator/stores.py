@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from orchestrator.checkpoint.peer_objects import PeerRing
 from orchestrator.checkpoint.store import Store
+from orchestrator.errors import StorageError
 from orchestrator.sections import TierName
 
 
@@ -24,5 +25,6 @@ class Stores:
     def of(self, tier: TierName) -> Store:
         if tier == "storage":
             return self.storage
-        assert self.peer is not None, "no snapshot is meant for a tier that is not there"
+        if self.peer is None:
+            raise StorageError("there was no memory of nodes to be found when these agents began")
         return self.peer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
@@ -11,13 +12,14 @@ from typing import Any, cast
 import ray
 import ray.train
 import ray.train.collective
+from ray.exceptions import RayError
 
 from orchestrator.agents.forkserver import open_fork_server
 from orchestrator.agents.supervisor import Supervisor
 from orchestrator.checkpoint.peer_objects import PeerRing
 from orchestrator.cluster.keepers import shared_name
 from orchestrator.cluster.mailbox import Outbox, take_orders
-from orchestrator.cluster.peer_memory import home
+from orchestrator.cluster.peer_memory import ask_ring, home
 from orchestrator.coordination.committing import BackgroundChores
 from orchestrator.coordination.coordinator import Coordinator
 from orchestrator.coordination.hub import Hub, connect
@@ -59,6 +61,20 @@ def agent(arguments: dict[str, Any]) -> None:
         raise RegroupError(outcome.message)
 
 
+def _find_peers(directory: Any, notify: Callable[[Event], None]) -> PeerRing | None:
+    """The memory of the nodes, if the run uses it and it can be had."""
+    if directory is None:
+        return None
+    try:
+        ring = ask_ring(directory)
+    except RayError as error:  # this group of agents does without; waiting for it would be no better
+        why = f"who knows it does not answer ({type(error).__name__})"
+        notify(Event(kind="peers_lost", fields={"error": why}, time_s=time.time()))
+        return None
+    notify(Event(kind="peers", fields={"num_nodes": len(ring.peers)}, time_s=time.time()))
+    return ring
+
+
 def _start_hub(spec: RunSpec, world_size: int, mailbox: Any, directory: Any, closing: ExitStack) -> _Wire:
     """Start the coordinator on rank 0.
 
@@ -67,8 +83,6 @@ def _start_hub(spec: RunSpec, world_size: int, mailbox: Any, directory: Any, clo
     """
     host = ray.util.get_node_ip_address()
     hub = Hub(host, key := secrets.token_bytes(32), world_size)
-    ring = cast(PeerRing, ray.get(directory.ring.remote())) if directory is not None else None
-
     tell = Outbox(mailbox).put
 
     def notify(event: Event) -> None:
@@ -77,9 +91,8 @@ def _start_hub(spec: RunSpec, world_size: int, mailbox: Any, directory: Any, clo
 
     recorder = Recorder(spec.run_url, spec.session, report=tell)
     closing.callback(recorder.close)
+    ring = _find_peers(directory, notify)
     stores = Stores.open(spec.run_url, home(ring))
-    if ring is not None:
-        notify(Event(kind="peers", fields={"num_nodes": len(ring.peers)}, time_s=time.time()))
     chores = BackgroundChores(spec, stores, notify)
     closing.callback(chores.close)
     hub.start(lambda send: Coordinator(spec, stores, world_size, host, send, notify, chores), chores.results)

@@ -26,6 +26,7 @@ from multiprocessing.reduction import recv_handle
 from types import ModuleType
 
 from orchestrator.agents.forkserver import Signal, Surroundings, same_user
+from orchestrator.agents.trainer_probe import STACK_SIGNAL
 from orchestrator.messages.attempts import ChildEnded, ImportFailed
 
 _PR_SET_PDEATHSIG = 1
@@ -51,6 +52,7 @@ class _Server:
             return
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # it would end a trainer that has only just been forked
         while self._clients or self._keeper:
             lasting = [self._keeper, self._listener] if self._keeper and self._listener else []
             ready = wait([self._awake, *self._clients, *lasting])

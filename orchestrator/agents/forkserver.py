@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
-from subprocess import Popen
+from subprocess import Popen, TimeoutExpired
 
 from orchestrator.coordination.watchdog import BEAT_S, STOPPED_LIMIT_S, Silence
 from orchestrator.errors import StartError
@@ -87,13 +87,28 @@ class Keeper:
                 self.start()
                 if self._closed.is_set():  # meanwhile
                     self._end.close()
-                if self.process.wait() == 0:
+                if self._outlive() == 0:
                     return
                 self._end.close()
             if time.monotonic() - began > _LONGEST_PAUSE_S:
                 pause_s = _FIRST_PAUSE_S
             self._closed.wait(pause_s)
             pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
+
+    def _outlive(self) -> int:
+        """Wait for its end, and bring that about if somebody has stopped it: agents look only at one they know.
+
+        They do from its first fork on. One that is stopped before, or between two groups, would keep them waiting.
+        """
+        stopped = Silence(time.monotonic())
+        while True:
+            with suppress(TimeoutExpired):
+                return self.process.wait(BEAT_S)
+            stopped_s = stopped.passed(time.monotonic())
+            if process_state(self.process.pid) != "T":
+                stopped.heard()
+            elif stopped_s >= STOPPED_LIMIT_S:
+                self.process.kill()
 
     def close(self) -> None:
         """Let it end when the last agent has gone."""
@@ -139,6 +154,7 @@ class ForkServer:
         self._pid = process.pid if process else None
         """At the other end; of a shared one known from its first fork on."""
         self._stopped = Silence(time.monotonic())
+        self._look_at = 0.0
         self.connection = connection
         """Delivers `ChildEnded`; end of file when the fork server itself has died."""
 
@@ -185,7 +201,10 @@ class ForkServer:
 
     def look(self) -> None:
         """End the fork server, and its trainers with it, if somebody has stopped it. Call often."""
-        stopped_s = self._stopped.passed(time.monotonic())
+        if (now := time.monotonic()) < self._look_at:
+            return
+        self._look_at = now + BEAT_S / 2
+        stopped_s = self._stopped.passed(now)
         if self._pid is None or process_state(self._pid) != "T":
             self._stopped.heard()
         elif stopped_s >= STOPPED_LIMIT_S:

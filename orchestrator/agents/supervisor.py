@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from orchestrator.agents.forkserver import ForkServer
 from orchestrator.agents.heartbeat import Heartbeat
 from orchestrator.agents.shard_writer import HeldSnapshot, ShardWriter
-from orchestrator.agents.trainer_probe import STACK_SIGNAL, busy_s, read_stack
+from orchestrator.agents.trainer_probe import STACK_SIGNAL, busy_s, read_stack, wordless_end
 from orchestrator.checkpoint.peer_objects import PeerRing
 from orchestrator.coordination.hub import Wire
 from orchestrator.coordination.stragglers import REPORT_S, REPORT_STEPS
@@ -41,8 +41,6 @@ from orchestrator.run_spec import RunSpec
 from orchestrator.stores import Stores
 from trainers.progress import Progress
 from trainers.trace import num_bytes, read_place
-
-_OWN_FAULT = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
 
 class Supervisor:
@@ -103,7 +101,7 @@ class Supervisor:
                     sources.append(self._trainer)
                 # One at a time: serving a source may consume what made the next one ready.
                 ready = wait(sources, timeout=BEAT_S)
-                if not ready and self._fork_server is not None:
+                if self._fork_server is not None:  # also if there is always something ready, such as rank 0's beats
                     self._fork_server.look()
                 if ready and (outcome := self._serve(ready[0])) is not None:
                     return outcome
@@ -115,9 +113,8 @@ class Supervisor:
             if self._fork_server is not None:
                 self._fork_server.close()
             self._coordinator.close()
-            os.close(self._trace_handle)
-            os.close(self._buffer)
-            os.close(self._stacks)
+            for handle in (self._trace_handle, self._buffer, self._stacks):
+                os.close(handle)
 
     def _serve(self, source: object) -> Outcome | None:
         if source is self._coordinator:
@@ -272,7 +269,11 @@ class Supervisor:
             return
         self._heartbeat.watch(self._attempt, None)
         while self._trainer is not None:  # its last words, up to the end of file
-            self._hear_trainer()
+            if self._trainer.poll(BEAT_S):
+                self._hear_trainer()
+            elif process_state(ended.pid) in ("", "Z"):  # what it had started holds its pipe open
+                self._trainer.close()
+                self._trainer = None
         self._report_down(self._cause(ended.status))
 
     def _drop_fork_server(self) -> None:
@@ -290,8 +291,4 @@ class Supervisor:
             return self._exit
         if self._kill is not None:
             return self._kill.cause or TrainerExit(kind=ExitKind.PEER_LOST, message="ended together with the others")
-        if status < 0:
-            kind = ExitKind.CRASHED if -status in _OWN_FAULT else ExitKind.KILLED
-            message = f"the trainer was ended by {signal.Signals(-status).name}"
-            return TrainerExit(kind=kind, message=message, place=read_place(memoryview(self._trace)))
-        return TrainerExit(kind=ExitKind.ERROR, message=f"the trainer left with exit code {status} and no word")
+        return wordless_end(status, read_place(memoryview(self._trace)))

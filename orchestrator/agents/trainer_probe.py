@@ -1,4 +1,4 @@
-"""What an agent can find out about its trainer from outside: its work, its stack."""
+"""What an agent can find out about its trainer from outside: its work, its stack, its end."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import signal
 import time
 from collections.abc import Callable
 
+from orchestrator.messages.attempts import ExitKind, TrainerExit
+from trainers.trace import Place
+
 STACK_SIGNAL = signal.SIGRTMIN + 7
 """Makes a trainer write its stacks; a number that no library claims. It works while the GIL is held."""
 
+_OWN_FAULT = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+_NAMED = frozenset(signal.Signals)  # not all: most of those for real time are numbers
 _SIGNAL_WAIT_S = 1.0
 _QUIET_S = 0.05
 
@@ -55,3 +60,17 @@ def read_stack(file: int, ask: Callable[[], None]) -> str:
             break
         time.sleep(0.01)
     return os.pread(file, size, 0).decode(errors="replace")
+
+
+def wordless_end(status: int, place: Place | None) -> TrainerExit:
+    """Why a trainer is gone that has left no word.
+
+    Args:
+        status: as from `os.waitstatus_to_exitcode`.
+        place: the microbatch at work.
+    """
+    if status >= 0:
+        return TrainerExit(kind=ExitKind.ERROR, message=f"the trainer left with exit code {status} and no word")
+    kind = ExitKind.CRASHED if -status in _OWN_FAULT else ExitKind.KILLED
+    name = signal.Signals(-status).name if -status in _NAMED else f"signal {-status}"
+    return TrainerExit(kind=kind, message=f"the trainer was ended by {name}", place=place)

@@ -203,7 +203,8 @@ class Drill:
         if fault.kind is FaultKind.CORRUPT_CHECKPOINT and not watch.saved:
             return
         place = watch.places[fault.rank % watch.world_size]
-        time.sleep(fault.moment * min(1.0, watch.step_s - watch.step_before_s))
+        # Below zero where rank 0 has just come to a machine whose clock is behind.
+        time.sleep(fault.moment * min(1.0, max(0.0, watch.step_s - watch.step_before_s)))
         begun_s = time.time()
         try:
             detail = self._cause(fault, place)

@@ -21,6 +21,7 @@ from orchestrator.coordination.halting import HaltOrder, Purpose
 from orchestrator.messages.attempts import Event
 
 NODE_POLL_S = 1.0
+_AGAIN_S = 1.0
 
 
 class Listener:
@@ -55,7 +56,7 @@ class Listener:
         match event.kind:
             case "outcome":
                 self._outcome = dict(event.fields)
-            case "attempt":
+            case "attempt" if event.fields["attempt"] >= self._attempt:  # else it is late: of a group that was cut off
                 if event.fields.get("memory") is None:  # else it is the same group, and it has something to save
                     self._seen = {}
                 self._world_size = event.fields["world_size"]
@@ -77,7 +78,9 @@ class Listener:
             try:
                 events = ray.get(self._mailbox.take.remote(seen), timeout=None if not self._done.is_set() else 1)
             except (RayError, TimeoutError):
-                return
+                if self._done.wait(_AGAIN_S):
+                    return
+                continue  # whatever it was: nobody else would hear of the outcome
             seen += len(events)
             for event in events:
                 # A group that was cut off, and replaced, finds out when it is back that it is superseded: this run is
@@ -149,8 +152,11 @@ class NodeWatch:
             when = f"gone in {left_s:.0f} s" if draining[node] else "no deadline given"
             self._order_once(Purpose.DRAIN, f"node {node[:8]} is being drained, {when}", node)
         room = count_workers(self._resources, nodes, self._max_workers)
-        if room > len(group):  # or does Ray only not know yet that a node is lost?
-            room = count_workers(self._resources, live_nodes(ask=True), self._max_workers)
+        if room > len(group):  # or does Ray only not know yet that a node is lost? Or does somebody else use it?
+            nodes = live_nodes(ask=True)
+            free = {node: has for node, has in cluster.available_resources_per_node().items() if node in nodes}
+            more = count_workers(self._resources, free, self._max_workers)
+            room = min(count_workers(self._resources, nodes, self._max_workers), len(group) + more)
         # Twice in a row: a node that is lost while a group starts may still be counted.
         self._roomy_polls = self._roomy_polls + 1 if room > len(group) else 0
         if self._roomy_polls >= 2:

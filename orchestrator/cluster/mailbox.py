@@ -26,9 +26,15 @@ class _Mailbox:
     Every call may be made again, and calls may overtake each other: Ray repeats what the network has lost.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, again: bool = False) -> None:
+        """Args: again: it takes the place of one that has died, with what that one held; others have counted on."""
+        self._again = again
         self._events: list[Event] = []
-        self._num_taken = 0
+        self._num_taken = None if again else 0
+        """None, here and below: whoever asks next says so."""
+        self._num_ordered = None if again else 0
+        """Orders before those that are here."""
+        self._num_idle = 0
         self._early: dict[str, dict[int, Event]] = {}
         """By sender and number, those that wait for an earlier one."""
         self._due: dict[str, int] = {}
@@ -39,11 +45,12 @@ class _Mailbox:
     async def put(self, sender: str, number: int, event: Event) -> None:
         """Args: number: senders count their events, from 0 on."""
         async with self._changed:
-            due, early = self._due.get(sender, 0), self._early.setdefault(sender, {})
+            due, early = self._due.get(sender, number if self._again else 0), self._early.setdefault(sender, {})
             if number >= due:  # else it is here already
                 early[number] = event
             while due in early:
                 self._events.append(early.pop(due))
+                self._count(self._events[-1].kind)
                 due += 1
             self._due[sender] = due
             self._changed.notify_all()
@@ -51,9 +58,9 @@ class _Mailbox:
     async def take(self, seen: int) -> list[Event]:
         """All events but the first `seen`, which are forgotten; waits for one."""
         async with self._changed:
-            if seen > self._num_taken:
-                del self._events[: seen - self._num_taken]
-                self._num_taken = seen
+            taken = seen if self._num_taken is None else self._num_taken
+            del self._events[: max(0, seen - taken)]
+            self._num_taken = max(seen, taken)
             await self._changed.wait_for(lambda: self._events)
             return self._events.copy()
 
@@ -65,21 +72,39 @@ class _Mailbox:
 
     async def orders_so_far(self) -> int:
         """What a new group passes over: those were for the group before. The end is for every group."""
-        orders = list(self._orders.values())
-        return len(orders) - 1 if orders and orders[-1].purpose is Purpose.END else len(orders)
+        orders, self._num_ordered = list(self._orders.values()), self._num_ordered or 0
+        return self._num_ordered + len(orders) - (bool(orders) and orders[-1].purpose is Purpose.END)
 
     async def next_order(self, seen: int) -> HaltOrder | None:
         """Order number `seen`; waits for it, a while. Asking takes nothing away: a caller may die while it waits."""
         with suppress(TimeoutError):  # or those who have died would fill the calls that an actor may have
             async with asyncio.timeout(_WAIT_S), self._changed:
-                await self._changed.wait_for(lambda: len(self._orders) > seen)
-                return list(self._orders.values())[seen]
+                before = self._num_ordered = seen if self._num_ordered is None else self._num_ordered
+                await self._changed.wait_for(lambda: before + len(self._orders) > seen)
+                return list(self._orders.values())[seen - before]
+
+    async def num_idle(self) -> int:
+        """Groups of agents in a row, the last one too, that have begun no attempt."""
+        return self._num_idle
+
+    def _count(self, kind: str) -> None:
+        if kind in ("placed", "attempt"):
+            self._num_idle = self._num_idle + 1 if kind == "placed" else 0
+
+
+class _MailboxActor(_Mailbox):
+    def __init__(self) -> None:
+        super().__init__(again=bool(ray.get_runtime_context().was_current_actor_reconstructed))
 
 
 def make_mailbox() -> Any:
-    """A mailbox on the driver's own node: it is lost only together with the driver."""
+    """A mailbox on the driver's own node: it is lost only together with the driver.
+
+    If its process dies, such as by Ray's memory monitor, Ray starts another one. What lay in it is lost.
+    """
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here, max_task_retries=-1)(_Mailbox).remote()
+    options: Any = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(**options)(_MailboxActor).remote()
 
 
 class Outbox:

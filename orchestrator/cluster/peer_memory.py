@@ -15,6 +15,7 @@ from orchestrator.checkpoint.peer_server import PeerServer
 from orchestrator.cluster.silent_nodes import silent_nodes
 
 _START_S = 60.0
+_ANSWER_S = 3 * _START_S
 
 
 @ray.remote(num_cpus=0, max_task_retries=-1)
@@ -30,9 +31,12 @@ class _Holder:
         return self._peer
 
 
-@ray.remote(num_cpus=0, max_task_retries=-1)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class _Directory:
-    """Owns the holders, so that they live as long as this actor, which belongs to the driver."""
+    """Owns the holders, so that they live as long as this actor, which belongs to the driver.
+
+    If its process dies, they do, and Ray starts another one: the next group of agents finds memory that is empty.
+    """
 
     def __init__(self, cpus: float) -> None:
         """Args: cpus: what a worker needs; nodes with less have none, and get no holder."""
@@ -61,6 +65,15 @@ class _Directory:
             except RayError:  # dead; if its node lives, the next call makes another one
                 del self._holders[asked[answer]]
         return PeerRing(peers=tuple(sorted(peers, key=lambda peer: peer.node)), key=self._key)
+
+
+def ask_ring(directory: Any) -> PeerRing:
+    """What `directory` says.
+
+    Raises:
+        RayError: it does not answer.
+    """
+    return ray.get(directory.ring.remote(), timeout=_ANSWER_S)
 
 
 def home(ring: PeerRing | None) -> PeerRing | None:

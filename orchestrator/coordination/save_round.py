@@ -103,8 +103,8 @@ class SaveRound:
 
     def has_ended(self, progress: Progress, tier: TierName | None = None) -> bool:
         """Whether the save of `progress` is over, in `tier` or in all; steps only grow within an attempt."""
-        if tier is None:
-            return self.ended is not None and progress.step <= self.ended.progress.step
+        if self.ended is not None and progress.step <= self.ended.progress.step:
+            return True
         return tier in self._over and progress.step <= self._over[tier].step
 
     def take(self, rank: int, message: Receipt | SaveFailed) -> None:
@@ -142,8 +142,11 @@ class SaveRound:
     def _end(self, result: SaveFailed | CommitEnded, error: str | None) -> None:
         """Report a failure, and tell everybody if the save is over in all its tiers."""
         progress, tier = result.progress, result.tier
-        self._receipts.pop(tier, None)
-        self._over[tier] = progress
+        # A tier may be slow: the save may have ended in another one, and the next one may have begun in this one.
+        for over, receipts in self._receipts.items():
+            if result.last or over == tier:
+                self._receipts[over] = {rank: of for rank, of in receipts.items() if of.progress.step > progress.step}
+        self._over[tier] = max(progress, self._over.get(tier, progress), key=lambda progress: progress.step)
         if error is not None:
             self._event("save_failed", step=progress.step, tier=tier, error=error)
         if result.last:

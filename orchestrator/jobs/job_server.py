@@ -32,6 +32,8 @@ _SILENCE_S = 15.0
 """Seconds without a line of the log after which we ask whether the job still lives."""
 _AGAIN_S = 1.0
 _ANSWER_S = 10.0
+_REQUEST_S = 120.0
+"""Silence that a request may meet; a head that is busy may take long to keep a large working directory."""
 _RUN, _CONFIG, _GRACE = "unbroken_run", "unbroken_config", "unbroken_grace_s"
 
 
@@ -84,6 +86,13 @@ class Client(Protocol):
     def tail_job_logs(self, job_id: str) -> Any: ...
 
 
+class _PunctualClient(JobSubmissionClient):
+    """Ray's own, which would wait without end for a head that takes a request and says nothing."""
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+        return super()._do_request(method, endpoint, timeout=_REQUEST_S, **options)
+
+
 class Cluster:
     """The jobs of one Ray cluster."""
 
@@ -111,7 +120,7 @@ class Cluster:
             logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         with _translated(address), _preferred(address):
             _ask(address)  # Ray itself would wait for minutes where nothing answers
-            client: Any = JobSubmissionClient(address)
+            client: Any = _PunctualClient(address)
         return Cluster(address, client, lambda: _num_nodes(address))
 
     def num_nodes(self) -> int:

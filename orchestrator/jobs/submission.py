@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable
 
-from orchestrator.errors import HOPELESS_CODES, ClusterError, GaveUpError, RunNotFoundError, UnbrokenError
+from orchestrator.errors import HOPELESS_CODES, ClusterError, GaveUpError, RunNotFoundError
 from orchestrator.jobs.job_server import Cluster, Job, JobRequest
 from trainers.errors import ConfigError
 
@@ -30,6 +30,7 @@ def submit_or_attach(cluster: Cluster, request: JobRequest) -> tuple[Job, bool]:
 
     Raises:
         ConfigError: one lives, with another config.
+        ClusterError: the cluster does not answer, or has forgotten the job at once.
     """
     taken: list[str] = []
     while True:
@@ -128,6 +129,6 @@ def _next_id(url: str, ids: list[str]) -> str:
 
 def _submitted(cluster: Cluster, id: str) -> Job:
     job = cluster.job(id)
-    if job is None:
-        raise UnbrokenError(f"{id} was submitted, and the cluster does not list it; see `ray job list`")
+    if job is None:  # its head has just become another one, which knows of nothing
+        raise ClusterError(f"{id} was submitted, and the cluster does not list it; see `ray job list`")
     return job

@@ -28,8 +28,8 @@ COORDINATION = (
     Mutant(
         "shards of two saves are mixed",
         _SAVE_ROUND,
-        "        self._receipts.pop(tier, None)\n",
-        "",
+        "if of.progress.step > progress.step}",
+        "}",
         f"{_TESTS}/test_save_round.py::test_a_shard_of_a_save_that_another_rank_failed_is_none_of_the_next",
     ),
     Mutant(

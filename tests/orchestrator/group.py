@@ -64,7 +64,7 @@ class PromptChores:
 class Group:
     """Two agents that do nothing but remember their orders."""
 
-    def __init__(self, store: Store, **spec: Any) -> None:
+    def __init__(self, store: Store, peer: Store | None = None, **spec: Any) -> None:
         self.store = store
         self.orders: list[tuple[int, object]] = []
         self.events: list[Event] = []
@@ -72,7 +72,7 @@ class Group:
         self.prunings = self.chores.prunings
         self.coordinator = Coordinator(
             make_spec(store.url, **spec),
-            Stores(storage=store),
+            Stores(storage=store, peer=peer),
             2,
             "host",
             lambda rank, order: self.orders.append((rank, order)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import pytest
 
 import orchestrator.agents.forkserver
 from orchestrator.agents.forkserver import ForkServer, Keeper, open_fork_server
+from orchestrator.agents.trainer_probe import STACK_SIGNAL
 from orchestrator.errors import StartError
 from orchestrator.messages.attempts import ChildEnded
 from orchestrator.processes import parent
@@ -69,6 +71,17 @@ def test_a_trainer_has_the_surroundings_of_its_agent(
         trainer.send(7)
         assert agent.hear() == ChildEnded(pid, 7)
     assert capfd.readouterr().out == "a trainer\n"
+    agent.close()
+
+
+def test_to_ask_a_trainer_for_its_stacks_before_it_can_give_them_ends_it_not(name: str, keeper: Keeper) -> None:
+    agent = open_fork_server(name, PRELOAD)
+    pid, trainer = fork(agent)
+    with trainer:
+        trainer.recv()
+        agent.signal(pid, STACK_SIGNAL)
+        trainer.send(7)
+        assert agent.hear() == ChildEnded(pid, 7)
     agent.close()
 
 
@@ -154,6 +167,37 @@ def test_one_that_is_stopped_is_ended(name: str, shared: bool, monkeypatch: pyte
     if shared:
         keeper.close()
         assert keeper.process.wait(60) == -signal.SIGKILL
+
+
+def test_one_that_is_stopped_before_its_first_fork_is_ended(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchestrator.agents.forkserver, "STOPPED_LIMIT_S", 0.1)
+    monkeypatch.setattr(orchestrator.agents.forkserver, "_FIND_S", 60.0)
+    keeper = Keeper(name, PRELOAD)
+    keeping = threading.Thread(target=keeper.keep, daemon=True)
+    keeping.start()
+    agent = open_fork_server(name, PRELOAD)
+    while not hasattr(keeper, "process"):
+        time.sleep(0.01)
+    os.kill(server := keeper.process.pid, signal.SIGSTOP)
+    told: list[str] = []
+
+    def ask() -> None:
+        with pytest.raises(StartError, match="the process that trainers are forked from ended"):
+            fork(agent)
+        told.append("it has ended")
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(60)
+    try:
+        assert told, "the agent waits for it"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server, signal.SIGCONT)
+        keeper.close()
+        agent.close()
+    keeping.join(60)
+    assert not keeping.is_alive()
 
 
 def test_imports_that_fail_are_told(name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -16,6 +17,7 @@ import pytest
 
 from orchestrator.agents.supervisor import Supervisor
 from orchestrator.messages.attempts import Begin, ChildEnded, Down, Ending, ExitKind, Kill, Launch, Outcome, TrainerExit
+from orchestrator.messages.liveness import Beat
 from orchestrator.messages.saves import Overwriting, SaveEnded, Snapshot
 from tests.orchestrator.group import make_spec
 from trainers.progress import Progress
@@ -40,6 +42,7 @@ class Forks:
         self.connection, self.end = cast(tuple[Connection, Connection], Pipe())
         self.trainers: list[Trainer] = []
         self.signals: list[tuple[int, int]] = []
+        self.looks = 0
 
     def fork(self, pipe: int, buffer: int, *_: int) -> int:
         os.ftruncate(buffer, 100)
@@ -52,7 +55,8 @@ class Forks:
     def hear(self) -> ChildEnded:
         return self.connection.recv()
 
-    def look(self) -> None: ...
+    def look(self) -> None:
+        self.looks += 1
 
     def close(self) -> None:
         self.connection.close()
@@ -156,6 +160,25 @@ def test_last_words_count_though_the_end_is_heard_before_them(agent: Agent) -> N
     assert agent.lose(trainer, status=1).exit == words
 
 
+def test_a_trainer_is_gone_though_what_it_had_started_holds_its_pipe(agent: Agent) -> None:
+    trainer, _ = agent.launch(1)
+    trainer.pipe.send(words := TrainerExit(kind=ExitKind.DIVERGED, message="no number"))
+    with Connection(os.dup(trainer.pipe.fileno())):  # a worker of a pool, say, that waits for its next job
+        lost: list[Down] = []
+        losing = threading.Thread(target=lambda: lost.append(agent.lose(trainer)), daemon=True)
+        losing.start()
+        losing.join(30)
+        assert [down.exit for down in lost] == [words]
+
+
+def test_the_fork_server_is_looked_at_though_there_is_always_something_to_read(tmp_path: Path) -> None:
+    agent = Agent(tmp_path)
+    for _ in range(20):
+        agent._inbox.send(Beat())
+    agent.close()
+    assert agent.forks.looks >= 20
+
+
 @pytest.mark.parametrize(
     ("status", "kind", "message"),
     [
@@ -163,6 +186,7 @@ def test_last_words_count_though_the_end_is_heard_before_them(agent: Agent) -> N
         (-signal.SIGTERM, ExitKind.KILLED, "SIGTERM"),
         (-signal.SIGSEGV, ExitKind.CRASHED, "SIGSEGV"),
         (-signal.SIGABRT, ExitKind.CRASHED, "SIGABRT"),
+        (-41, ExitKind.KILLED, "signal 41"),  # one for real time, which has no name
         (3, ExitKind.ERROR, "exit code 3"),
     ],
 )

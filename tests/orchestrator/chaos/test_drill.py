@@ -130,6 +130,16 @@ def test_a_resize_is_to_another_size_and_waits_for_all_nodes() -> None:
     assert told.sizes == [(3, 2), (2, 4)]
 
 
+def test_a_machine_whose_clock_is_behind_ends_no_drill() -> None:
+    behind = [replace(event, time_s=event.time_s - 3600) for event in life(2, 2, range(3, 6))]
+    first = [event for event in life(1, 2, range(1, 3)) if event.fields.get("rank") != 1]  # it was lost at once
+    told: Any = Told([*first, *behind, *life(3, 1, range(6, 9))])
+    fault = Fault(kind=FaultKind.RESIZE, step=2, rank=0, moment=0.5)
+    plan = DrillPlan(faults=[fault], run_url="", num_workers=2, patience_s=60.0, sizes=(1, 2))
+    _, error = Drill(plan, told, lambda: told, lambda _: None).run()
+    assert error is None and told.sizes == [(2, 1)]
+
+
 def test_a_run_that_is_too_short_for_its_faults_is_said_to_be(tmp_path: Path) -> None:
     events = [replace(event, time_s=index / 20) for index, event in enumerate(life(1, 2, range(1, 4)))]
     told: Any = Told(events)

@@ -52,6 +52,25 @@ def test_a_group_that_was_replaced_does_not_end_the_run() -> None:
     assert [event.kind for event in shown] == ["attempt", "attempt", "outcome"]
 
 
+def test_nor_if_its_attempt_is_heard_of_after_the_next_one() -> None:
+    late = ("outcome", {"ending": "superseded", "message": "by attempt 2", "attempt": 1})
+    outcome = {"ending": "finished", "message": "done", "attempt": 2}
+    mailbox = Mailbox(attempt(2), attempt(1), late)
+    mailbox._events.put([Event(kind="outcome", fields=outcome, time_s=0.0)])
+    assert Listener(mailbox, lambda _: None).finish() == outcome
+
+
+def test_a_mailbox_that_fails_once_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "_AGAIN_S", 0.0)
+    outcome = {"ending": "finished", "message": "done", "attempt": 1}
+    mailbox = Mailbox(attempt(1))
+    listener = Listener(mailbox, lambda _: None)
+    mailbox.kill()
+    mailbox._events.put([Event(kind="outcome", fields=outcome, time_s=0.0)])
+    listener._thread.join(30)
+    assert listener.finish() == outcome
+
+
 def test_a_group_that_gives_up_before_its_first_attempt_ends_it() -> None:
     outcome = {"ending": "gave up", "message": "30 groups of agents in a row"}
     assert Listener(Mailbox(attempt(7), ("outcome", outcome)), lambda _: None).finish() == outcome
@@ -109,13 +128,19 @@ class Cluster:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.nodes, self.draining, self.group = ["a", "b"], {}, {0: "a", 1: "b"}
+        self.theirs: set[str] = set()
+        """Nodes that somebody else uses."""
         self.orders: list[HaltOrder] = []
         monkeypatch.setattr(control, "NODE_POLL_S", 3600.0)
         monkeypatch.setattr(control, "live_nodes", lambda ask=False: {node: {"CPU": 1.0} for node in self.nodes})
-        monkeypatch.setattr(control, "cluster", SimpleNamespace(get_draining_nodes=lambda: self.draining))
+        known = SimpleNamespace(get_draining_nodes=lambda: self.draining, available_resources_per_node=self.free)
+        monkeypatch.setattr(control, "cluster", known)
         listener: Any = SimpleNamespace(nodes=self.group)
         keepers: Any = SimpleNamespace(tend=lambda nodes, used: None)
         self.watch = NodeWatch(listener, self.orders.append, 4, {"CPU": 1.0}, keepers, lambda event: None)
+
+    def free(self) -> dict[str, dict[str, float]]:
+        return {node: {"CPU": float(node not in {*self.group.values(), *self.theirs})} for node in self.nodes}
 
     def look(self) -> list[Purpose]:
         """What is ordered, if anything."""
@@ -141,4 +166,15 @@ def test_what_the_nodes_of_a_cluster_make_of_it(monkeypatch: pytest.MonkeyPatch)
     cluster.look()
     cluster.group |= {0: "a", 1: "b"}
     assert cluster.look() == [Purpose.DRAIN], "which does not know yet"
+    cluster.watch.close()
+
+
+def test_what_somebody_else_uses_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch)
+    cluster.nodes, cluster.theirs = ["a", "b", "c"], {"c"}
+    assert [cluster.look() for _ in range(3)] == [[], [], []], (
+        "or each group would be placed anew, to be as small again"
+    )
+    cluster.theirs.clear()
+    assert cluster.look() == [] and cluster.look() == [Purpose.GROW]
     cluster.watch.close()

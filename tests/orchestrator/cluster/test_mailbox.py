@@ -54,3 +54,34 @@ def test_an_order_that_is_repeated_is_one_and_none_is_waited_for_for_ever(monkey
         return await mailbox.orders_so_far(), await mailbox.next_order(2), await mailbox.next_order(3)
 
     assert asyncio.run(order()) == (2, end, None), "the end is for every group"
+
+
+def test_one_that_takes_the_place_of_another_goes_on_where_that_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailbox_module, "_WAIT_S", 0.001)
+    grow, end = HaltOrder(purpose=Purpose.GROW, reason="room"), HaltOrder(purpose=Purpose.END, reason="SIGTERM")
+
+    async def deliver() -> None:
+        mailbox = _Mailbox(again=True)
+        await mailbox.put("a", 7, event("seven"))
+        await mailbox.put("a", 9, event("nine"))
+        assert [found.kind for found in await mailbox.take(20)] == ["seven"]
+        await mailbox.put("a", 8, event("eight"))
+        assert [found.kind for found in await mailbox.take(21)] == ["eight", "nine"]
+        await mailbox.order("1", grow)
+        assert await mailbox.next_order(3) == grow and await mailbox.next_order(4) is None
+        await mailbox.order("2", end)
+        assert await mailbox.next_order(4) == end
+        assert await mailbox.orders_so_far() == 4, "a new group is to hear of the end too"
+
+    asyncio.run(deliver())
+
+
+def test_groups_that_begin_no_attempt_are_counted() -> None:
+    async def deliver() -> list[int]:
+        mailbox, counts = _Mailbox(), []
+        for number, kind in enumerate(("placed", "group_lost", "placed", "attempt", "group_lost", "placed")):
+            await mailbox.put("a", number, event(kind))
+            counts.append(await mailbox.num_idle())
+        return counts
+
+    assert asyncio.run(deliver()) == [1, 1, 2, 0, 0, 1]

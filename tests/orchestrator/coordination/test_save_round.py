@@ -10,8 +10,9 @@ import pytest
 from orchestrator.checkpoint.attempts import claim_attempt, read_attempts
 from orchestrator.checkpoint.catalog import CheckpointState, list_checkpoints
 from orchestrator.checkpoint.store import Store
+from orchestrator.coordination.committing import CommitEnded
 from orchestrator.messages.attempts import ExitKind, FromTrainer, Stepped
-from orchestrator.messages.saves import SaveEnded, SaveFailed
+from orchestrator.messages.saves import Receipt, SaveEnded, SaveFailed
 from tests.orchestrator.group import Group, stable_steps
 from trainers.progress import Progress
 
@@ -95,6 +96,34 @@ def test_a_shard_of_an_earlier_attempt_is_none_of_this_one(store: Store) -> None
     group.coordinator.handle(0, stale)
     group.coordinator.handle(1, group.receipt(1, 5))
     assert group.attempt == 2 and group.chores.jobs == []
+
+
+def in_memory(group: Group, rank: int, step: int, last: bool = False) -> Receipt:
+    return replace(group.receipt(rank, step), tier="peer", last=last)
+
+
+def test_a_shard_that_is_late_in_a_slow_tier_is_none_of_the_next_save(store: Store) -> None:
+    group = Group(store, peer=Store.open(f"memory://{uuid.uuid4().hex}")).join()
+    group.coordinator.handle(1, in_memory(group, 1, 5))
+    group.coordinator.handle(1, SaveFailed(attempt=1, progress=Progress(5, 50), error="disk full"))
+    group.coordinator.handle(1, in_memory(group, 1, 10, last=True))
+    group.coordinator.handle(0, in_memory(group, 0, 5))
+    assert group.chores.jobs == [] and group.coordinator.outcome is None
+    group.coordinator.handle(0, in_memory(group, 0, 10, last=True))
+    assert [(job.info.progress.step, job.tier) for job in group.chores.jobs] == [(10, "peer")]
+
+
+def test_a_commit_that_is_late_in_a_slow_tier_takes_no_shard_of_the_next_save(store: Store) -> None:
+    group = Group(store, peer=Store.open(f"memory://{uuid.uuid4().hex}")).join()
+    group.chores.hand_over = None
+    group.both(in_memory(group, 0, 5), in_memory(group, 1, 5))
+    (slow,) = group.chores.jobs
+    group.coordinator.handle(1, SaveFailed(attempt=1, progress=Progress(5, 50), error="disk full"))
+    group.coordinator.handle(0, in_memory(group, 0, 10, last=True))
+    ended = CommitEnded(attempt=1, progress=slow.info.progress, tier="peer", last=False, error="no peer answers")
+    group.coordinator.handle(0, ended)
+    group.coordinator.handle(1, in_memory(group, 1, 10, last=True))
+    assert [job.info.progress.step for job in group.chores.jobs] == [5, 10], "or it is waited for without end"
 
 
 def test_a_rank_that_takes_its_snapshot_after_the_save_has_failed_is_told_too(store: Store) -> None:

@@ -6,6 +6,7 @@ import pytest
 from ray.exceptions import AuthenticationError
 
 from orchestrator.errors import ClusterError
+from orchestrator.jobs import job_server
 from orchestrator.jobs.job_server import Cluster
 from tests.orchestrator.fake_jobs import ADDRESS, FakeClient, cluster, request
 from trainers.errors import ConfigError
@@ -109,6 +110,16 @@ def test_somebody_who_never_answers(monkeypatch: pytest.MonkeyPatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         with pytest.raises(ClusterError, match=r"no job server answers at .* \(TimeoutError\); give"):
             Cluster.connect(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+def test_a_head_that_falls_silent(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("orchestrator.jobs.job_server._REQUEST_S", 0.2)
+    monkeypatch.setattr(job_server.JobSubmissionClient, "_check_connection_and_version", lambda *_, **__: None)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(job_server, "_ask", lambda address: None)
+        with pytest.raises(ClusterError, match=r"no job server answers at .* \(ReadTimeout\)"):
+            Cluster.connect(address).jobs()
 
 
 def test_nobody_there(monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from orchestrator.errors import ClusterError, GaveUpError, RunNotFoundError
@@ -118,6 +120,21 @@ def test_a_head_that_is_away_is_waited_for_and_a_new_one_gets_the_job():
     job = supervise(cluster(client), request(), lambda text: None, said.append, lambda seconds: None)
     assert job.status == "SUCCEEDED" and len(client.requests) == 2
     assert len([line for line in said if "trying again until it answers" in line]) == 1
+
+
+def test_a_head_that_is_lost_right_after_the_submission_gets_the_job_again():
+    class Forgetful(FakeClient):
+        def submit_job(self, **job: Any) -> str:
+            id = super().submit_job(**job)
+            if len(self.requests) == 1:
+                self.records.clear()
+            return id
+
+    client = Forgetful()
+    said: list[str] = []
+    job = supervise(cluster(client), request(), lambda text: None, said.append, lambda seconds: None)
+    assert job.status == "SUCCEEDED" and len(client.requests) == 2
+    assert "does not list it" in said[0]
 
 
 def test_jobs_that_end_at_once_are_not_submitted_for_ever():
