@@ -51,8 +51,8 @@ def descendants(pid: int) -> list[int]:
 
 
 def _fields(pid: int) -> list[str] | None:
-    """What the kernel says of a process, from its state on; the name before may hold spaces. None: it has ended."""
+    """What the kernel says of a process, from its state on; the name before may hold any bytes. None: it has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
