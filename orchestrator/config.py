@@ -56,7 +56,6 @@ class RunConfig(TrainerConfig):
         if tier is not None and self.storage not in ("runs", tier.url):
             raise ConfigError(f"storage={self.storage!r} and the tier {tier.url!r} name two places; give one of them")
         self._check_workers()
-        self._check_rollback()
         self._check_best()
         for name in self.ema:
             if not SAFE_NAME.fullmatch(name) or name in _RESERVED_PROFILES:
@@ -88,24 +87,6 @@ class RunConfig(TrainerConfig):
                 f" validation of every {every} steps; make one of the two a multiple of the other"
             )
 
-    def _check_rollback(self) -> None:
-        keep, every = self.checkpoint.retention.last, self.checkpoint.interval_steps
-        if keep is None or self.checkpoint.automatic:  # that knows what it must keep
-            return
-        recompute, tier = self.integrity.recompute_every or 0, self.checkpoint.storage
-        for cause, undone, least in (
-            ("divergence.rollback_steps", self.divergence.rollback_steps, -(-self.divergence.rollback_steps // every)),
-            ("integrity.recompute_every", recompute, recompute and 1 - (-recompute // every)),  # saves fall in between
-        ):
-            if keep < least:
-                key, interval = "checkpoint.keep.last", "checkpoint.every_steps"
-                if tier is not None:
-                    key, interval = f"keep of the tier {tier.url}", "its every"
-                raise ConfigError(
-                    f"{cause}={undone} goes back further than {key}={keep} checkpoints of every {interval}={every}"
-                    f" steps; set {key}={least}, or go back less"
-                )
-
     def _check_workers(self) -> None:
         fewest, most = self.min_workers, self.max_workers
         key = "workers.max" if isinstance(self.workers, Workers) else "workers"
@@ -127,7 +108,7 @@ class RunConfig(TrainerConfig):
 
     @property
     def rollback_steps(self) -> int:
-        """Steps that may have to be undone: so old a checkpoint must be kept."""
+        """Steps that may have to be undone: so old a checkpoint is kept, whatever `checkpoint.keep` says."""
         return max(self.divergence.rollback_steps, self.integrity.recompute_every or 0)
 
     @property

@@ -147,5 +147,5 @@ def _show(num_bytes: int) -> str:
 
 
 def _available_memory() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

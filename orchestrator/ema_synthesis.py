@@ -20,7 +20,7 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.checkpoint.writer import safetensors_header
 from orchestrator.config import RunConfig
 from orchestrator.run_identity import config_of
-from trainers.ema import MAX_SIGMA_REL, EMAConfig, gamma_of
+from trainers.ema import EMAConfig, check_sigma_rel, gamma_of
 from trainers.errors import ConfigError
 from trainers.posthoc_ema import Profile, Reconstruction, WeightedSum, reconstruct
 from trainers.shards import Chunk, TensorSpec
@@ -135,8 +135,7 @@ def synthesize(store: Store, config: RunConfig, manifest: Manifest, sigma_rel: f
     Raises:
         ConfigError: no such width, or the run has no power profiles that go together.
     """
-    if not 0 < sigma_rel < MAX_SIGMA_REL:
-        raise ConfigError(f"sigma_rel={sigma_rel} must be above 0 and below 0.2886; 0.05 to 0.2 are usual")
+    check_sigma_rel(sigma_rel)
     profiles = _power_profiles(config, store.url)
     snapshots = tuple(_snapshots(store, manifest, profiles))
     times = {snapshot.weights.time for snapshot in snapshots if snapshot.manifest is manifest}

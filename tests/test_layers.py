@@ -68,6 +68,9 @@ def violations(path: str, source: str) -> list[str]:
     if len(source.splitlines()) > MAX_FILE_LINES:
         found.append(f"{len(source.splitlines())} lines in the file")
     for node in ast.walk(tree):
+        if package in PACKAGES and isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in ("read_text", "write_text") and "encoding" not in [word.arg for word in node.keywords]:
+                found.append("text without an encoding: the locale's may not know its letters")
         limit = MAX_LINES.get(type(node))
         if limit and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             length = (node.end_lineno or 0) - node.lineno + 1
@@ -113,6 +116,7 @@ def test_modules_import_each_other_in_one_direction():
         ("orchestrator/checkpoint/a.py", "import fsspec", "fsspec imported outside"),
         ("orchestrator/checkpoint/utils.py", "", "named for the noun"),
         ("bench/a.py", "\n" * 301, "301 lines in the file"),
+        ("trainers/a.py", "path.write_text(text)", "text without an encoding"),
         ("trainers/a.py", "def f():\n" + "    pass\n" * 50, "f has 51 lines"),
         ("trainers/a.py", "class C:\n" + "    a = 1\n" * 250, "C has 251 lines"),
         ("trainers/a.py", "class C:\n    def f(self, a, b, c, d, e, f, *, g, h): pass", "f has more than 7 parameters"),

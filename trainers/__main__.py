@@ -97,7 +97,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     try:
-        config = decode(TrainerConfig, json.loads(Path(arguments.config).read_text()))
+        config = decode(TrainerConfig, json.loads(Path(arguments.config).read_text(encoding="utf-8")))
     except (ConfigError, OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
     if config.samples.every_steps is not None and not arguments.out:

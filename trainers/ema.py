@@ -22,7 +22,7 @@ class EMAConfig:
     kind sma weighs the weights of all updates equally (Izmailov et al., "Averaging weights leads to wider optima",
     2018) until its window is full; from then on the newest has weight 1 / window, because dropping the oldest would
     need as many copies of the model as the window is long. So it is an exact mean of the last steps of a run when
-    start_step = num_steps of the run - window.
+    start_step = num_steps of the run - window + 1.
 
     kind power weighs the weights after the n-th of t updates by n^gamma, so that its width is the same share of the
     run at any time (Karras et al., "Analyzing and improving the training dynamics of diffusion models", 2024, eq. 127).
@@ -42,7 +42,7 @@ class EMAConfig:
     gamma: float | None = None
     """Exponent of power, >= 0; 0 is equal weights."""
     sigma_rel: float | None = None
-    """Width of power: the standard deviation of its weights as a share of the run so far, 0 < s < 0.2886."""
+    """Width of power: the standard deviation of its weights as a share of the run so far, 1e-9 <= s < 0.2886."""
     start_step: int = 1
     """The average begins as a copy of the weights after this many steps; no memory and no time before, >= 0."""
     every: int = 1
@@ -63,11 +63,8 @@ class EMAConfig:
             raise ConfigError(f"{written}: give exactly one of {choice} to kind={self.kind}")
         if self.decay is not None and not 0 < self.decay < 1:
             raise ConfigError(f"decay={self.decay} must be between 0 and 1, both excluded; 0.999 is usual")
-        if self.sigma_rel is not None and not 0 < self.sigma_rel < MAX_SIGMA_REL:
-            raise ConfigError(
-                f"sigma_rel={self.sigma_rel} must be above 0 and below 1 / sqrt(12) = 0.2886, the width of equal"
-                " weights; 0.05 and 0.1 are usual"
-            )
+        if self.sigma_rel is not None:
+            check_sigma_rel(self.sigma_rel)
         for key, low in (("half_life_samples", 1), ("num_steps", 1), ("gamma", 0), ("start_step", 0), ("every", 1)):
             value = getattr(self, key)
             if value is not None and value < low:
@@ -83,7 +80,7 @@ class EMAConfig:
         return max(0, step - self.start_step) // self.every
 
 
-MAX_SIGMA_REL = 12**-0.5
+_LEAST_SIGMA_REL, _MAX_SIGMA_REL = 1e-9, 12**-0.5
 _HORIZONS = {
     "decay": ("constant", "warmup"),
     "half_life_samples": ("constant", "warmup"),
@@ -92,6 +89,15 @@ _HORIZONS = {
     "sigma_rel": ("power",),
 }
 """Key -> the kinds whose horizon it may give."""
+
+
+def check_sigma_rel(sigma_rel: float) -> None:
+    """Raises ConfigError: no average is so narrow (less than a step of any run) or so wide."""
+    if not _LEAST_SIGMA_REL <= sigma_rel < _MAX_SIGMA_REL:
+        raise ConfigError(
+            f"sigma_rel={sigma_rel} must be at least {_LEAST_SIGMA_REL:g} and below 1 / sqrt(12) = 0.2886, the width of"
+            " equal weights; 0.05 to 0.2 are usual"
+        )
 
 
 def gamma_of(sigma_rel: float) -> float:

@@ -21,10 +21,10 @@ class Advice:
     decay: float | None
     """Weight of the old average in one step, at the end; None if there is no update."""
     half_life_steps: float | None
-    """Steps after which a weight's influence has halved, at that decay."""
+    """Steps after which a weight's influence has halved, at that decay; None: it is gone at once, or stays."""
     half_life_samples: float | None
     equivalent_num_steps: float | None
-    """N of alpha = 2 / (N + 1)."""
+    """N of alpha = 2 / (N + 1); None: so many that the decay is rounded to 1, and the average never moves."""
     num_updates: int
     share_of_start: float
     """What the copy at start_step still weighs, 0 to 1."""
@@ -38,20 +38,26 @@ def advise(config: EMAConfig, samples_per_step: int, num_steps: int) -> Advice:
     decays = [decay_of_update(config, n, samples_per_step) for n in range(num_updates)]
     share, latest = math.prod(decays), None
     if config.kind == "constant":  # a later start would change the width of the others
-        decay = decay_of_update(config, 0, samples_per_step)
-        needed = math.ceil(math.log(_NEGLIGIBLE) / math.log(decay)) * config.every
-        latest = num_steps - needed if num_steps - needed > config.start_step else None
+        needed = _updates_to_forget(decay_of_update(config, 0, samples_per_step)) * config.every
+        latest = int(num_steps - needed) if num_steps - needed > config.start_step else None
     per_step = decays[-1] ** (1 / config.every) if decays else None
-    half_life = math.log(0.5) / math.log(per_step) if per_step else None
+    half_life = math.log(0.5) / math.log(per_step) if per_step and per_step < 1 else None
     return Advice(
         decay=per_step,
         half_life_steps=half_life,
         half_life_samples=None if half_life is None else half_life * samples_per_step,
-        equivalent_num_steps=None if per_step is None else 2 / (1 - per_step) - 1,
+        equivalent_num_steps=None if per_step in (None, 1) else 2 / (1 - per_step) - 1,
         num_updates=num_updates,
         share_of_start=share,
         latest_start_step=latest,
     )
+
+
+def _updates_to_forget(decay: float) -> float:
+    """After so many updates a copy weighs next to nothing; infinitely many if the decay is rounded to 1."""
+    if decay == 0:
+        return 1
+    return math.ceil(math.log(_NEGLIGIBLE) / math.log(decay)) if decay < 1 else math.inf
 
 
 def measure_update_s(num_parameters: int) -> float:

@@ -79,9 +79,10 @@ def export_pipeline(
         card = _write_whole_pipeline(out_dir, config, folder, weights, max_shard_size)
     else:
         card = _write_network(out_dir, config, weights, max_shard_size)
-    (out_dir / "README.md").write_text(_model_card(weights, card, f"From {origin}. {_objective(config)}"))
+    about = _model_card(weights, card, f"From {origin}. {_objective(config)}")
+    (out_dir / "README.md").write_text(about, encoding="utf-8")
     variants = {entry.variant or "default": facts(entry) for entry in weights}
-    (out_dir / "unbroken.json").write_text(json.dumps({"origin": origin, "weights": variants}, indent=2) + "\n")
+    _write_json(out_dir / "unbroken.json", {"origin": origin, "weights": variants})
 
 
 def facts(entry: ExportWeights) -> dict[str, str]:
@@ -96,6 +97,10 @@ def facts(entry: ExportWeights) -> dict[str, str]:
         for name, tensor in tensors.items()
     }
     return {"description": entry.description, "fingerprint": combined_fingerprint(found)}
+
+
+def _write_json(file: Path, document: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_network(
@@ -135,11 +140,11 @@ def _write_text_encoder(out_dir: Path, config: TrainerConfig) -> None:
         return
     encoder = open_text_encoder(config.conditioning, torch.device("cpu"))
     encoder.tokenizer.model_max_length = encoder.max_tokens
-    index = json.loads((out_dir / "model_index.json").read_text())
+    index = json.loads((out_dir / "model_index.json").read_text(encoding="utf-8"))
     for name, part in (("text_encoder", encoder.model), ("tokenizer", encoder.tokenizer)):
         part.save_pretrained(out_dir / name)
         index[name] = ["transformers", type(part).__name__]
-    (out_dir / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    _write_json(out_dir / "model_index.json", index)
 
 
 def _call_of(model: Any, config: TrainerConfig) -> tuple[str, str]:
@@ -179,9 +184,9 @@ def _write_whole_pipeline(
     shutil.copyfile(folder.root / "model_index.json", out_dir / "model_index.json")
     scheduler = pipeline_scheduler(folder, config.objective)
     scheduler.save_pretrained(out_dir / "scheduler")
-    index = json.loads((out_dir / "model_index.json").read_text())
+    index = json.loads((out_dir / "model_index.json").read_text(encoding="utf-8"))
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    (out_dir / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    _write_json(out_dir / "model_index.json", index)
     _save_variants(build_model(config.model, config.seed), out_dir / folder.part, weights, max_shard_size)
     return [
         f"The frozen parts are copies of {config.model.pretrained}.",

@@ -10,7 +10,7 @@ first. So it decides numbers, and they are to be those of the other strategies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,11 +18,20 @@ import torch
 from torch._utils import _unflatten_dense_tensors
 from torch.distributed.fsdp import FSDPModule
 
-# Private path: what FSDP takes for an input of a unit, and nothing else.
-from torch.distributed.fsdp._common_utils import collect_grad_tensors, replace_grad_tensors
-
 from trainers.parallel import LocalParameter, fsdp_modules
 from trainers.reduction import InvariantReduction, Rounds, Topology
+
+# Private paths: what FSDP takes for an input of a unit, and nothing else.
+try:
+    from torch.distributed.fsdp._common_utils import collect_grad_tensors, replace_grad_tensors
+except ImportError:  # before torch 2.13
+    from torch.utils._pytree import tree_iter, tree_map_only
+
+    def collect_grad_tensors(output: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(leaf for leaf in tree_iter(output) if torch.is_tensor(leaf) and leaf.requires_grad)
+
+    def replace_grad_tensors(output: Any, tensor_iter: Iterator[torch.Tensor]) -> Any:
+        return tree_map_only(torch.Tensor, lambda leaf: next(tensor_iter) if leaf.requires_grad else leaf, output)
 
 
 def reduce_directly(

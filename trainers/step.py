@@ -100,11 +100,11 @@ def train_step(state: TrainState, task: Task) -> dict[str, float]:
     """
     train, optimizer = task.config.train, task.config.optimizer
     step = state.progress.step + 1
+    task.leave_out(state.exclusions.left_out(step))  # also of a validation after a step that is skipped
     if state.exclusions.skips(step):
         task.trace.leave(())
         _advance(state, task)
         return {"skipped": 1.0}
-    task.leave_out(state.exclusions.left_out(step))
     losses, broken = task.recomputation.gradients(state, lambda: _gradients(state, task))
     loss, norm, losses = task.sums(losses)
     task.trace.leave(losses.tolist())
@@ -187,7 +187,7 @@ def _load(state: TrainState, task: Task, index: int) -> Batch:
     batch = task.read_ahead.take(
         (step, index), lambda: task.load(task.source, step, index), _following(state, task, index)
     )
-    task.trace.reading(batch.indices)
+    task.trace.reading(task.source.inside(np.array(batch.indices)).tolist())
     return batch
 
 

@@ -101,7 +101,7 @@ def encoder_facts(config: ConditioningConfig) -> tuple[int, int]:
     assert config.text_encoder is not None
     folder = Path(config.text_encoder).expanduser()
     try:
-        settings = json.loads((folder / "config.json").read_text())
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         width = settings.get("hidden_size") or settings["d_model"]
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(

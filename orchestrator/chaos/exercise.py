@@ -112,7 +112,7 @@ def _run_both(
 
         def start(copy: RunConfig) -> DrilledProcess:
             path = folder / f"{copy.run.name}.yaml"
-            path.write_text(to_yaml(copy))
+            path.write_text(to_yaml(copy), encoding="utf-8")
             preload = [_POISON] if FaultKind.NAN in kinds else []
             return DrilledProcess(path, preload, nodes.environment, path.with_suffix(".log"))
 

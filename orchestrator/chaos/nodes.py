@@ -190,7 +190,7 @@ class LocalNodes:
 
     def tend(self) -> None:
         for start in list(self._starting):
-            said = start.log.read_text(errors="replace")
+            said = start.log.read_text(encoding="utf-8", errors="replace")
             if "--block" in said:
                 self._starting.remove(start)
             elif start.process.poll() is not None and start is self._starting[0]:  # one after the other this time
@@ -291,6 +291,6 @@ def _kill(pid: int) -> None:
 
 def _read(pid: int, name: str) -> str:
     try:
-        return Path(f"/proc/{pid}/{name}").read_text()
+        return Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"process {pid} is gone") from None

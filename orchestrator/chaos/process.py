@@ -53,7 +53,7 @@ class DrilledProcess:
 
     def last_words(self) -> str:
         """Its last line; when Ray's own code has ended it, the one before the addresses on the stack."""
-        lines = self._log.read_text(errors="replace").strip().splitlines()
+        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         said = [line for line in lines if not _STACK.search(line)]
         return said[-1] if said else "it said nothing"
 

@@ -2,6 +2,7 @@
 
 It holds whatever the configuration says that
 - the newest stable checkpoint stays, and nothing goes before enough newer ones are stable;
+- so does the newest one that a rollback could go back to, however many were saved since;
 - what the newest attempt is writing is left alone;
 - a damaged, unhealthy or quarantined checkpoint never counts as one of the newest, and is itself evidence: it stays as
   long as a stable one of its age would.
@@ -10,7 +11,7 @@ It holds whatever the configuration says that
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState
@@ -71,16 +72,33 @@ class Verdict:
     reason: str
 
 
-def judge(checkpoints: Iterable[CheckpointInfo], config: RetentionConfig, attempt: int) -> list[Verdict]:
+def judge(
+    checkpoints: Iterable[CheckpointInfo], config: RetentionConfig, attempt: int, undo_steps: int = 0
+) -> list[Verdict]:
     """A verdict on each checkpoint, in the order given.
 
     Args:
         attempt: the newest one.
+        undo_steps: so many steps may be undone yet, of those that the newest stable one holds.
     """
     checkpoints = list(checkpoints)
     stable = sorted((info.ref for info in checkpoints if info.state is CheckpointState.STABLE), reverse=True)
     best = _best(checkpoints, config.best) if config.best else set()
-    return [_keep_best(_judge(info, stable, config, attempt), best, config.best) for info in checkpoints]
+    verdicts = [_keep_best(_judge(info, stable, config, attempt), best, config.best) for info in checkpoints]
+    refuge = _refuge(checkpoints, undo_steps) if undo_steps else None
+    return [
+        replace(verdict, keep=True, reason="for a rollback")
+        if verdict.info.ref == refuge and not verdict.keep
+        else verdict
+        for verdict in verdicts
+    ]
+
+
+def _refuge(checkpoints: Iterable[CheckpointInfo], undo_steps: int) -> CheckpointRef | None:
+    """Where a run goes on if the last steps of the newest stable one are undone: what is older, or the oldest."""
+    steps = {info.ref: info.step for info in checkpoints if info.state is CheckpointState.STABLE}
+    old_enough = [ref for ref, step in steps.items() if step <= steps[max(steps)] - undo_steps]
+    return max(old_enough, default=min(steps, default=None))
 
 
 def _best(checkpoints: Iterable[CheckpointInfo], config: BestConfig) -> set[CheckpointRef]:

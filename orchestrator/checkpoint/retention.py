@@ -33,7 +33,7 @@ from orchestrator.errors import AlreadyExistsError, MissingObjectError
 from trainers.decode import decode
 
 _UNREADABLE = (CheckpointState.WRITING, CheckpointState.ABANDONED, CheckpointState.EXPIRED)
-_CLAIM_FIELD = "keep"
+_CLAIM_FIELD, _UNDO_FIELD = "keep", "undo_steps"
 _UPLOAD_S = 86400.0  # no upload takes a day, whoever's it is, and nobody commits what was shut to him a day ago
 
 
@@ -48,9 +48,18 @@ class Removal:
 class Pruner:
     """Removes checkpoints, pass after pass. Only the newest attempt prunes, and no two passes at a time."""
 
-    def __init__(self, store: Store, config: RetentionConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        store: Store,
+        config: RetentionConfig,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        undo_steps: int = 0,
+    ) -> None:
+        """Args: undo_steps: as for `judge`."""
         self._store = store
         self._config = config
+        self._undo_steps = undo_steps
         self._clock = clock
         self._expired_at: dict[CheckpointRef, float] = {}
         self._abandoned_at: dict[CheckpointRef, float] = {}
@@ -76,7 +85,7 @@ class Pruner:
         began = self._clock()
         found = list_checkpoints(self._store, self._known)
         self._known = {info.ref: _without_tensors(info) for info in found}
-        verdicts = judge(found, self._config, attempt)
+        verdicts = judge(found, self._config, attempt, self._undo_steps)
         gone = [verdict for verdict in verdicts if not verdict.keep]
         for verdict in verdicts:
             if verdict.keep and verdict.info.expired:  # pinned meanwhile, or a newer one turned out damaged
@@ -174,18 +183,26 @@ def remove(store: Store, info: CheckpointInfo, attempt: int) -> bool:
     return True
 
 
-def claim_fields(config: RetentionConfig) -> dict[str, Any]:
+def claim_fields(config: RetentionConfig, undo_steps: int = 0) -> dict[str, Any]:
     """What an attempt says of its configuration when it is claimed, so that commands keep to it."""
-    return {_CLAIM_FIELD: asdict(config)}
+    return {_CLAIM_FIELD: asdict(config), _UNDO_FIELD: undo_steps}
 
 
 def claimed_config(store: Store) -> RetentionConfig:
     """The configuration of the newest attempt of a run."""
+    return decode(RetentionConfig, _newest_claim(store).get(_CLAIM_FIELD, {}))
+
+
+def claimed_undo_steps(store: Store) -> int:
+    """How many steps the newest attempt of a run may undo; 0 if it does not say."""
+    return int(_newest_claim(store).get(_UNDO_FIELD, 0))
+
+
+def _newest_claim(store: Store) -> Mapping[str, Any]:
     try:
-        claim: Mapping[str, Any] = records.load(store, keys.attempt_key(newest_attempt(store)))
+        return records.load(store, keys.attempt_key(newest_attempt(store)))
     except MissingObjectError:  # no attempt yet
-        claim = {}
-    return decode(RetentionConfig, claim.get(_CLAIM_FIELD, {}))
+        return {}
 
 
 def pin(store: Store, ref: CheckpointRef, reason: str) -> bool:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from orchestrator.checkpoint.catalog import CheckpointInfo
     from orchestrator.checkpoint.keys import CheckpointRef
     from orchestrator.checkpoint.policy import Verdict
+    from orchestrator.checkpoint.retention import Pruner, Removal
     from orchestrator.checkpoint.store import Store
 
 _STEP = click.argument("step", type=click.IntRange(min=0))
@@ -44,10 +45,11 @@ def list_(run: str, as_json: bool) -> None:
     from orchestrator.checkpoint.attempts import newest_attempt
     from orchestrator.checkpoint.catalog import list_checkpoints
     from orchestrator.checkpoint.policy import judge
-    from orchestrator.checkpoint.retention import claimed_config
+    from orchestrator.checkpoint.retention import claimed_config, claimed_undo_steps
 
     store = _open_run(run)
-    verdicts = judge(list_checkpoints(store), claimed_config(store), newest_attempt(store))
+    config, undo_steps = claimed_config(store), claimed_undo_steps(store)
+    verdicts = judge(list_checkpoints(store), config, newest_attempt(store), undo_steps)
     rows = [_summary(verdict) for verdict in verdicts]
     if as_json:
         print_json(rows)
@@ -142,7 +144,9 @@ def verify(run: str, step: int | None, as_json: bool) -> int:
 @checkpoints.command()
 @click.argument("run")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed, and why.")
-@click.option("--last", type=click.IntRange(min=1), help="Keep this many, instead of checkpoint.keep.last.")
+@click.option(
+    "--last", type=click.IntRange(min=1), help="Keep this many, instead of checkpoint.keep.last; none for a rollback."
+)
 @click.option(
     "--grace-s",
     type=FiniteRange(0, 86400),
@@ -155,32 +159,28 @@ def prune(run: str, dry_run: bool, last: int | None, grace_s: float, as_json: bo
     """Remove the checkpoints that checkpoint.keep does not keep.
 
     A run does that by itself after each save. This is for a run that has ended, or to keep fewer than it does. The
-    newest stable checkpoint, pinned ones and a save in progress always stay.
+    newest stable checkpoint, pinned ones and a save in progress always stay; and, without --last, the newest one that a
+    rollback could go back to.
     """
     from dataclasses import replace
 
     from orchestrator.checkpoint.attempts import newest_attempt
     from orchestrator.checkpoint.catalog import list_checkpoints
     from orchestrator.checkpoint.policy import judge
-    from orchestrator.checkpoint.retention import Pruner, Removal, claimed_config
-    from orchestrator.commands.progress import bar
+    from orchestrator.checkpoint.retention import Pruner, Removal, claimed_config, claimed_undo_steps
 
     store = _open_run(run)
     attempt = newest_attempt(store)
     config = replace(claimed_config(store), grace_s=grace_s)
+    undo_steps = claimed_undo_steps(store) if last is None else 0
     config = config if last is None else replace(config, last=last)
     if dry_run:
-        found = [v for v in judge(list_checkpoints(store), config, attempt) if not v.keep]
+        found = [v for v in judge(list_checkpoints(store), config, attempt, undo_steps) if not v.keep]
         removals = [Removal(ref=verdict.info.ref, reason=verdict.reason) for verdict in found]
     else:
         removals = []
-        pruner = Pruner(store, config)
-        while wait_s := pruner.prune(attempt, removals.append):
-            with bar("waiting for readers", wait_s, "s") as advance:
-                while wait_s > 0:
-                    time.sleep(nap := min(wait_s, 1.0))
-                    wait_s -= nap
-                    advance(nap)
+        pruner = Pruner(store, config, undo_steps=undo_steps)
+        _prune(pruner, attempt, removals, grace_s)
     if as_json:
         rows = [{"checkpoint": str(removal.ref), "reason": removal.reason} for removal in removals]
         print_json({"dry_run": dry_run, "removed": rows})
@@ -189,6 +189,23 @@ def prune(run: str, dry_run: bool, last: int | None, grace_s: float, as_json: bo
         click.echo(f"{removal.ref}  {'would be removed' if dry_run else 'removed'}: {removal.reason}")
     if not removals:
         click.echo("nothing to remove")
+
+
+def _prune(pruner: Pruner, attempt: int, removals: list[Removal], grace_s: float) -> None:
+    """Pass after pass, until every checkpoint that is superfluous is gone."""
+    from orchestrator.commands.progress import bar
+
+    while True:
+        began_s = time.monotonic()
+        wait_s = pruner.prune(attempt, removals.append)
+        # Not for uploads that somebody has left unfinished: these have a day. Marks may have been set during the pass.
+        if not wait_s or wait_s > grace_s + time.monotonic() - began_s:
+            return
+        with bar("waiting for readers", wait_s, "s") as advance:
+            while wait_s > 0:
+                time.sleep(nap := min(wait_s, 1.0))
+                wait_s -= nap
+                advance(nap)
 
 
 @checkpoints.command()

@@ -113,6 +113,8 @@ def _sentence(advice: Advice, num_steps: int) -> str:
         if advice.half_life_steps is None
         else f" = half-life {advice.half_life_steps:.6g} steps ({advice.half_life_samples:.6g} samples)"
     )
+    if advice.equivalent_num_steps is None:
+        return "never moves: its decay is so near 1 that it is rounded to that; make it shorter"
     text = (
         f"decay {advice.decay:.8g} a step{half_life} = N {advice.equivalent_num_steps:.6g} at step {num_steps};"
         f" {advice.num_updates} updates; its first copy still weighs {100 * advice.share_of_start:.3g} %"

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,13 +139,24 @@ def resume(run: str, overrides: tuple[str, ...], here: bool, working_dir: str | 
     storage, _, name = store.url.rpartition("/")
     with tempfile.TemporaryDirectory(prefix="unbroken-") as folder:
         path = Path(folder, "config.yaml")
-        path.write_text(to_yaml(found), encoding="utf-8")
-        overrides = (*overrides, f"storage={json.dumps(storage)}", f"run.name={json.dumps(name)}")
+        path.write_text(to_yaml(_found_at(found, storage)), encoding="utf-8")
+        # Not in ASCII: JSON writes what is beyond 16 bits in two halves, which YAML does not take.
+        where = (f"storage={json.dumps(storage, ensure_ascii=False)}", f"run.name={json.dumps(name)}")
+        overrides = (*overrides, *where)
         loaded = load_config(path, overrides)
         check_trainable(loaded)
         if here:
             return train_here(loaded)
         return _launch(loaded, path, overrides, working_dir or folder, chosen)
+
+
+def _found_at(config: RunConfig, storage: str) -> RunConfig:
+    """`config` with the tier that takes the place of `storage`, if it has one, where the run was found."""
+    tiers = tuple(
+        tier if tier is not config.checkpoint.storage else replace(tier, url=storage)
+        for tier in config.checkpoint.tiers
+    )
+    return replace(config, storage=storage, checkpoint=replace(config.checkpoint, tiers=tiers)) if tiers else config
 
 
 def _launch(config: RunConfig, path: Path, overrides: tuple[str, ...], working_dir: str, options: _Options) -> int:

@@ -90,7 +90,8 @@ class BackgroundChores:
         self.results, self._send = cast(tuple[Connection, Connection], Pipe(duplex=False))
         """Delivers a `CommitEnded` for each job."""
         config = spec.checkpoint
-        self._pruners = {"storage": BackgroundPruner(lambda: Store.open(spec.run_url), config.retention, notify)}
+        keep, undo_steps = config.retention, spec.rollback_steps
+        self._pruners = {"storage": BackgroundPruner(lambda: Store.open(spec.run_url), keep, notify, undo_steps)}
         if (peer := stores.peer) is not None and config.peer is not None:
             # Memory is dear, and nobody but trainers that start reads it: what is superfluous goes at once, unreported.
             keep = RetentionConfig(last=config.peer.keep, grace_s=0.0)

@@ -138,7 +138,7 @@ class Opener:
         info = {"session": self._spec.session, "cause": cause, "from": seen, "world_size": self._world_size}
         info |= {"conditional_create": self._store.conditional_create, "versions": dict(self._spec.versions)}
         info["group"] = self._group
-        info |= claim_fields(self._spec.checkpoint.retention)
+        info |= claim_fields(self._spec.checkpoint.retention, self._spec.rollback_steps)
         # Kept if what follows fails: the next call claims a number that follows this one.
         self.claimed = attempt = self._claim(info)
         self._tell_peers(attempt, info)

@@ -16,10 +16,17 @@ from orchestrator.messages.attempts import Event
 class BackgroundPruner:
     """Prunes when asked to, and again when what it marked may go. One pass at a time; requests meanwhile are one."""
 
-    def __init__(self, open_store: Callable[[], Store], keep: RetentionConfig, notify: Callable[[Event], None]) -> None:
-        """Args: notify: told of each removal and each failed pass, from the thread."""
+    def __init__(
+        self,
+        open_store: Callable[[], Store],
+        keep: RetentionConfig,
+        notify: Callable[[Event], None],
+        undo_steps: int = 0,
+    ) -> None:
+        """Args: notify: told of each removal and each failed pass, from the thread; undo_steps: as for `judge`."""
         self._open_store = open_store
         self._keep = keep
+        self._undo_steps = undo_steps
         self._notify = notify
         self._attempt = 0
         self._requested = threading.Event()
@@ -46,7 +53,7 @@ class BackgroundPruner:
                 return
             wait_s = None
             try:
-                pruner = pruner or Pruner(self._open_store(), self._keep)
+                pruner = pruner or Pruner(self._open_store(), self._keep, undo_steps=self._undo_steps)
                 wait_s = pruner.prune(self._attempt, self._report)
             except SupersededError:
                 pass  # the newer attempt prunes; that this one has to end is said at its next commit

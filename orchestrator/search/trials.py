@@ -63,7 +63,8 @@ class Trial:
     @property
     def overrides(self) -> list[str]:
         """As on the command line of `unbroken train`."""
-        values = [f"{key}={json.dumps(value)}" for key, value in self.values.items()]
+        # Not in ASCII: JSON writes what is beyond 16 bits, such as an emoji, in two halves, which YAML does not take.
+        values = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in self.values.items()]
         return [f"run.name={self.name}", *values]
 
 

@@ -139,7 +139,10 @@ def follow(path: Path, end: Callable[[], int | None]) -> Iterator[tuple[Event, i
 def last_opened(path: Path) -> Event | None:
     """The newest introduction in a journal."""
     size = path.stat().st_size
-    return next((event for event in reversed([e for e, _ in follow(path, lambda: size)]) if event.kind == OPENED), None)
+    newest = None
+    for event, _ in follow(path, lambda: size):  # of millions: none of the others is kept
+        newest = event if event.kind == OPENED else newest
+    return newest
 
 
 @contextmanager

@@ -222,8 +222,12 @@ def _samples(store: Store) -> str:
 
 def _image_keys(store: Store) -> Iterator[str]:
     for name in store.list(SAMPLES):
-        inner = [name] if "." in name else [f"{name}/{part}" for part in store.list(f"{SAMPLES}/{name}")]
-        yield from (f"{SAMPLES}/{path}" for path in inner if path.rsplit(".", 1)[-1].lower() in _TYPES)
+        inner = [name] if _is_image(name) else [f"{name}/{part}" for part in store.list(f"{SAMPLES}/{name}")]
+        yield from (f"{SAMPLES}/{path}" for path in inner if _is_image(path))
+
+
+def _is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in _TYPES  # a profile may be called 0.999
 
 
 def _events(seen: Overview) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.messages.attempts import Event
-from orchestrator.tracking.goodput import Book
+from orchestrator.tracking.goodput import Book, Bucket, Span
 
+_UNSETTLED = 16
+"""Newest spans of time that may still change without a restart."""
 _FAILURES = ("down", "failure", "agent_lost", "controller_lost")
 
 
@@ -82,6 +84,9 @@ class _RunningGoodput:
         self._book = Book()
         self._first = True
         self._latest: Event | None = None
+        self._settled, self._settled_s = 0, 0.0
+        """The oldest spans whose productive seconds are added up already, and these."""
+        self._last_settled: Span | None = None
         self.share: float | None = None
 
     def take(self, event: Event) -> None:
@@ -93,4 +98,19 @@ class _RunningGoodput:
         self._book.enter(event)
         self._first, self._latest = event.kind != "step", None
         if self._first:
-            self.share = self._book.close(None).share
+            self.share = self._productive_part()
+
+    def _productive_part(self) -> float | None:
+        """`Goodput.share` without a look at all spans for every event: a year of saves leaves hundred thousands."""
+        book, spans = self._book, self._book.spans
+        if self._settled and (len(spans) < self._settled or spans[self._settled - 1] is not self._last_settled):
+            self._settled, self._settled_s = 0, 0.0  # a restart has turned what was productive into what is lost
+        for span in spans[self._settled : max(0, len(spans) - _UNSETTLED)]:
+            self._settled += 1
+            self._settled_s += span.seconds if span.bucket is Bucket.PRODUCTIVE else 0.0
+            self._last_settled = span
+        total_s = self._settled_s
+        for span in spans[self._settled :]:
+            total_s += span.seconds if span.bucket is Bucket.PRODUCTIVE else 0.0
+        wall_s = 0.0 if book.begin_s is None else book.at_s - book.begin_s
+        return total_s / wall_s if wall_s > 0 else None

@@ -24,7 +24,7 @@ class TensorBoardSink:
         folder.mkdir(parents=True, exist_ok=True)
         self._say = say
         self._mark = folder / "flushed.txt"
-        self._step = int(self._mark.read_text()) if self._mark.exists() else 0
+        self._step = int(self._mark.read_text(encoding="utf-8")) if self._mark.exists() else 0
         # Readers drop what an earlier file has from this step on: it may have been written and not marked.
         self._writer = tensorboardX.SummaryWriter(
             str(folder),
@@ -64,6 +64,6 @@ class TensorBoardSink:
     def _flush(self) -> None:
         self._writer.flush()
         part = self._mark.with_suffix(".part")
-        part.write_text(str(self._step))
+        part.write_text(str(self._step), encoding="utf-8")
         os.replace(part, self._mark)
         self._flushed_s = time.monotonic()

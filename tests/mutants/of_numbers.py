@@ -107,7 +107,7 @@ NUMBERS = (
     Mutant(
         "samples that were left out come back",
         _STEP,
-        "    task.leave_out(state.exclusions.left_out(step))\n",
+        "    task.leave_out(state.exclusions.left_out(step))  # also of a validation after a step that is skipped\n",
         "",
         f"{_TESTS}/test_step.py",
     ),

@@ -107,11 +107,9 @@ REFUSED = [
     ([f"checkpoint.tiers=[{PEER}, {DISK}]", "checkpoint.every_steps=7"], "are given by the tiers"),
     ([f"checkpoint.tiers=[{PEER}, {DISK}]", "storage=/other"], "name two places; give one of them"),
     ([f"checkpoint.tiers=[{PEER}, {{url: /a, every: 5, keep: 1}}]"], "which is not more often than every=5"),
-    ([f"checkpoint.tiers=[{PEER}, {DISK}]", "divergence.rollback_steps=501"], "set keep of the tier /data/runs=6"),
     (["failures.kills=0"], "failures.kills=0 must be at least 1"),
     (["failures.on_replay_difference=ignore"], 'failures.on_replay_difference="ignore" is not one of warn, stop'),
     (["divergence.patience=0"], "divergence.patience=0 must be at least 1"),
-    (["divergence.rollback_steps=10001"], "set checkpoint.keep.last=11, or go back less"),
     (["train.ema_health_every=0"], "train.ema_health_every=0 must be at least 1, or null"),
     (
         ["objective.prediction_type=flow", "objective.contrastive=0.1", "train.microbatch_size=1"],

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.config import RunConfig, run_url, to_dict
 from orchestrator.run_identity import config_hash, conflicting_keys
@@ -11,7 +9,6 @@ from orchestrator.sections import CheckpointConfig, RunSection, Tier
 from tests.trainers.tiny import tiny_config
 from trainers.config import TrainerConfig
 from trainers.decode import decode
-from trainers.errors import ConfigError
 
 
 def test_tiers_take_the_place_of_storage_interval_and_number() -> None:
@@ -41,10 +38,3 @@ def test_how_corruption_is_looked_for_decides_no_number() -> None:
     old, new = run_with(10), run_with(10, replicas_every=None, recompute_every=200)
     assert conflicting_keys(to_dict(old), new) == [] and config_hash(old) == config_hash(new)
     assert (old.rollback_steps, new.rollback_steps) == (20, 200)
-
-
-def test_a_checkpoint_from_before_the_last_recomputed_step_must_be_kept() -> None:
-    assert run_with(3, recompute_every=200)
-    text = "integrity.recompute_every=200 goes back further than checkpoint.keep.last=2 checkpoints of every"
-    with pytest.raises(ConfigError, match=f"{text} checkpoint.every_steps=100 steps; set checkpoint.keep.last=3"):
-        run_with(2, recompute_every=200)

@@ -224,7 +224,8 @@ def test_an_average_is_never_dropped_started_cold_or_changed_silently(now, word)
         ({"kind": "power", "gamma": 3.0, "sigma_rel": 0.1}, "gamma=3.0 and sigma_rel=0.1: give exactly one"),
         ({"kind": "power", "decay": 0.9}, "decay=0.9 does not go with kind=power; give gamma or sigma_rel"),
         ({"decay": 0.9, "sigma_rel": 0.1}, "sigma_rel=0.1 does not go with kind=constant"),
-        ({"kind": "power", "sigma_rel": 0.3}, "sigma_rel=0.3 must be above 0 and below"),
+        ({"kind": "power", "sigma_rel": 0.3}, "sigma_rel=0.3 must be at least 1e-09 and below"),
+        ({"kind": "power", "sigma_rel": 1e-200}, "sigma_rel=1e-200 must be at least 1e-09 and below"),
         ({"kind": "power", "gamma": -1.0}, "gamma=-1.0"),
     ],
 )

@@ -47,6 +47,20 @@ def test_a_profile_that_never_begins():
     assert (advice.decay, advice.half_life_steps, advice.num_updates) == (None, None, 0)
 
 
+@pytest.mark.parametrize("settings", [{"num_steps": 1}, {"half_life_samples": 1}])
+def test_an_average_that_forgets_at_once(settings):
+    advice = advise(EMAConfig(**settings), 2048, 100)
+    assert (advice.decay, advice.half_life_steps, advice.equivalent_num_steps) == (0.0, None, 1.0)
+    assert advice.share_of_start == 0.0 and advice.latest_start_step == 99
+
+
+@pytest.mark.parametrize("settings", [{"num_steps": 10**17}, {"half_life_samples": 10**18}])
+def test_an_average_that_never_moves(settings):
+    advice = advise(EMAConfig(**settings), 8, 100)
+    assert (advice.decay, advice.half_life_steps, advice.equivalent_num_steps) == (1.0, None, None)
+    assert advice.share_of_start == 1.0 and advice.latest_start_step is None
+
+
 def test_time_grows_with_the_model():
     small, large = measure_update_s(1 << 22), measure_update_s(1 << 26)
     assert 0 < small < large

@@ -74,7 +74,7 @@ class GuardedSource(Source):
         """As `Source.read`. On an error the trace tells which samples of the dataset can not be read."""
         if self._left_out:
             indices = np.array([self._replacement(index) for index in indices.tolist()], dtype=np.int64)
-        inside = self._inside(indices)
+        inside = self.inside(indices)
         self._tell(inside)
         try:
             return self._source.read(inside, crops)
@@ -87,8 +87,8 @@ class GuardedSource(Source):
             self._find_unreadable(inside)
             raise
 
-    def _inside(self, indices: np.ndarray) -> np.ndarray:
-        """The dataset indices of these."""
+    def inside(self, indices: np.ndarray) -> np.ndarray:
+        """The dataset indices of these, (N,) int64."""
         return indices if self._members is None else self._members[indices]
 
     def _is_left_out(self, index: int) -> bool:
@@ -117,7 +117,7 @@ class GuardedSource(Source):
             place, first, broken = None if crops is None else crops[row : row + 1], index, ()
             while True:
                 try:
-                    found = self._source.read(self._inside(np.array([index], dtype=np.int64)), place)
+                    found = self._source.read(self.inside(np.array([index], dtype=np.int64)), place)
                     break
                 except BrokenSampleError as error:
                     broken = (*broken, str(error))

@@ -23,6 +23,7 @@ from trainers.errors import BrokenSampleError, ConfigError
 _EXIF_ORIENTATION = 0x0112
 _LYING = (5, 6, 7, 8)  # values of it that exchange height and width
 _READERS = 16  # threads that find out sizes, which mostly wait for storage
+_MOST_CLASSES = 1 << 31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +226,7 @@ def number_classes(labels: list[object], where: str) -> tuple[np.ndarray, int]:
     Raises:
         ConfigError: they are neither.
     """
-    if all(isinstance(label, int) and not isinstance(label, bool) and label >= 0 for label in labels):
+    if all(isinstance(label, int) and not isinstance(label, bool) and 0 <= label < _MOST_CLASSES for label in labels):
         numbers = np.array(labels, dtype=np.int64)
         return numbers, int(numbers.max()) + 1
     if all(isinstance(label, str) for label in labels):
@@ -233,7 +234,12 @@ def number_classes(labels: list[object], where: str) -> tuple[np.ndarray, int]:
         return np.array([names[str(label)] for label in labels], dtype=np.int64), len(names)
     first = labels[0]
     odd = next(
-        (label for label in labels if type(label) is not type(first) or (isinstance(label, int) and label < 0)), first
+        (
+            label
+            for label in labels
+            if type(label) is not type(first) or (isinstance(label, int) and not 0 <= label < _MOST_CLASSES)
+        ),
+        first,
     )
     raise ConfigError(
         f"{where}: labels such as {first!r} and {odd!r} are no classes; give every sample a number from 0,"

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from trainers.data.files import Files, SeekableFile
-from trainers.data.images import digest
+from trainers.data.images import digest, number_classes
 from trainers.data.samples import LatentFacts, Samples, Source, Text
 from trainers.errors import ConfigError
 
@@ -56,7 +56,7 @@ class LatentSource(Source):
         if not names:
             raise ConfigError(f"{self._where} holds {EMPTY} and no latents; give the folder of the latents")
         self._names = names
-        self._files = [(_Safetensors if name.endswith(".safetensors") else _Npz)(files, name) for name in names]
+        self._files = [_open(files, name) for name in names]
         self._check_parts()
         rows = [file.shapes[self._mean][0] for file in self._files]
         self._starts = np.cumsum([0, *rows])
@@ -67,7 +67,8 @@ class LatentSource(Source):
         self.num_classes = index.get("num_classes")
         if "labels" in self._parts and self.num_classes is None:
             every = (file.rows("labels", np.arange(count)) for file, count in zip(self._files, rows, strict=True))
-            self.num_classes = 1 + max(int(labels.max()) for labels in every if len(labels))
+            labels = np.concatenate([part.astype(np.int64) for part in every])  # as they are read
+            _, self.num_classes = number_classes(labels.tolist(), f"{self._where}, labels")
         text = bool(self._parts & {"tokens", "pooled"})
         self.latents = LatentFacts(
             shape=(shape[0], shape[1], shape[2]),
@@ -136,6 +137,15 @@ class LatentSource(Source):
                 raise ConfigError(f"{self._where}/{name}: {self._mean} is {file.shapes[self._mean]}, not (N, c, h, w)")
 
 
+def _open(files: Files, name: str) -> _Safetensors | _Npz:
+    try:
+        return (_Safetensors if name.endswith(".safetensors") else _Npz)(files, name)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"data.path={files.root}: {name}, which {INDEX} names, is not there; run `unbroken data prepare` again"
+        ) from error
+
+
 def _text(file: _Safetensors, rows: np.ndarray) -> Text:
     parts = {part: torch.from_numpy(file.rows(part, rows)) for part in file.shapes}
     return Text(**{part: value.long() if part == "mask" else value.float() for part, value in parts.items()})
@@ -150,10 +160,9 @@ def _read_index(files: Files) -> Mapping[str, Any]:
         index = json.loads(files.read(INDEX))
     except ValueError as error:
         raise ConfigError(f"data.path={files.root}/{INDEX} is damaged ({error}); make it again") from error
-    if index.get("format") != FORMAT:
-        raise ConfigError(
-            f"data.path={files.root}/{INDEX}: format {index.get('format')!r} is not {FORMAT}; make it again"
-        )
+    found = index.get("format") if isinstance(index, dict) else None
+    if found != FORMAT:
+        raise ConfigError(f"data.path={files.root}/{INDEX}: format {found!r} is not {FORMAT}; make it again")
     return index
 
 
@@ -167,16 +176,17 @@ class _Safetensors:
             if not 2 <= length <= files.size(name) - 8:
                 raise ValueError("cut short")
             header = json.loads(files.read(name, 8, 8 + length))
-        except ValueError as error:
+            self._tensors = {part: entry for part, entry in header.items() if part != "__metadata__"}
+            self.shapes = {part: tuple(entry["shape"]) for part, entry in self._tensors.items()}
+            dtypes = {entry["dtype"] for entry in self._tensors.values()}
+            end = max((entry["data_offsets"][1] for entry in self._tensors.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ConfigError(f"{files.root}/{name} is no whole safetensors file ({error}); make it again") from error
         self._first = 8 + length
-        self._tensors = {part: entry for part, entry in header.items() if part != "__metadata__"}
-        self.shapes = {part: tuple(entry["shape"]) for part, entry in self._tensors.items()}
-        if unknown := {entry["dtype"] for entry in self._tensors.values()} - _DTYPES.keys():
+        if unknown := dtypes - _DTYPES.keys():
             raise ConfigError(
                 f"{files.root}/{name} has tensors of {', '.join(unknown)}; make them {', '.join(_DTYPES)}"
             )
-        end = max((entry["data_offsets"][1] for entry in self._tensors.values()), default=0)
         if files.size(name) != self._first + end:
             raise ConfigError(f"{files.root}/{name} is cut short; make it again")
 

@@ -59,10 +59,10 @@ def info(letter: str, step: int) -> CheckpointInfo:
     )
 
 
-def kept(letters: str, **config) -> str:
+def kept(letters: str, undo_steps: int = 0, **config) -> str:
     """The letters that are kept, those that go as dots; steps are 1, 2, ..."""
     infos = [info(letter, step) for step, letter in enumerate(letters, 1)]
-    verdicts = judge(reversed(infos), RetentionConfig(**config), ATTEMPT)
+    verdicts = judge(reversed(infos), RetentionConfig(**config), ATTEMPT, undo_steps)
     assert [verdict.info for verdict in verdicts] == infos[::-1] and all(verdict.reason for verdict in verdicts)
     return "".join(letter if v.keep else "." for letter, v in zip(letters, reversed(verdicts), strict=True))
 
@@ -90,6 +90,14 @@ def kept(letters: str, **config) -> str:
         ("qds", {"last": None}, "qds"),
         ("qqqq", {"last": 1, "every_steps": 1}, "qqqq"),
         ("qs", {"last": 1, "every_steps": 1}, ".s"),
+        # one stays that a rollback can go back to: so old that nothing in it is undone, or the oldest
+        ("sssss", {"last": 1, "undo_steps": 2}, "..s.s"),
+        ("sssss", {"last": 3, "undo_steps": 2}, "..sss"),
+        ("sssss", {"last": 1, "undo_steps": 9}, "s...s"),
+        ("ssqus", {"last": 1, "undo_steps": 2}, ".s..s"),
+        ("ssssss", {"last": 1, "every_steps": 3, "undo_steps": 1}, "..s.ss"),
+        ("psss", {"last": 1, "undo_steps": 3}, "p..s"),
+        ("quw", {"last": 1, "undo_steps": 3}, "qu."),
         # pins
         ("psss", {"last": 1}, "p..s"),
         ("pppp", {"last": 1}, "pppp"),

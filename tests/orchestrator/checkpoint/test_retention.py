@@ -9,7 +9,15 @@ from orchestrator.checkpoint.attempts import claim_attempt
 from orchestrator.checkpoint.catalog import list_checkpoints, newest_stable, quarantine
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.policy import RetentionConfig
-from orchestrator.checkpoint.retention import Pruner, claim_fields, claimed_config, expire, pin, unpin
+from orchestrator.checkpoint.retention import (
+    Pruner,
+    claim_fields,
+    claimed_config,
+    claimed_undo_steps,
+    expire,
+    pin,
+    unpin,
+)
 from orchestrator.checkpoint.selection import select_checkpoint
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError, SupersededError
@@ -197,8 +205,20 @@ def test_commands_keep_to_what_the_newest_attempt_was_given(store):
     newest = RetentionConfig(last=4, every_steps=8, grace_s=1.0)
     claim_attempt(store, claim_fields(newest))
     assert claimed_config(store) == newest
+    claim_attempt(store, claim_fields(newest, undo_steps=20))
+    assert claimed_config(store) == newest and claimed_undo_steps(store) == 20
     claim_attempt(store, {"host": "of a version that said nothing"})
-    assert claimed_config(store) == RetentionConfig()
+    assert claimed_config(store) == RetentionConfig() and claimed_undo_steps(store) == 0
+
+
+def test_what_a_rollback_could_go_back_to_stays(store):
+    run = Run(store, 6, last=1, grace_s=0.0)
+    run.pruner = Pruner(store, RetentionConfig(last=1, grace_s=0.0), undo_steps=3)
+    run.prune()
+    assert run.steps == [3, 6]
+    save(store, make_state(7), step=7, world_size=2)
+    run.prune()
+    assert run.steps == [3, 7], "that of step 4 is gone already"
 
 
 def test_a_pin_set_during_a_pass_that_takes_long_is_respected(store, monkeypatch):

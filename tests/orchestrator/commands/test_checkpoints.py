@@ -9,9 +9,12 @@ from click.testing import CliRunner, Result
 from orchestrator.checkpoint.attempts import claim_attempt
 from orchestrator.checkpoint.catalog import list_checkpoints, quarantine
 from orchestrator.checkpoint.keys import CheckpointRef
+from orchestrator.checkpoint.policy import RetentionConfig
+from orchestrator.checkpoint.retention import claim_fields
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.cli import main
+from tests.orchestrator.checkpoint.retained import leave_upload
 from tests.orchestrator.checkpoint.states import SPECS, make_state, save
 
 
@@ -163,3 +166,27 @@ def test_prove_says_the_same_or_names_the_first_difference(run: str, tmp_path: P
     different = unbroken("prove", run, other)
     assert different.exit_code == 3 and different.stdout.startswith("different: step 2, ema/main/proj.weight: ")
     assert json.loads(unbroken("prove", run, other, "--json").stdout)["equal"] is False
+
+
+def test_prune_does_not_wait_for_an_upload_that_may_have_been_left_behind(run: str, monkeypatch: pytest.MonkeyPatch):
+    leave_upload(Store.open(run), "events", age_s=20 * 3600)
+    monkeypatch.setattr(
+        "orchestrator.commands.checkpoints.time.sleep", lambda seconds: pytest.fail("it waits for hours")
+    )
+    result = unbroken("checkpoints", "prune", run, "--json")
+    assert result.exit_code == 0 and len(json.loads(result.stdout)["removed"]) == 1
+
+
+def test_prune_and_list_keep_what_a_rollback_could_go_back_to(run: str):
+    claim_attempt(Store.open(run), claim_fields(RetentionConfig(last=1), undo_steps=1))
+    kept = [row["kept"] for row in json.loads(unbroken("checkpoints", "list", run, "--json").stdout)]
+    assert kept[1:] == ["newest stable", "for a rollback"]
+    unbroken("checkpoints", "prune", run, "--grace-s", "0")
+    assert stable_steps(run) == [2, 1]
+    unbroken("checkpoints", "prune", run, "--grace-s", "0", "--last", "1")
+    assert stable_steps(run) == [2], "as it was asked for"
+
+
+def test_prune_waits_for_readers_also_by_a_clock_that_goes_on(run: str):
+    result = unbroken("checkpoints", "prune", run, "--last", "1", "--grace-s", "0.3")
+    assert result.exit_code == 0 and stable_steps(run) == [2]

@@ -112,7 +112,8 @@ def test_large_models_are_combined_group_by_group(run, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (["--sigma-rel", "0.3"], "sigma_rel=0.3 must be above 0 and below 0.2886"),
+        (["--sigma-rel", "0.3"], "sigma_rel=0.3 must be at least 1e-09 and below 1 / sqrt(12) = 0.2886"),
+        (["--sigma-rel", "1e-200"], "sigma_rel=1e-200 must be at least 1e-09"),
         (["--sigma-rel", "0.1", "--at", "61"], "step=61 has no checkpoint"),
     ],
 )

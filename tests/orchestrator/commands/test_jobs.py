@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.cli import main
-from orchestrator.config import load_config, to_dict
+from orchestrator.config import load_config, run_url, to_dict
 from orchestrator.jobs.job_server import Cluster
 from tests.orchestrator.fake_jobs import FakeClient, cluster, request
 from tests.orchestrator.tiny_run import CONFIG
@@ -144,6 +144,18 @@ def test_resume_takes_the_config_of_the_run(folder: Path, client: FakeClient):
         patch.setattr("orchestrator.commands.submit.train_here", taken.append)
         assert unbroken("resume", "kept/tale", "--here").exit_code == 0
     assert taken[0].seed == 9 and taken[0].run.name == "tale" and taken[0].storage == f"{folder}/kept"
+
+
+@pytest.mark.parametrize(("tier", "kept"), [("kept", "kept"), ("kept/", "kept"), ("moved", "\U0001f600")])
+def test_resume_finds_a_run_with_tiers_where_it_is(folder: Path, tier: str, kept: str, monkeypatch: pytest.MonkeyPatch):
+    tiers = f"checkpoint.tiers=[{{url: peer://, every: 5, keep: 2}}, {{url: {tier}, every: 10, keep: 9}}]"
+    config = load_config("tiny.yaml", [tiers])
+    open_or_create(Store.open(str(folder / kept / "tale")), to_dict(config))
+    taken: list = []
+    monkeypatch.setattr("orchestrator.commands.submit.train_here", taken.append)
+    result = unbroken("resume", f"{kept}/tale", "--here")
+    assert result.exit_code == 0, result.output
+    assert run_url(taken[0]) == f"{folder}/{kept}/tale" and len(taken[0].checkpoint.tiers) == 2
 
 
 def test_logs_and_stop(client: FakeClient):

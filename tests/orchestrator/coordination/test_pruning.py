@@ -22,10 +22,10 @@ def store() -> Store:
     return Store.open(f"memory://{uuid.uuid4().hex}")
 
 
-def start(store: Store, grace_s: float) -> tuple[BackgroundPruner, queue.Queue[Event]]:
+def start(store: Store, grace_s: float, undo_steps: int = 0) -> tuple[BackgroundPruner, queue.Queue[Event]]:
     events: queue.Queue[Event] = queue.Queue()
     keep = RetentionConfig(last=1, grace_s=grace_s)
-    return BackgroundPruner(lambda: Store.open(store.url), keep, events.put), events
+    return BackgroundPruner(lambda: Store.open(store.url), keep, events.put, undo_steps), events
 
 
 def test_removes_on_request_and_comes_back_by_itself_after_the_grace_period(store: Store) -> None:
@@ -36,6 +36,15 @@ def test_removes_on_request_and_comes_back_by_itself_after_the_grace_period(stor
     event = events.get(timeout=10)
     assert (event.kind, event.fields) == ("pruned", {"checkpoint": str(first), "reason": "older than the newest 1"})
     assert [info.ref for info in list_checkpoints(store)] == [second]
+
+
+def test_what_may_be_undone_yet_is_not_all_there_is(store: Store) -> None:
+    claim_attempt(store, {})
+    refs = [save(store, make_state(step), step=step).ref for step in range(1, 6)]
+    pruner, events = start(store, grace_s=0.0, undo_steps=3)
+    pruner.request(1)
+    assert {events.get(timeout=10).fields["checkpoint"] for _ in range(3)} == {str(refs[at]) for at in (0, 2, 3)}
+    assert [info.ref for info in list_checkpoints(store)] == [refs[4], refs[1]]
 
 
 def test_a_failed_pass_is_reported_and_the_next_one_works(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

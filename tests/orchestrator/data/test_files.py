@@ -60,7 +60,8 @@ def test_shards_on_s3(tmp_path: Path, s3_url: str) -> None:
     assert torch.equal(torch.cat(read), here.read(np.arange(5)).images) and there.identity == here.identity
 
 
-def test_sub_folders_and_ranges(tmp_path: Path) -> None:
+def test_sub_folders_and_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = Store.list
     store = Store.open(f"memory://{tmp_path.name}")
     for name in ("a/1.png", "b.c/2.PNG", "b.c/notes.txt", "top.png"):
         store.write(name, [b"0123456789"])
@@ -71,6 +72,10 @@ def test_sub_folders_and_ranges(tmp_path: Path) -> None:
     assert files.size("a/1.png") == 10
     assert files.read("a/1.png", 2, 5) == b"234" and files.read("a/1.png", 7) == b"789"
     assert files.read("a/1.png", 5, 5) == b"" and files.read("a/1.png") == b"0123456789"
+    asked: list[str] = []
+    monkeypatch.setattr(Store, "list", lambda self, folder: asked.append(folder) or listed(self, folder))
+    assert files.names((".txt",)) == ["b.c/notes.txt"] and files.names((".png",))
+    assert asked == ["", "a", "b.c"] * 2, "a request for each folder, and none for what is a file by its name"
     with pytest.raises(FileNotFoundError, match=r"a/2\.png is not there any more"):
         files.read("a/2.png")
 

@@ -119,3 +119,10 @@ def test_of_two_that_begin_at_once_with_other_settings_one_is_refused(
     Preparation(config, str(tmp_path / "out"), 900)
     with pytest.raises(ConfigError, match="made with another shard_size: 900, not 600"):
         Preparation(config, str(tmp_path / "out"), 600)
+
+
+def test_how_data_is_read_ahead_makes_no_other_latents(tmp_path: Path) -> None:
+    plain = family_config(write_pipeline(tmp_path / "dit", "dit"), "dit")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**plain, "run": {"name": "x"}}))
+    for overrides in ([], ["data.num_workers=2", "data.prefetch=9"]):
+        Preparation(load_config(tmp_path / "config.yaml", overrides), str(tmp_path / "out"), 900)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from omegaconf import OmegaConf
 
 from orchestrator.messages.attempts import Event
 from orchestrator.search.trials import (
@@ -31,6 +32,11 @@ def test_a_grid_is_every_combination():
     ]
     assert len({trial.name for trial in found}) == 4
     assert found[0].overrides == [f"run.name={found[0].name}", "optimizer.lr=0.0001", 'objective.weighting="none"']
+
+
+def test_values_of_any_text_are_taken_by_a_config():
+    (found,) = trials("samples.prompts=[['\U0001f600 \u00e9']]")
+    assert OmegaConf.from_dotlist(found.overrides).samples.prompts == ["\U0001f600 \u00e9"]
 
 
 def test_draws_are_a_function_of_seed_sample_and_key():

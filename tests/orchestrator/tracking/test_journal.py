@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,3 +110,15 @@ def test_a_damaged_line_is_passed_over(tmp_path: Path, damaged: bytes) -> None:
         file.write(damaged)
     write(path, "b", *attempt(2, 3, 6))
     assert steps(path) == list(range(1, 7))
+
+
+def test_the_newest_introduction_is_found_without_holding_all_events(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    write(path, "a", opened(tmp_path), *attempt(1, 0, 20_000))
+    write(path, "b", opened(tmp_path, tensorboard=True), *attempt(2, 20_000, 20_010))
+    tracemalloc.start()
+    found = last_opened(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found is not None and found.fields["tracking"]["tensorboard"] is True
+    assert peak < path.stat().st_size / 4, "one event at a time"

@@ -109,10 +109,10 @@ def run(tmp_path: Path) -> Store:
     for value in (10, 30):
         save(store, make_state(value), step=value, world_size=2)
     store.write(keys.CONFIG, [b"seed: 0 # <b>\n"])
-    (tmp_path / "run" / "samples" / "main").mkdir(parents=True)
+    (tmp_path / "run" / "samples" / "0.999").mkdir(parents=True)
     for value in (10, 30):
         noise = np.random.default_rng(value).integers(0, 256, (32, 32), np.uint8)
-        Image.fromarray(noise).save(tmp_path / "run" / "samples" / "main" / f"{value:06d}.png")
+        Image.fromarray(noise).save(tmp_path / "run" / "samples" / "0.999" / f"{value:06d}.png")
     return store
 
 
@@ -133,7 +133,7 @@ def test_the_page_is_whole_offline_and_has_the_values(run: Store):
         "seed: 0",
     ):
         assert any(value in piece for piece in parsed.texts), value
-    assert text.count("data:image/png;base64,") == 2 and 'alt="main/000030.png"' in text
+    assert text.count("data:image/png;base64,") == 2 and 'alt="0.999/000030.png"' in text
     assert text.count('class="restarted"') == 1 and 'class="redone"' in text
     assert "<i>tale</i>: finished" in "".join(parsed.texts), "shown, not obeyed"
     assert "&lt;script&gt;alert(1)" in text

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from orchestrator.messages.attempts import Event
+from orchestrator.tracking.goodput import Book, Span
 from orchestrator.tracking.rows import Rows
 
 
@@ -53,3 +56,45 @@ def test_an_evaluation_between_two_steps_makes_neither_slower() -> None:
         at(42, "step", attempt=1, step=2, metrics={}),
     ]
     assert [row.values["run/samples_per_s"] for row in map(rows.take, story) if row] == [4.0, 4.0]
+
+
+def saves(attempt: int, begin: int, num: int, first_s: float) -> list[Event]:
+    """An attempt whose steps take a second each and are all saved, with a pause of a quarter of it."""
+    story = [
+        at(first_s - 2, "attempt", attempt=attempt, world_size=1),
+        at(first_s, "training", attempt=attempt, step=begin),
+    ]
+    for index in range(1, num + 1):
+        where = {"attempt": attempt, "step": begin + index}
+        story += [at(first_s + index - 0.25, "step", **where, metrics={})]
+        story += [at(first_s + index, "snapshot", **where, stall_s=0.25), at(first_s + index, "saved", **where)]
+    return story
+
+
+STORY = [*saves(1, 0, 300, 10.0), at(310.5, "down", rank=0), *saves(2, 200, 300, 320.0)]
+
+
+def test_goodput_over_hundreds_of_saves_and_a_rollback_is_that_of_the_account() -> None:
+    rows, book, shares = Rows(1), Book(), list[tuple[float | None, float | None]]()
+    for event in STORY:
+        book.enter(event)
+        row = rows.take(event)
+        if event.kind == "saved":
+            shares.append((rows._goodput.share, book.close(None).share))
+        assert row is None or row.step
+    assert len(shares) == 600 and all(ours == theirs for ours, theirs in shares)
+
+
+def test_goodput_of_a_long_run_is_told_without_a_look_at_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+
+    def seconds(span: Span) -> float:
+        nonlocal looks
+        looks += 1
+        return span.end_s - span.begin_s
+
+    monkeypatch.setattr(Span, "seconds", property(seconds))
+    rows = Rows(1)
+    for event in STORY:
+        rows.take(event)
+    assert looks < 40 * len(STORY), "of each event a few, and all of them once after the restart"

@@ -102,6 +102,16 @@ def test_npz_of_a_user(tmp_path: Path) -> None:
         (lambda folder: (folder / INDEX).unlink(), "no index.json with shift and scale"),
         (lambda folder: (folder / INDEX).write_text('{"format": "other"}'), "format 'other' is not"),
         (lambda folder: (folder / INDEX).write_text('{"format": "o'), "index.json is damaged"),
+        (lambda folder: (folder / INDEX).write_text("[]"), "format None is not"),
+        (lambda folder: (folder / "1.safetensors").unlink(), "1.safetensors, which index.json names, is not there"),
+        (
+            lambda folder: (folder / "1.safetensors").write_bytes((7).to_bytes(8, "little") + b'{"a":1}'),
+            "1.safetensors is no whole safetensors file",
+        ),
+        (
+            lambda folder: save_file(tensors(2) | {"labels": torch.tensor([-1, 0])}, folder / "1.safetensors"),
+            "labels such as 0 and -1 are no classes",
+        ),
         (lambda folder: (folder / "0.safetensors").write_bytes((folder / "0.safetensors").read_bytes()[:-1]), "cut"),
     ],
 )

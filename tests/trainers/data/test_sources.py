@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from trainers.data.config import DataConfig
+from trainers.data.images import number_classes
 from trainers.data.sources import open_source
 from trainers.errors import BrokenSampleError, ConfigError
 
@@ -113,6 +114,8 @@ def test_refusals(tmp_path):
         open_source(DataConfig(source="folder", path=str(tmp_path / "none")))
     with pytest.raises(ConfigError, match="holds no images"):
         open_source(DataConfig(source="folder", path=str(tmp_path)))
+    with pytest.raises(ConfigError, match=f"labels such as 0 and {2**64} are no classes"):
+        number_classes([0, 2**64], "data.path=x")
 
 
 def test_captions(folder):
