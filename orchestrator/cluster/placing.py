@@ -23,6 +23,8 @@ from orchestrator.cluster.silent_nodes import silent_nodes
 from orchestrator.messages.attempts import Event
 
 _ANSWER_S = 30.0
+_AT_ONCE, _LONGEST_PAUSE_S = 3, 60.0
+"""Groups that never began an attempt are replaced without a pause so often, then with longer and longer ones."""
 _LOOK_S = 0.2
 """Between two looks for nodes, as long as there are too few."""
 
@@ -87,7 +89,8 @@ class LiveNodesPolicy(ElasticScalingPolicy):
 class Persevering(DefaultFailurePolicy):
     """Ray Train's own policy, which replaces groups of agents as often as they die, with an end to what helps nobody.
 
-    Who has begun an attempt is counted by that, in storage. Agents that fail before leave no trace there.
+    Who has begun an attempt is counted by that, in storage. Agents that fail before leave no trace there. It may be the
+    network between them: the pauses make half an hour of the usual 30 groups.
     """
 
     def __init__(self, config: Any, mailbox: Any, most: int) -> None:
@@ -101,8 +104,11 @@ class Persevering(DefaultFailurePolicy):
         self._most = most
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        if isinstance(training_failed_error, WorkerGroupError) and self._num_idle() >= self._most:
-            return FailureDecision.RAISE
+        if isinstance(training_failed_error, WorkerGroupError):
+            if (num_idle := self._num_idle()) >= self._most:
+                return FailureDecision.RAISE
+            if num_idle > _AT_ONCE:
+                time.sleep(min(_LONGEST_PAUSE_S, 2.0 ** (num_idle - _AT_ONCE)))
         return super().make_decision(training_failed_error)
 
     def _num_idle(self) -> int:

@@ -156,8 +156,8 @@ FAILURES = (
     Mutant(
         "agents that begin nothing are replaced for ever",
         "orchestrator/cluster/placing.py",
-        " and self._num_idle() >= self._most:",
-        " and self._num_idle() > self._most:",
+        "if (num_idle := self._num_idle()) >= self._most:",
+        "if (num_idle := self._num_idle()) > self._most:",
         f"{_CLUSTER}/test_placing.py::test_groups_of_agents_that_begin_nothing_are_not_replaced_for_ever",
     ),
     Mutant(

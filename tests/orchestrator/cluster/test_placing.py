@@ -51,12 +51,14 @@ def test_groups_of_agents_that_begin_nothing_are_not_replaced_for_ever(monkeypat
         return answer
 
     monkeypatch.setattr(placing, "ray", SimpleNamespace(get=get))
-    answers = iter([0, 1, 2, None, 3])
+    pauses: list[float] = []
+    monkeypatch.setattr(placing.time, "sleep", pauses.append)
+    answers = iter([0, 1, 3, None, 4, 5, 19, 20])
     mailbox: Any = SimpleNamespace(num_idle=SimpleNamespace(remote=lambda: next(answers)))
-    policy = placing.Persevering(FailureConfig(max_failures=-1), mailbox, 3)
+    policy = placing.Persevering(FailureConfig(max_failures=-1), mailbox, 20)
     lost = WorkerGroupError("", {0: ConnectionError("gone"), 1: OSError("no space left\non this device")})
-    decisions = [policy.make_decision(lost) for _ in range(5)]
-    assert decisions == [FailureDecision.RETRY] * 4 + [FailureDecision.RAISE]
-    why = placing.why_given_up(lost, 3)
-    assert why is not None and why.endswith("(failures.agents=3); last, rank 1: OSError: no space left")
+    decisions = [policy.make_decision(lost) for _ in range(8)]
+    assert decisions == [FailureDecision.RETRY] * 7 + [FailureDecision.RAISE] and pauses == [2, 4, 60]
+    why = placing.why_given_up(lost, 20)
+    assert why is not None and why.endswith("(failures.agents=20); last, rank 1: OSError: no space left")
     assert placing.why_given_up(RuntimeError("the controller died"), 3) is None
