@@ -52,7 +52,7 @@ from orchestrator.cluster.joining import join, start_here
 from orchestrator.cluster.keepers import Keepers
 from orchestrator.cluster.mailbox import make_mailbox, send_order
 from orchestrator.cluster.peer_memory import start_directory
-from orchestrator.cluster.placing import Replacing, Trainer, live_nodes
+from orchestrator.cluster.placing import Replacing, Trainer, live_nodes, why_given_up
 from orchestrator.run_spec import RunSpec
 from orchestrator.tracking.fan_out import FanOut, check_tracking
 
@@ -215,6 +215,8 @@ def _supervise(config: RunConfig, spec: RunSpec, show: _Tell, note: _Tell, inter
         outcome = listener.finish()
         if outcome is not None:
             return outcome
+        if (why := why_given_up(error, config.failures.agents)) is not None:
+            raise GaveUpError(why)
         step = _newest_step(spec)
         deaths = deaths + 1 if step == stalled_at else 1
         stalled_at = step
@@ -271,6 +273,8 @@ def _trainer(spec: RunSpec, config: RunConfig, actors: dict[str, Any]) -> Traine
     workers = (config.workers.min, config.workers.max) if isinstance(config.workers, Workers) else config.workers
     return Trainer(
         agent,
+        actors["mailbox"],
+        config.failures.agents,
         train_loop_config={"spec": spec, **actors},
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=config.resources.gpu > 0, resources_per_worker=_resources(config)

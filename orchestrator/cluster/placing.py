@@ -9,15 +9,22 @@ from typing import Any
 import ray
 from ray._private.state import state as cluster
 from ray._raylet import RAY_NODE_ID_KEY, PlacementGroupID  # pyright: ignore[reportAttributeAccessIssue]
+from ray.exceptions import RayError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from orchestrator.cluster.mailbox import Outbox
 from orchestrator.cluster.silent_nodes import silent_nodes
 from orchestrator.messages.attempts import Event
 
+_ANSWER_S = 30.0
+_AT_ONCE, _LONGEST_PAUSE_S = 3, 60.0
+"""Groups that never began an attempt are replaced without a pause so often, then with longer and longer ones."""
 _LOOK_S = 0.2
 """Between two looks for nodes, as long as there are too few."""
 
@@ -79,6 +86,52 @@ class LiveNodesPolicy(ElasticScalingPolicy):
         return {node: resources for node, resources in free.items() if node in nodes}
 
 
+class Persevering(DefaultFailurePolicy):
+    """Ray Train's own policy, which replaces groups of agents as often as they die, with an end to what helps nobody.
+
+    Who has begun an attempt is counted by that, in storage. Agents that fail before leave no trace there. It may be the
+    network between them: the pauses make half an hour of the usual 30 groups.
+    """
+
+    def __init__(self, config: Any, mailbox: Any, most: int) -> None:
+        """
+        Args:
+            mailbox: the actor handle that the groups' events go to.
+            most: groups in a row that may end without having begun an attempt.
+        """
+        super().__init__(config)
+        self._mailbox = mailbox
+        self._most = most
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        if isinstance(training_failed_error, WorkerGroupError):
+            if (num_idle := self._num_idle()) >= self._most:
+                return FailureDecision.RAISE
+            if num_idle > _AT_ONCE:
+                time.sleep(min(_LONGEST_PAUSE_S, 2.0 ** (num_idle - _AT_ONCE)))
+        return super().make_decision(training_failed_error)
+
+    def _num_idle(self) -> int:
+        try:
+            return ray.get(self._mailbox.num_idle.remote(), timeout=_ANSWER_S)
+        except RayError:  # then the next time
+            return 0
+
+
+def why_given_up(error: Exception | None, most: int) -> str | None:
+    """The reason, if `Persevering` has ended Ray Train with this error."""
+    if not isinstance(error, WorkerGroupError):
+        return None
+    failures = error.worker_failures
+    # That others have lost their connections to it says nothing.
+    rank = min(failures, key=lambda rank: (isinstance(failures[rank], ConnectionError), rank))
+    what = (str(failures[rank]).strip().splitlines() or [""])[0]
+    return (
+        f"{most} groups of agents in a row ended before they had begun an attempt (failures.agents={most}); last,"
+        f" rank {rank}: {type(failures[rank]).__name__}: {what}"
+    )
+
+
 class Replacing(ControllerCallback, WorkerGroupCallback):
     """Keeps Ray Train from waiting for what is lost when it replaces a group, and tells how far it is."""
 
@@ -137,9 +190,15 @@ class _ByValue:
 class Trainer(DataParallelTrainer):
     """Ray Train with our choice of the number of workers, where that is elastic, and our way to the workers."""
 
+    def __init__(self, train: Any, mailbox: Any, most_idle: int, **arguments: Any) -> None:
+        """Args: mailbox, most_idle: as for `Persevering`."""
+        super().__init__(train, **arguments)
+        self._policy = Persevering(self.run_config.failure_config, mailbox, most_idle)
+
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         _free_what_is_left()
         if self.scaling_config.elasticity_enabled:
             arguments["scaling_policy"] = LiveNodesPolicy(self.scaling_config)
+        arguments["failure_policy"] = self._policy
         arguments["train_fn_ref"] = _ByValue(arguments["train_fn_ref"].get())
         return super()._initialize_and_run_controller(**arguments)

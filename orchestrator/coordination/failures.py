@@ -59,7 +59,7 @@ class FailureConfig:
     starts: int = 3
     """Nodes on which no trainer can be started, >= 1."""
     agents: int = 30
-    """Groups of agents (Ray Train's workers) that died, >= 1."""
+    """Groups of agents (Ray Train's workers) that died; and in a row those that failed before an attempt, >= 1."""
     rollbacks: int = 3
     """Rollbacks after a divergence, in the whole run, >= 0."""
     left_out: int = 1000

@@ -10,6 +10,7 @@ _REPLAY = "orchestrator/coordination/replay.py"
 _WATCHDOG = "orchestrator/coordination/watchdog.py"
 _HALTING = "orchestrator/coordination/halting.py"
 _CONTROL = "orchestrator/cluster/control.py"
+_CLUSTER = "tests/orchestrator/cluster"
 
 FAILURES = (
     Mutant(
@@ -130,5 +131,47 @@ FAILURES = (
         "deaths = deaths + 1 if step == stalled_at else 1",
         "deaths = deaths + 1 if step != stalled_at else 1",
         "tests/orchestrator/test_driver.py",
+    ),
+    Mutant(
+        "a driver that could not hear once hears nothing any more",
+        _CONTROL,
+        "                continue  # whatever it was: nobody else would hear of the outcome",
+        "                return",
+        f"{_CLUSTER}/test_control.py::test_a_mailbox_that_fails_once_is_asked_again",
+    ),
+    Mutant(
+        "what others use is room for more workers",
+        _CONTROL,
+        "room = min(count_workers(self._resources, nodes, self._max_workers), len(group) + more)",
+        "room = count_workers(self._resources, nodes, self._max_workers)",
+        f"{_CLUSTER}/test_control.py::test_what_somebody_else_uses_is_no_room",
+    ),
+    Mutant(
+        "a mailbox that was started again waits for events that are lost",
+        "orchestrator/cluster/mailbox.py",
+        "number if self._again else 0",
+        "0",
+        f"{_CLUSTER}/test_mailbox.py::test_one_that_takes_the_place_of_another_goes_on_where_that_was",
+    ),
+    Mutant(
+        "agents that begin nothing are replaced for ever",
+        "orchestrator/cluster/placing.py",
+        "if (num_idle := self._num_idle()) >= self._most:",
+        "if (num_idle := self._num_idle()) > self._most:",
+        f"{_CLUSTER}/test_placing.py::test_groups_of_agents_that_begin_nothing_are_not_replaced_for_ever",
+    ),
+    Mutant(
+        "a warm process that is stopped before its first fork is waited for",
+        "orchestrator/agents/forkserver.py",
+        "            elif stopped_s >= STOPPED_LIMIT_S:\n                self.process.kill()",
+        "            elif stopped_s < 0:\n                self.process.kill()",
+        "tests/orchestrator/agents/test_forkserver.py::test_one_that_is_stopped_before_its_first_fork_is_ended",
+    ),
+    Mutant(
+        "a trainer that is gone is listened to as long as its pipe is open",
+        "orchestrator/agents/supervisor.py",
+        "            if self._trainer.poll(BEAT_S):",
+        "            if True:",
+        "tests/orchestrator/agents/test_supervisor.py::test_a_trainer_is_gone_though_what_it_had_started_holds_its_pipe",
     ),
 )

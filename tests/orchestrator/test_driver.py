@@ -7,10 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from orchestrator import driver
 from orchestrator.config import load_config
-from orchestrator.errors import UnbrokenError
+from orchestrator.errors import GaveUpError, UnbrokenError
 from orchestrator.interrupts import Interrupts
 from orchestrator.messages.attempts import Event
 from tests.orchestrator.group import make_spec
@@ -53,3 +54,13 @@ def test_a_controller_that_dies_again_and_again_ends_the_run_unless_it_gets_on(
         driver._supervise(config, make_spec(str(tmp_path)), noted.append, noted.append, Interrupts(1.0))
     assert controllers.num_calls == num_calls
     assert [event.kind for event in noted] == ["controller_lost"] * (num_calls - 1)
+
+
+def test_agents_that_never_begin_an_attempt_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    controllers = Controllers(monkeypatch, [None] * 9)
+    lost = WorkerGroupError("", {0: OSError("this node is broken")})
+    monkeypatch.setattr(driver, "_fit", lambda *_: lost)
+    config = load_config(write_config(tmp_path), ())
+    with pytest.raises(GaveUpError, match=r"30 groups of agents in a row .*rank 0: OSError: this node is broken"):
+        driver._supervise(config, make_spec(str(tmp_path)), nothing, nothing, Interrupts(1.0))
+    assert next(controllers.steps) is None, "it was not taken for the death of a controller"

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,18 @@ from tests.trainers.tiny import tiny_config
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 STEPS, EVERY = 40, 5
+PROGRAM = ("-m", "orchestrator")
+_BROKEN = """
+from orchestrator import cli, driver
+
+def agent(arguments):
+    raise OSError("this node is broken")
+
+driver.agent = agent
+cli.main()
+"""
 _CONTROLLING = re.compile("ray::(TrainController|PlacementGroupCleaner)")
+_BESIDE = re.compile("ray::_(Mailbox|Directory)")
 PIDS = re.compile(r"attempt (\d+): rank (\d+) trains in process (\d+) \(agent (\d+)\)")
 
 
@@ -51,10 +62,10 @@ def write_config(folder: Path, **sections: Any) -> Path:
 class Driver:
     """`unbroken train` as a process, its lines read as they come."""
 
-    def __init__(self, ray_folder: Path, config: Path, *overrides: str) -> None:
+    def __init__(self, ray_folder: Path, config: Path, *overrides: str, program: Sequence[str] = PROGRAM) -> None:
         environment = {**os.environ, "RAY_TMPDIR": str(ray_folder), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator", "train", str(config), *overrides],
+            [sys.executable, *program, "train", str(config), *overrides],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -176,6 +187,30 @@ def test_what_is_frozen_for_a_while(straight: Path, ray_folder: Path, tmp_path: 
     assert driver.end() == 0, "".join(driver.lines)
     assert "attempt 3" not in "".join(driver.lines)
     assert_same_state(tmp_path / "run", straight)
+
+
+def test_what_the_driver_has_beside_it_killed(straight: Path, ray_folder: Path, tmp_path: Path) -> None:
+    """What carries its events, and what knows the memory of the nodes: every group of agents asks both first."""
+    tiers = f"[{{url: 'peer://', every: 2, keep: 2}}, {{url: '{tmp_path}', every: {EVERY}, keep: 9}}]"
+    config = yaml.safe_load(write_config(tmp_path).read_text()) | {"checkpoint": {"tiers": yaml.safe_load(tiers)}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    driver = Driver(ray_folder, tmp_path / "config.yaml")
+    driver.until("newest stable checkpoint: step")
+    doomed = [pid for pid in descendants(driver.process.pid) if _BESIDE.match(command(pid))]
+    assert len(doomed) == 2
+    for pid in (*doomed, driver.agents[1]):
+        os.kill(pid, signal.SIGKILL)
+    driver.until("attempt 2: 2 workers")
+    assert driver.end() == 0, "".join(driver.lines)
+    assert f"finished: step {STEPS} is done" in "".join(driver.lines)
+    assert_same_state(tmp_path / "run", straight)
+
+
+def test_agents_that_can_not_begin_end_the_run(ray_folder: Path, tmp_path: Path) -> None:
+    driver = Driver(ray_folder, write_config(tmp_path), "failures.agents=2", program=("-c", _BROKEN))
+    assert driver.end() == 4, "".join(driver.lines)
+    why = "2 groups of agents in a row ended before they had begun an attempt (failures.agents=2)"
+    assert f"{why}; last, rank 0: OSError: this node is broken" in driver.lines[-1]
 
 
 def test_sigterm_saves_the_step_under_way(straight: Path, ray_folder: Path, tmp_path: Path) -> None:

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
-from ray.train import ScalingConfig
+from ray.exceptions import GetTimeoutError
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from orchestrator.cluster import placing
 from orchestrator.cluster.placing import count_workers
@@ -36,3 +42,23 @@ def test_too_few_nodes_are_not_looked_for_without_a_pause(monkeypatch: pytest.Mo
     monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
     assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
     assert (looks, pauses) == (["look"], [placing._LOOK_S])
+
+
+def test_groups_of_agents_that_begin_nothing_are_not_replaced_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(answer: int | None, timeout: float) -> int:
+        if answer is None:
+            raise GetTimeoutError
+        return answer
+
+    monkeypatch.setattr(placing, "ray", SimpleNamespace(get=get))
+    pauses: list[float] = []
+    monkeypatch.setattr(placing.time, "sleep", pauses.append)
+    answers = iter([0, 1, 3, None, 4, 5, 19, 20])
+    mailbox: Any = SimpleNamespace(num_idle=SimpleNamespace(remote=lambda: next(answers)))
+    policy = placing.Persevering(FailureConfig(max_failures=-1), mailbox, 20)
+    lost = WorkerGroupError("", {0: ConnectionError("gone"), 1: OSError("no space left\non this device")})
+    decisions = [policy.make_decision(lost) for _ in range(8)]
+    assert decisions == [FailureDecision.RETRY] * 7 + [FailureDecision.RAISE] and pauses == [2, 4, 60]
+    why = placing.why_given_up(lost, 20)
+    assert why is not None and why.endswith("(failures.agents=20); last, rank 1: OSError: no space left")
+    assert placing.why_given_up(RuntimeError("the controller died"), 3) is None
