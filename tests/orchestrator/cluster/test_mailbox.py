@@ -73,7 +73,7 @@ def test_one_that_takes_the_place_of_another_goes_on_where_that_was(monkeypatch:
         assert await mailbox.next_order(4) == end
         assert await mailbox.orders_so_far() == 4, "a new group is to hear of the end too"
 
-    asyncio.run(deliver())
+    asyncio.run(asyncio.wait_for(deliver(), 30))
 
 
 def test_groups_that_begin_no_attempt_are_counted() -> None:
