@@ -61,6 +61,7 @@ class ShardWriter:
         self._shards: queue.SimpleQueue[tuple[_Job, Shard] | None] = queue.SimpleQueue()
         self._retries = Retries(0.0)
         self._map: mmap.mmap | None = None
+        self._telling = threading.Lock()
         self.connection, self._results = Pipe(duplex=False)
         """Delivers a `Receipt` or `SaveFailed` for each snapshot, and before that a `SaveDelayed` if a try failed."""
         # Two, so that a snapshot is hashed at once, even while the upload of one that failed hangs.
@@ -124,7 +125,7 @@ class ShardWriter:
                 except Exception as error:  # as above; the next tier may work
                     self._fail(job, error, tier)
                 else:
-                    self._results.send(
+                    self._tell(
                         Receipt(
                             attempt=job.attempt,
                             progress=job.held.snapshot.progress,
@@ -139,7 +140,11 @@ class ShardWriter:
     def _fail(self, job: _Job, error: Exception, tier: TierName) -> None:
         why = str(error) if isinstance(error, UnbrokenError) else repr(error)
         progress, last = job.held.snapshot.progress, tier == job.held.snapshot.tiers[-1]
-        self._results.send(SaveFailed(attempt=job.attempt, progress=progress, tier=tier, last=last, error=why))
+        self._tell(SaveFailed(attempt=job.attempt, progress=progress, tier=tier, last=last, error=why))
+
+    def _tell(self, message: Receipt | SaveFailed | SaveDelayed) -> None:
+        with self._telling:  # both threads do, and a receipt may be longer than what a pipe takes in one piece
+            self._results.send(message)
 
     def _lay_out(self, job: _Job) -> Shard:
         snapshot = job.held.snapshot
@@ -163,7 +168,7 @@ class ShardWriter:
         progress = job.held.snapshot.progress
 
         def delayed(error: UnbrokenError) -> None:
-            self._results.send(SaveDelayed(attempt=job.attempt, progress=progress, error=str(error)))
+            self._tell(SaveDelayed(attempt=job.attempt, progress=progress, error=str(error)))
 
         ref, store = CheckpointRef(progress.samples_seen, job.attempt), self._stores.of(tier)
         if tier == "peer":

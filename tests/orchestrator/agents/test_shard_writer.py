@@ -104,3 +104,16 @@ def test_a_snapshot_that_changed_in_memory_is_not_stored_a_second_time(tmp_path,
     writer.submit(8, snapshot)
     failed = hear(writer)
     assert isinstance(failed, SaveFailed) and "changed in memory" in failed.error
+
+
+def test_what_both_threads_tell_at_once_arrives_whole(tmp_path, buffer):
+    """A pipe takes 64 KiB in one piece."""
+    writer = make_writer(tmp_path, buffer, deadline_s=0.0)
+    long = replace(held().snapshot, scalars={str(number): 0.0 for number in range(100_000)})
+    too_long = replace(held().snapshot, size_bytes=200)  # than the buffer: laying it out fails, in the first thread
+    writer.submit(7, HeldSnapshot(snapshot=long))
+    assert writer.connection.poll(10)
+    for _ in range(20):
+        writer.submit(7, HeldSnapshot(snapshot=too_long))
+    told = [type(hear(writer)) for _ in range(21)]
+    assert told.count(Receipt) == 1 and told.count(SaveFailed) == 20
