@@ -22,6 +22,20 @@ STORAGE = (
         f"{_TESTS}/test_policy.py::test_what_is_kept",
     ),
     Mutant(
+        "what is kept for a rollback would be undone by it",
+        _POLICY,
+        "if step <= steps[max(steps)] - undo_steps]",
+        "if step < steps[max(steps)]]",
+        f"{_TESTS}/test_policy.py::test_what_is_kept",
+    ),
+    Mutant(
+        "nobody says how many steps a rollback may undo",
+        "orchestrator/coordination/pruning.py",
+        "self._keep, undo_steps=self._undo_steps)",
+        "self._keep)",
+        "tests/orchestrator/coordination/test_pruning.py::test_what_may_be_undone_yet_is_not_all_there_is",
+    ),
+    Mutant(
         "an unhealthy checkpoint takes the place of one that stays",
         _POLICY,
         "(info.ref for info in checkpoints if info.state is CheckpointState.STABLE), reverse",

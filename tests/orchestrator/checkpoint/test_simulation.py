@@ -82,23 +82,23 @@ def sweeps_without_closing(store, ref, attempt):
     return info and replace(info, state=CheckpointState.ABANDONED)
 
 
-def judges_by_names(infos, config, attempt):
+def judges_by_names(infos, config, attempt, undo_steps):
     """As most trainers do: a folder is a checkpoint."""
     infos = list(infos)
     refs = sorted((info.ref for info in infos), reverse=True)
     return [policy._judge(info, refs, config, attempt) for info in infos]
 
 
-def keeps_not_the_newest(infos, config, attempt):
+def keeps_not_the_newest(infos, config, attempt, undo_steps):
     return [
         replace(verdict, keep=verdict.keep and verdict.reason != "newest stable")
-        for verdict in policy.judge(infos, config, attempt)
+        for verdict in policy.judge(infos, config, attempt, undo_steps)
     ]
 
 
-def forgets_pins(infos, config, attempt):
+def forgets_pins(infos, config, attempt, undo_steps):
     infos = [replace(info, pinned=None) for info in infos]
-    return policy.judge(infos, config, attempt)
+    return policy.judge(infos, config, attempt, undo_steps)
 
 
 def begins_what_is_expired(store):
