@@ -24,7 +24,7 @@ from trainers.reduction import InvariantReduction, Rounds, Topology
 # Private paths: what FSDP takes for an input of a unit, and nothing else.
 try:
     from torch.distributed.fsdp._common_utils import collect_grad_tensors, replace_grad_tensors
-except ImportError:  # before torch 2.13
+except ImportError:  # torch 2.11
     from torch.utils._pytree import tree_iter, tree_map_only
 
     def collect_grad_tensors(output: Any) -> tuple[torch.Tensor, ...]:
