@@ -209,8 +209,9 @@ def test_what_the_driver_has_beside_it_killed(straight: Path, ray_folder: Path, 
 def test_agents_that_can_not_begin_end_the_run(ray_folder: Path, tmp_path: Path) -> None:
     driver = Driver(ray_folder, write_config(tmp_path), "failures.agents=2", program=("-c", _BROKEN))
     assert driver.end() == 4, "".join(driver.lines)
-    why = "2 groups of agents in a row ended before they had begun an attempt (failures.agents=2)"
-    assert f"{why}; last, rank 0: OSError: this node is broken" in driver.lines[-1]
+    why = r"2 groups of agents in a row ended before they had begun an attempt \(failures.agents=2\)"
+    # Ray may see one of the two fail first, and may have the last word.
+    assert re.search(rf"{why}; last, rank [01]: OSError: this node is broken", "".join(driver.lines)), driver.lines
 
 
 def test_sigterm_saves_the_step_under_way(straight: Path, ray_folder: Path, tmp_path: Path) -> None:
