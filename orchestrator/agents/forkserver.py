@@ -54,6 +54,21 @@ class Signal:
     number: int
 
 
+class _Stop:
+    """Has somebody stopped a fork server by a signal, for longer than may be?"""
+
+    def __init__(self) -> None:
+        self._silence = Silence(time.monotonic())
+
+    def lasts(self, pid: int | None) -> bool:
+        """Ask often. Args: pid: of the fork server; None: it is not known yet."""
+        stopped_s = self._silence.passed(time.monotonic())
+        if pid is None or process_state(pid) != "T":
+            self._silence.heard()
+            return False
+        return stopped_s >= STOPPED_LIMIT_S
+
+
 class Keeper:
     """Has a fork server that the agents of this machine find under a name."""
 
@@ -100,14 +115,11 @@ class Keeper:
 
         They do from its first fork on. One that is stopped before, or between two groups, would keep them waiting.
         """
-        stopped = Silence(time.monotonic())
+        stop = _Stop()
         while True:
             with suppress(TimeoutExpired):
                 return self.process.wait(BEAT_S)
-            stopped_s = stopped.passed(time.monotonic())
-            if process_state(self.process.pid) != "T":
-                stopped.heard()
-            elif stopped_s >= STOPPED_LIMIT_S:
+            if stop.lasts(self.process.pid):
                 self.process.kill()
 
     def close(self) -> None:
@@ -153,7 +165,7 @@ class ForkServer:
         self._process = process
         self._pid = process.pid if process else None
         """At the other end; of a shared one known from its first fork on."""
-        self._stopped = Silence(time.monotonic())
+        self._stop = _Stop()
         self._look_at = 0.0
         self.connection = connection
         """Delivers `ChildEnded`; end of file when the fork server itself has died."""
@@ -204,10 +216,8 @@ class ForkServer:
         if (now := time.monotonic()) < self._look_at:
             return
         self._look_at = now + BEAT_S / 2
-        stopped_s = self._stopped.passed(now)
-        if self._pid is None or process_state(self._pid) != "T":
-            self._stopped.heard()
-        elif stopped_s >= STOPPED_LIMIT_S:
+        if self._stop.lasts(self._pid):
+            assert self._pid is not None
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
 
