@@ -42,6 +42,7 @@ OPTIONS: dict[str, Any] = {
 
 _SLOWEST_BYTES_PER_S = 1 << 20  # a transfer gets so much more time than a small request
 _TRIES = 3  # a store that does not answer is asked so often before the deadline
+_LEAST_S = 0.05  # for the last try, after a pause that took longer than it should have
 _CREDENTIALS_S = 30.0  # to get credentials from whoever gives them, and to make what uses them
 
 
@@ -155,9 +156,9 @@ class _Tries:
         self._count = 0
 
     def next_s(self) -> float:
-        """Seconds that another try may take."""
+        """Seconds that another try may take; more than none."""
         self._count += 1
-        return min(self._end - time.monotonic(), self._one_s)
+        return min(max(_LEAST_S, self._end - time.monotonic()), self._one_s)
 
     def failed(self, error: Exception) -> float:
         """Seconds to wait before the next try. Raises `error` if it is no use, DeadlineError if there is no time."""

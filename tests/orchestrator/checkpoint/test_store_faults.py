@@ -135,6 +135,13 @@ class TestGivenUp:
         assert time.monotonic() - began < 3
         assert s3_proxy.fired(Kind.BLACK_HOLE) >= 2
 
+    def test_a_pause_that_ends_behind_the_deadline(self, s3_proxy, monkeypatch):
+        store, sleep = opened(deadline_s=1.5), time.sleep
+        s3_proxy.faults = [Fault(kind=Kind.BLACK_HOLE, count=FOR_EVER)]
+        monkeypatch.setattr("orchestrator.checkpoint.s3_requests.time.sleep", lambda pause_s: sleep(pause_s + 1.5))
+        with pytest.raises(StorageError, match="no answer in time"):
+            store.write("new", [b"text"])
+
     def test_what_is_said_of_a_download_lets_nobody_read_it(self, s3_proxy):
         store = opened(deadline_s=1.0)
         s3_proxy.faults = [Fault(kind=Kind.LOSE_ANSWER, match="GET .*/old", count=FOR_EVER)]
