@@ -17,10 +17,12 @@ _INNERMOST = 6
 def stuck_ranks(stacks: Mapping[int, Stack | None]) -> dict[int, str]:
     """The ranks that the others wait for, each with a sentence; empty if all of them wait for each other.
 
+    A rank that is stopped is cause enough: it is noticed so soon that others may just be at work.
+
     Args:
         stacks: of every rank; None for one whose agent did not answer.
     """
-    found = {}
+    found, one_is_stopped = {}, any(stack is not None and stack.state == "T" for stack in stacks.values())
     for rank, stack in sorted(stacks.items()):
         if stack is None:
             found[rank] = "its agent does not answer"
@@ -30,7 +32,7 @@ def stuck_ranks(stacks: Mapping[int, Stack | None]) -> dict[int, str]:
             continue  # it has ended, and that is about to be reported
         elif not stack.text:
             found[rank] = f"in state {stack.state}, and it answers no signal"
-        elif not _waits(stack.text):
+        elif not one_is_stopped and not _waits(stack.text):
             found[rank] = f"at {where(stack.text)}"
     return found
 

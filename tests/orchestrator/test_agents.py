@@ -100,8 +100,11 @@ def test_a_bit_that_turns_over_in_one_replica_makes_no_difference(straight: Path
     finally:
         FAULTS.unlink()
     assert outcome.ending is Ending.FINISHED
-    found = [(event["step"], event["since"], event["ranks"]) for event in script.of("corrupted")]
-    assert found == [(6, 4, [0, 1]), (7, 7, [0, 1])]
+    found = [(event["since"], event["ranks"]) for event in script.of("corrupted")]
+    assert found == [(4, [0, 1]), (7, [0, 1])]
+    # A rank's end may be heard before the last step of another.
+    reached = [event["step"] for event in script.of("corrupted")]
+    assert reached[0] in (5, 6) and reached[1] in (6, 7)
     assert {failure["action"] for failure in script.of("failure")} == {"roll back"}
     begun = [attempt["restore"] for attempt in script.of("attempt")]
     assert begun == [None, "0000000000072-0001", "0000000000144-0002"], "steps 3 and 6, from storage"

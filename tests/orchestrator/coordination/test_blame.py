@@ -38,6 +38,10 @@ def test_names_stopped_silent_and_missing_ones() -> None:
     assert "SIGSTOP" in stuck[1] and "state D" in stuck[2] and "agent" in stuck[3]
 
 
+def test_names_nobody_who_is_at_work_beside_one_that_is_stopped() -> None:
+    assert list(stuck_ranks({0: stack(IN_USER_CODE), 1: stack("", "T"), 2: stack(WAITING), 3: None})) == [1, 3]
+
+
 def test_names_nobody_when_all_wait_or_have_ended() -> None:
     assert stuck_ranks({0: stack(WAITING), 1: stack("", "Z"), 2: stack("", "")}) == {}
 
