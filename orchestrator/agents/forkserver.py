@@ -17,10 +17,11 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
 from subprocess import Popen, TimeoutExpired
 
-from orchestrator.coordination.watchdog import BEAT_S, STOPPED_LIMIT_S, Silence
+from orchestrator.agents.stop import Stop
+from orchestrator.coordination.watchdog import BEAT_S, STOPPED_LIMIT_S
 from orchestrator.errors import StartError
 from orchestrator.messages.attempts import ChildEnded, ImportFailed
-from orchestrator.processes import parent, process_state
+from orchestrator.processes import parent
 
 _COMMAND = (sys.executable, "-m", "orchestrator.agents.forking")
 _FIND_S = 1.0
@@ -52,21 +53,6 @@ class Signal:
 
     pid: int
     number: int
-
-
-class _Stop:
-    """Has somebody stopped a fork server by a signal, for longer than may be?"""
-
-    def __init__(self) -> None:
-        self._silence = Silence(time.monotonic())
-
-    def lasts(self, pid: int | None) -> bool:
-        """Ask often. Args: pid: of the fork server; None: it is not known yet."""
-        stopped_s = self._silence.passed(time.monotonic())
-        if pid is None or process_state(pid) != "T":
-            self._silence.heard()
-            return False
-        return stopped_s >= STOPPED_LIMIT_S
 
 
 class Keeper:
@@ -115,11 +101,11 @@ class Keeper:
 
         They do from its first fork on. One that is stopped before, or between two groups, would keep them waiting.
         """
-        stop = _Stop()
+        stop = Stop()
         while True:
             with suppress(TimeoutExpired):
                 return self.process.wait(BEAT_S)
-            if stop.lasts(self.process.pid):
+            if stop.lasts_s(self.process.pid) >= STOPPED_LIMIT_S:
                 self.process.kill()
 
     def close(self) -> None:
@@ -165,7 +151,7 @@ class ForkServer:
         self._process = process
         self._pid = process.pid if process else None
         """At the other end; of a shared one known from its first fork on."""
-        self._stop = _Stop()
+        self._stop = Stop()
         self._look_at = 0.0
         self.connection = connection
         """Delivers `ChildEnded`; end of file when the fork server itself has died."""
@@ -216,7 +202,7 @@ class ForkServer:
         if (now := time.monotonic()) < self._look_at:
             return
         self._look_at = now + BEAT_S / 2
-        if self._stop.lasts(self._pid):
+        if self._stop.lasts_s(self._pid) >= STOPPED_LIMIT_S:
             assert self._pid is not None
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)

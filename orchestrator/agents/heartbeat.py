@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
-import time
 from collections.abc import Callable
+from contextlib import suppress
 
+from orchestrator.agents.stop import Stop
 from orchestrator.agents.trainer_probe import starved_s
 from orchestrator.coordination.watchdog import BEAT_S
 from orchestrator.messages.liveness import Beat
-from orchestrator.processes import process_state
+
+_GIVEN_UP_S = 10.0
+"""Seconds that a trainer may be stopped: well after the coordinator has ordered its end."""
 
 
 class Heartbeat:
-    """Sends a `Beat` every `BEAT_S`: has the trainer been stopped by a signal, and was it let run?"""
+    """Sends a `Beat` every `BEAT_S`: has the trainer been stopped by a signal, and was it let run?
+
+    It also ends a trainer that was stopped in the middle of a message: until the rest of that comes, or the end, the
+    agent's main thread hears no order.
+    """
 
     def __init__(self, send: Callable[[object], None]) -> None:
         self._send = send
@@ -29,20 +38,18 @@ class Heartbeat:
         self._closed.set()
 
     def _work(self) -> None:
-        stopped_since: float | None = None
+        stop = Stop()
         starved: float | None = None
         looked_at: tuple[int, int | None] = (0, None)
         while not self._closed.wait(BEAT_S):
             attempt, pid = watched = self._watched
-            now = time.monotonic()
-            if pid is None or watched != looked_at or process_state(pid) != "T":
-                stopped_since = None
-            elif stopped_since is None:
-                stopped_since = now
-            before = starved if watched == looked_at else None
-            starved = starved_s(pid) if pid is not None else None
-            looked_at = watched
-            stopped = now - stopped_since if stopped_since else 0.0
+            if watched != looked_at:
+                stop, starved, looked_at = Stop(), None, watched
+            stopped = stop.lasts_s(pid)
+            if pid is not None and stopped >= _GIVEN_UP_S:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            before, starved = starved, starved_s(pid) if pid is not None else None
             hungry = starved - before if starved is not None and before is not None else 0.0
             try:
                 self._send(Beat(attempt=attempt, stopped_s=stopped, starved_s=hungry))

@@ -163,9 +163,30 @@ FAILURES = (
     Mutant(
         "a warm process that is stopped before its first fork is waited for",
         "orchestrator/agents/forkserver.py",
-        "            if stop.lasts(self.process.pid):\n                self.process.kill()",
+        "            if stop.lasts_s(self.process.pid) >= STOPPED_LIMIT_S:\n                self.process.kill()",
         "            if False:\n                self.process.kill()",
         "tests/orchestrator/agents/test_forkserver.py::test_one_that_is_stopped_before_its_first_fork_is_ended",
+    ),
+    Mutant(
+        "an agent waits for the rest of a message of a trainer that is stopped",
+        "orchestrator/agents/heartbeat.py",
+        "if pid is not None and stopped >= _GIVEN_UP_S:",
+        "if False:",
+        "tests/orchestrator/test_hang.py::test_stopped_in_the_middle_of_a_message",
+    ),
+    Mutant(
+        "a stop counts from the last look before it",
+        "orchestrator/agents/stop.py",
+        "if before and self._seen:",
+        "if self._seen:",
+        "tests/orchestrator/agents/test_stop.py",
+    ),
+    Mutant(
+        "who is at work beside a rank that is stopped is named",
+        "orchestrator/coordination/blame.py",
+        "elif not one_is_stopped and not _waits(stack.text):",
+        "elif not _waits(stack.text):",
+        "tests/orchestrator/coordination/test_blame.py",
     ),
     Mutant(
         "a trainer that is gone is listened to as long as its pipe is open",

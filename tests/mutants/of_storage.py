@@ -36,6 +36,13 @@ STORAGE = (
         "tests/orchestrator/coordination/test_pruning.py::test_what_may_be_undone_yet_is_not_all_there_is",
     ),
     Mutant(
+        "the last try of a request gets less than no time",
+        "orchestrator/checkpoint/s3_requests.py",
+        "min(max(_LEAST_S, self._end - time.monotonic()), self._one_s)",
+        "min(self._end - time.monotonic(), self._one_s)",
+        f"{_TESTS}/test_store_faults.py::TestGivenUp::test_a_pause_that_ends_behind_the_deadline",
+    ),
+    Mutant(
         "an unhealthy checkpoint takes the place of one that stays",
         _POLICY,
         "(info.ref for info in checkpoints if info.state is CheckpointState.STABLE), reverse",

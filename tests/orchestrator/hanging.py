@@ -8,26 +8,44 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
+import struct
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import trainers.loop
+from orchestrator.agents import trainer_process
+from trainers.progress import Progress
 from trainers.state import TrainState
 from trainers.step import Task, train_step
 
 PLANS = "UNBROKEN_TEST_HANGS"
 
 
+def planned(how: str, rank: int, step: int) -> bool:
+    plan = Path(os.environ[PLANS], f"{how}-{rank}-{step}")
+    if found := plan.exists():
+        plan.unlink()
+    return found
+
+
 def step(state: TrainState, task: Task) -> dict[str, float]:
-    where = f"{state.topology.rank}-{state.progress.step + 1}"
-    for how in ("sleep", "gil"):
-        plan = Path(os.environ[PLANS], f"{how}-{where}")
-        if plan.exists():
-            plan.unlink()
-            if how == "sleep":
-                time.sleep(1000)
-            ctypes.PyDLL(None).sleep(1000)  # a C function that keeps the GIL
+    where = state.topology.rank, state.progress.step + 1
+    if planned("sleep", *where):
+        time.sleep(1000)
+    if planned("gil", *where):
+        ctypes.PyDLL(None).sleep(1000)  # a C function that keeps the GIL
     return train_step(state, task)
 
 
+class TornSink(trainer_process.PipeSink):
+    def log(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        if planned("torn", self._rank, progress.step):
+            os.write(self._agent.fileno(), struct.pack("!i", 1000) + b"the beginning of a message of 1000 bytes")
+            os.kill(os.getpid(), signal.SIGSTOP)
+        super().log(progress, metrics)
+
+
 trainers.loop.train_step = step
+trainer_process.PipeSink = TornSink

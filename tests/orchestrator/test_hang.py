@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from orchestrator.coordination.watchdog import WatchdogConfig
 from orchestrator.messages.attempts import Ending, Event
+from orchestrator.run_spec import RunSpec
 from tests.orchestrator.agent_processes import PRELOAD, make_spec, run_agents
 from tests.orchestrator.hanging import PLANS
 from tests.orchestrator.independent import assert_same_state
@@ -58,18 +60,21 @@ class Watch:
         ]
 
 
+def hanging_spec(run: Path, config: Mapping[str, Any]) -> RunSpec:
+    return replace(
+        make_spec(run, config, EVERY),
+        preload=(*PRELOAD, "tests.orchestrator.hanging"),
+        watchdog=WatchdogConfig(timeout_s=TIMEOUT_S),
+    )
+
+
 def test_hanging_gil_holding_and_stopped(tmp_path: Path) -> None:
     config = tiny_config(train={"num_steps": STEPS})
     assert run_agents(make_spec(tmp_path / "straight", config, EVERY), 1, Watch()).ending is Ending.FINISHED
     for plan in ("sleep-1-3", "gil-0-6"):
         Path(_FOLDER.name, plan).touch()
     watch = Watch(stop=(1, 10))
-    spec = replace(
-        make_spec(tmp_path / "run", config, EVERY),
-        preload=(*PRELOAD, "tests.orchestrator.hanging"),
-        watchdog=WatchdogConfig(timeout_s=TIMEOUT_S),
-    )
-    outcome = run_agents(spec, 2, watch)
+    outcome = run_agents(hanging_spec(tmp_path / "run", config), 2, watch)
     assert outcome.ending is Ending.FINISHED
     assert [hang["ranks"] for hang in watch.of("hang")] == [[1], [0], [1]]
     assert [(failure["kind"], failure["rank"]) for failure in watch.of("failure")] == [("hang", r) for r in (1, 0, 1)]
@@ -81,3 +86,12 @@ def test_hanging_gil_holding_and_stopped(tmp_path: Path) -> None:
     assert stacks["0003-00001.txt"].startswith("state T")
     print("seconds without a step:", [round(pause, 2) for pause in watch.pauses_s()])
     assert_same_state(tmp_path / "run", tmp_path / "straight")
+
+
+def test_stopped_in_the_middle_of_a_message(tmp_path: Path) -> None:
+    """Its agent waits for the rest, and hears no order meanwhile."""
+    Path(_FOLDER.name, "torn-0-4").touch()
+    watch = Watch()
+    outcome = run_agents(hanging_spec(tmp_path / "run", tiny_config(train={"num_steps": 6})), 1, watch, timeout_s=60)
+    assert outcome.ending is Ending.FINISHED
+    assert [failure["kind"] for failure in watch.of("failure")] == ["hang"]
