@@ -24,16 +24,23 @@ hypothesis.settings.load_profile("busy machine")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Real processes die at moments that no test decides to the millisecond: such a test gets a second try.
+    """Real processes and servers keep no time to the millisecond: a test with one gets a second try.
 
-    The second try is shown ("rerun" in the summary): one that needs it often is a fault of the test, or of the code.
+    The summary shows that it did ("rerun"), and why: one that needs it often is a fault of the test, or of the code.
     """
     for item in items:
-        if _has(item, "chaos", "ray"):
+        if _has(item, "chaos", "ray", "s3"):
             item.add_marker(pytest.mark.flaky(reruns=1))
     if hasattr(config, "workerinput"):  # of several: files that take long first, so that none is left alone with one
         long = {item.path for item in items if _has(item, "chaos", "ray", "slow")}
         items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Why tests were tried again."""
+    for report in terminalreporter.stats.get("rerun", ()):
+        terminalreporter.section(f"first try of {report.nodeid}")
+        terminalreporter.line(report.longreprtext)
 
 
 def _has(item: pytest.Item, *markers: str) -> bool:
