@@ -2,7 +2,7 @@
 
 It holds whatever the configuration says that
 - the newest stable checkpoint stays, and nothing goes before enough newer ones are stable;
-- so does the newest one that a rollback could go back to, however many were saved since;
+- so does the newest one that a rollback could go back to, however many were saved since, and the one that follows it;
 - what the newest attempt is writing is left alone;
 - a damaged, unhealthy or quarantined checkpoint never counts as one of the newest, and is itself evidence: it stays as
   long as a stable one of its age would.
@@ -85,20 +85,27 @@ def judge(
     stable = sorted((info.ref for info in checkpoints if info.state is CheckpointState.STABLE), reverse=True)
     best = _best(checkpoints, config.best) if config.best else set()
     verdicts = [_keep_best(_judge(info, stable, config, attempt), best, config.best) for info in checkpoints]
-    refuge = _refuge(checkpoints, undo_steps) if undo_steps else None
+    refuges = _refuges(checkpoints, undo_steps) if undo_steps else set()
     return [
         replace(verdict, keep=True, reason="for a rollback")
-        if verdict.info.ref == refuge and not verdict.keep
+        if verdict.info.ref in refuges and not verdict.keep
         else verdict
         for verdict in verdicts
     ]
 
 
-def _refuge(checkpoints: Iterable[CheckpointInfo], undo_steps: int) -> CheckpointRef | None:
-    """Where a run goes on if the last steps of the newest stable one are undone: what is older, or the oldest."""
-    steps = {info.ref: info.step for info in checkpoints if info.state is CheckpointState.STABLE}
+def _refuges(checkpoints: Iterable[CheckpointInfo], undo_steps: int) -> set[CheckpointRef]:
+    """Where a run goes on if the last steps of the newest stable one are undone: what is older, or the oldest.
+
+    And the one that follows it, which is old enough some time: if all went before they are, none would ever be.
+    """
+    stable = [info for info in checkpoints if info.state is CheckpointState.STABLE]
+    steps = {info.ref: info.step for info in stable}
     old_enough = [ref for ref, step in steps.items() if step <= steps[max(steps)] - undo_steps]
-    return max(old_enough, default=min(steps, default=None))
+    refuge = max(old_enough, default=min(steps, default=None))
+    if refuge is None:
+        return set()
+    return {refuge, min((info.ref for info in stable if info.ref > refuge and not info.expired), default=refuge)}
 
 
 def _best(checkpoints: Iterable[CheckpointInfo], config: BestConfig) -> set[CheckpointRef]:

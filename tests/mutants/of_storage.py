@@ -29,6 +29,13 @@ STORAGE = (
         f"{_TESTS}/test_policy.py::test_what_is_kept",
     ),
     Mutant(
+        "what a rollback could go back to stays the same for ever",
+        _POLICY,
+        "return {refuge, min((info.ref for info in stable if info.ref > refuge and not info.expired), default=refuge)}",
+        "return {refuge}",
+        f"{_TESTS}/test_policy.py::test_where_a_rollback_goes_back_to_moves_on_with_the_run",
+    ),
+    Mutant(
         "nobody says how many steps a rollback may undo",
         "orchestrator/coordination/pruning.py",
         "self._keep, undo_steps=self._undo_steps)",
