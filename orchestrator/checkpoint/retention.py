@@ -18,9 +18,9 @@ checkpoint is damaged, as files are missing, and the next pass removes it again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from orchestrator.checkpoint import keys, records
@@ -29,7 +29,7 @@ from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, aba
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.policy import RetentionConfig, Verdict, judge
 from orchestrator.checkpoint.store import Store
-from orchestrator.errors import AlreadyExistsError, MissingObjectError
+from orchestrator.errors import AlreadyExistsError
 from trainers.decode import decode
 
 _UNREADABLE = (CheckpointState.WRITING, CheckpointState.ABANDONED, CheckpointState.EXPIRED)
@@ -188,21 +188,25 @@ def claim_fields(config: RetentionConfig, undo_steps: int = 0) -> dict[str, Any]
     return {_CLAIM_FIELD: asdict(config), _UNDO_FIELD: undo_steps}
 
 
-def claimed_config(store: Store) -> RetentionConfig:
-    """The configuration of the newest attempt of a run."""
-    return decode(RetentionConfig, _newest_claim(store).get(_CLAIM_FIELD, {}))
+@dataclass(frozen=True, kw_only=True)
+class Claimed:
+    """What the newest attempt of a run keeps to."""
 
+    attempt: int = 0
+    """Its number; 0: there is none yet."""
+    config: RetentionConfig = field(default_factory=RetentionConfig)
+    undo_steps: int = 0
+    """How many steps it may undo; 0 if it does not say."""
 
-def claimed_undo_steps(store: Store) -> int:
-    """How many steps the newest attempt of a run may undo; 0 if it does not say."""
-    return int(_newest_claim(store).get(_UNDO_FIELD, 0))
-
-
-def _newest_claim(store: Store) -> Mapping[str, Any]:
-    try:
-        return records.load(store, keys.attempt_key(newest_attempt(store)))
-    except MissingObjectError:  # no attempt yet
-        return {}
+    @classmethod
+    def of(cls, store: Store) -> Claimed:
+        """Raises UnbrokenError: the claim is damaged, or the store could not be read."""
+        attempt = newest_attempt(store)
+        if not attempt:
+            return cls()
+        said = records.load(store, keys.attempt_key(attempt))
+        config = decode(RetentionConfig, said.get(_CLAIM_FIELD, {}))
+        return cls(attempt=attempt, config=config, undo_steps=int(said.get(_UNDO_FIELD, 0)))
 
 
 def pin(store: Store, ref: CheckpointRef, reason: str) -> bool:
