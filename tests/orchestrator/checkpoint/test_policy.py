@@ -154,6 +154,13 @@ def test_where_a_rollback_goes_back_to_moves_on_with_the_run(last: int, every: i
         assert step < 2 * undo_steps + every or step - max(old_enough) < 2 * undo_steps + every
 
 
+def test_of_a_thousand_checkpoints_each_is_compared_a_few_times(monkeypatch: pytest.MonkeyPatch):
+    infos, asked, greater = [info("s", step) for step in range(1, 1001)], [], CheckpointRef.__gt__
+    monkeypatch.setattr(CheckpointRef, "__gt__", lambda a, b: (asked.append(1), greater(a, b))[1])
+    judge(infos, RetentionConfig(last=1, every_steps=2), ATTEMPT, 20)
+    assert len(asked) < 20_000
+
+
 @pytest.mark.parametrize("bad", [{"last": 0}, {"every_steps": 0}, {"grace_s": -1.0}, {"grace_s": float("inf")}])
 def test_limits(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
