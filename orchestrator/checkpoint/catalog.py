@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -73,16 +74,19 @@ Known = Mapping[CheckpointRef, CheckpointInfo]
 _NOTHING: Known = {}
 
 
-def scan_checkpoints(store: Store, known: Known = _NOTHING) -> Iterator[CheckpointInfo]:
+def scan_checkpoints(
+    store: Store, known: Known = _NOTHING, trusted: Collection[CheckpointRef] = ()
+) -> Iterator[CheckpointInfo]:
     """Every checkpoint, newest first, each looked at when it is asked for.
 
     Args:
         known: what an earlier call found. No object is written twice, so where the same names are there, nothing is
             read again.
+        trusted: of these what is known is taken for true, and nothing is asked; but they are listed.
     """
     refs = [CheckpointRef.parse(name) for name in store.list(keys.CHECKPOINTS)]
     for ref in sorted((ref for ref in refs if ref is not None), reverse=True):
-        info = _look(store, ref, known.get(ref))
+        info = known[ref] if ref in trusted else look(store, ref, known.get(ref))
         if info is not None:
             yield info
 
@@ -123,7 +127,7 @@ def abandon(store: Store, ref: CheckpointRef, attempt: int) -> CheckpointInfo | 
     claim = {"abandoned_by": attempt, "at": records.now(), "token": uuid.uuid4().hex}
     with suppress(AlreadyExistsError):
         store.create(ref.manifest, records.encode(claim))
-    return _look(store, ref)
+    return look(store, ref)
 
 
 def load_manifest(store: Store, ref: CheckpointRef) -> Manifest:
@@ -143,8 +147,9 @@ def quarantine(store: Store, ref: CheckpointRef, reason: str, attempt: int) -> N
         store.create(ref.quarantine, records.encode(marker))
 
 
-def _look(store: Store, ref: CheckpointRef, known: CheckpointInfo | None = None) -> CheckpointInfo | None:
-    names = tuple(store.list(ref.folder))
+def look(store: Store, ref: CheckpointRef, known: CheckpointInfo | None = None) -> CheckpointInfo | None:
+    """One checkpoint, None if nothing is there; `known` as for `scan_checkpoints`, of this one."""
+    names = tuple(map(sys.intern, store.list(ref.folder)))  # the same in all folders, and some callers keep them
     if not names:
         return None  # a folder is all that a disk keeps of a removed checkpoint
     if known is not None and known.names == names:

@@ -2,7 +2,7 @@
 
 It holds whatever the configuration says that
 - the newest stable checkpoint stays, and nothing goes before enough newer ones are stable;
-- so does the newest one that a rollback could go back to, however many were saved since;
+- so does the newest one that a rollback could go back to, however many were saved since, and the one that follows it;
 - what the newest attempt is writing is left alone;
 - a damaged, unhealthy or quarantined checkpoint never counts as one of the newest, and is itself evidence: it stays as
   long as a stable one of its age would.
@@ -82,23 +82,48 @@ def judge(
         undo_steps: so many steps may be undone yet, of those that the newest stable one holds.
     """
     checkpoints = list(checkpoints)
-    stable = sorted((info.ref for info in checkpoints if info.state is CheckpointState.STABLE), reverse=True)
+    stable = _newest_first(checkpoints)
     best = _best(checkpoints, config.best) if config.best else set()
     verdicts = [_keep_best(_judge(info, stable, config, attempt), best, config.best) for info in checkpoints]
-    refuge = _refuge(checkpoints, undo_steps) if undo_steps else None
+    refuges = _refuges(checkpoints, undo_steps) if undo_steps else set()
     return [
         replace(verdict, keep=True, reason="for a rollback")
-        if verdict.info.ref == refuge and not verdict.keep
+        if verdict.info.ref in refuges and not verdict.keep
         else verdict
         for verdict in verdicts
     ]
 
 
-def _refuge(checkpoints: Iterable[CheckpointInfo], undo_steps: int) -> CheckpointRef | None:
-    """Where a run goes on if the last steps of the newest stable one are undone: what is older, or the oldest."""
-    steps = {info.ref: info.step for info in checkpoints if info.state is CheckpointState.STABLE}
-    old_enough = [ref for ref, step in steps.items() if step <= steps[max(steps)] - undo_steps]
-    return max(old_enough, default=min(steps, default=None))
+def decisive(checkpoints: Iterable[CheckpointInfo], config: RetentionConfig, undo_steps: int = 0) -> set[CheckpointRef]:
+    """Those that stand for others: if one of them were not what it seems, another one might have to stay.
+
+    Of all others it is enough that they were once what they seem: whatever they have become, `judge` removes nothing
+    more for it that is not one of themselves.
+    """
+    checkpoints = list(checkpoints)
+    stable = _newest_first(checkpoints)
+    found = {*stable[: config.last or 1]}
+    found |= _best(checkpoints, config.best) if config.best else set()
+    return found | (_refuges(checkpoints, undo_steps) if undo_steps else set())
+
+
+def _newest_first(checkpoints: Iterable[CheckpointInfo]) -> list[CheckpointRef]:
+    """The stable ones."""
+    return sorted((info.ref for info in checkpoints if info.state is CheckpointState.STABLE), reverse=True)
+
+
+def _refuges(checkpoints: Iterable[CheckpointInfo], undo_steps: int) -> set[CheckpointRef]:
+    """Where a run goes on if the last steps of the newest stable one are undone: what is older, or the oldest.
+
+    And the one that follows it, which is old enough some time: if all went before they are, none would ever be.
+    """
+    stable = [info for info in checkpoints if info.state is CheckpointState.STABLE]
+    if not stable:
+        return set()
+    newest = max(stable, key=lambda info: info.ref)
+    old_enough = (info.ref for info in stable if info.step <= newest.step - undo_steps)
+    refuge = max(old_enough, default=min(info.ref for info in stable))
+    return {refuge, min((info.ref for info in stable if info.ref > refuge and not info.expired), default=refuge)}
 
 
 def _best(checkpoints: Iterable[CheckpointInfo], config: BestConfig) -> set[CheckpointRef]:

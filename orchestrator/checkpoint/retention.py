@@ -9,6 +9,8 @@ A checkpoint is removed in two strokes, so that nobody who reads it loses it:
 The age of a mark that an earlier process has set is asked of the store, by its one clock, so that no two have to agree;
 where a store has none, it counts from when this process saw it.
 
+Most of what a long run keeps, it keeps for good, and looks at seldom: see `Pruner`.
+
 What an older attempt never committed was never readable and goes at once; but the mark that it was abandoned stays in
 the place of its manifest for a day, or that attempt could wake up and commit what has lost its files. Should it wake up
 later, or in the middle of repeating the creation of a manifest that had succeeded, and was removed since, then its
@@ -18,20 +20,30 @@ checkpoint is damaged, as files are missing, and the next pass removes it again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from orchestrator.checkpoint import keys, records
 from orchestrator.checkpoint.attempts import check_not_superseded, newest_attempt
-from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, abandon, list_checkpoints
+from orchestrator.checkpoint.catalog import CheckpointInfo, CheckpointState, abandon, look, scan_checkpoints
 from orchestrator.checkpoint.keys import CheckpointRef
-from orchestrator.checkpoint.policy import RetentionConfig, Verdict, judge
+from orchestrator.checkpoint.policy import RetentionConfig, Verdict, decisive, judge
 from orchestrator.checkpoint.store import Store
-from orchestrator.errors import AlreadyExistsError, MissingObjectError
+from orchestrator.errors import AlreadyExistsError
 from trainers.decode import decode
 
+_LOOKS = 16
+"""Of what stays for good so many are looked at in a pass."""
+_SWEEP_EVERY_S = 600.0
+"""So often unfinished uploads are looked for, and by each attempt, unless it is known when the next one may go."""
+_COMMITTED = (
+    CheckpointState.STABLE,
+    CheckpointState.UNHEALTHY,
+    CheckpointState.DAMAGED,
+    CheckpointState.QUARANTINED,
+)
 _UNREADABLE = (CheckpointState.WRITING, CheckpointState.ABANDONED, CheckpointState.EXPIRED)
 _CLAIM_FIELD, _UNDO_FIELD = "keep", "undo_steps"
 _UPLOAD_S = 86400.0  # no upload takes a day, whoever's it is, and nobody commits what was shut to him a day ago
@@ -46,7 +58,13 @@ class Removal:
 
 
 class Pruner:
-    """Removes checkpoints, pass after pass. Only the newest attempt prunes, and no two passes at a time."""
+    """Removes checkpoints, pass after pass. Only the newest attempt prunes, and no two passes at a time.
+
+    A pass asks the store for what it would remove, and for what that rests on: the newest stable ones, the best, and
+    where a rollback goes back to. What stays whatever these are is taken for what it was found to be; in each pass it
+    is the turn of a few of them to be looked at, to see whether one has been unpinned, or found damaged. So however
+    many are kept, a pass makes as many requests. Only the first one of a process looks at all.
+    """
 
     def __init__(
         self,
@@ -64,8 +82,14 @@ class Pruner:
         self._expired_at: dict[CheckpointRef, float] = {}
         self._abandoned_at: dict[CheckpointRef, float] = {}
         self._known: dict[CheckpointRef, CheckpointInfo] = {}
-        """From the pass before, without tensors: in a run that is saved every few seconds hundreds wait for the end of
-        their grace period, and each commit asks for a pass."""
+        """From the pass before, without what is not judged by: in a run that is saved every few seconds hundreds wait
+        for the end of their grace period, and each commit asks for a pass."""
+        self._swept_for, self._sweep_at = 0, 0.0
+        """On behalf of which attempt unfinished uploads were looked for, and when to do it again."""
+        self._upload_due: float | None = None
+        """When the next one may go, if some wait."""
+        self._settled: list[CheckpointRef] = []
+        """Those of them that stay, and decide about no other; first those that were not looked at for the longest."""
 
     def prune(self, attempt: int, report: Callable[[Removal], None]) -> float | None:
         """One pass: mark what has become superfluous, remove what was marked long enough ago.
@@ -83,9 +107,7 @@ class Pruner:
             UnbrokenError: the store failed. The next pass goes on where this one ended.
         """
         began = self._clock()
-        found = list_checkpoints(self._store, self._known)
-        self._known = {info.ref: _without_tensors(info) for info in found}
-        verdicts = judge(found, self._config, attempt, self._undo_steps)
+        verdicts = self._judged(attempt)
         gone = [verdict for verdict in verdicts if not verdict.keep]
         for verdict in verdicts:
             if verdict.keep and verdict.info.expired:  # pinned meanwhile, or a newer one turned out damaged
@@ -97,8 +119,33 @@ class Pruner:
         waits += self._sweep_uploads(attempt)
         return min((wait for wait in waits if wait), default=None)
 
+    def _judged(self, attempt: int) -> list[Verdict]:
+        """A verdict on each checkpoint; those that are not to stay, and all that decide about them, have been seen."""
+        trusted = set(self._settled[_LOOKS:])
+        found = {info.ref: _slim(info) for info in scan_checkpoints(self._store, self._known, trusted)}
+        while True:
+            verdicts = judge(found.values(), self._config, attempt, self._undo_steps)
+            doubted = decisive(found.values(), self._config, self._undo_steps)
+            doubted |= {verdict.info.ref for verdict in verdicts if not verdict.keep}
+            if not (again := trusted & doubted):
+                break
+            trusted -= again
+            for ref in again:
+                if (info := look(self._store, ref, found[ref])) is not None:
+                    found[ref] = _slim(info)
+                else:
+                    del found[ref]
+        self._known = found
+        settled = {v.info.ref for v in verdicts if v.keep and v.info.state in _COMMITTED and not v.info.expired}
+        waiting = [ref for ref in self._settled if ref in trusted]
+        self._settled = [ref for ref in (*waiting, *sorted(settled - trusted)) if ref in settled - doubted]
+        return verdicts
+
     def _sweep_uploads(self, attempt: int) -> list[float]:
-        """Seconds until others that are unfinished may go."""
+        """Seconds until others that are unfinished may go. Not each time: a folder on a disk is searched as a whole."""
+        now = self._clock()
+        if attempt == self._swept_for and now < self._sweep_at:
+            return [] if self._upload_due is None else [self._upload_due - now]
         waits = []
         for upload in self._store.unfinished_uploads():
             wait = _patience_s(self._store.upload_key(upload), attempt, self._config) - upload.age_s
@@ -107,6 +154,8 @@ class Pruner:
                 self._store.abort_upload(upload)
             elif wait < _UPLOAD_S / 2:  # else the pass after some later save will see to it
                 waits.append(wait)
+        self._swept_for, self._upload_due = attempt, now + min(waits) if waits else None
+        self._sweep_at = now + min((_SWEEP_EVERY_S, *waits))
         return waits
 
     def _remove(self, verdict: Verdict, attempt: int, began: float, report: Callable[[Removal], None]) -> float:
@@ -148,8 +197,12 @@ class Pruner:
         return max(0.0, self._store.age_s(info.ref.expired) or 0.0)  # below 0: somebody has set the clock back
 
 
-def _without_tensors(info: CheckpointInfo) -> CheckpointInfo:
-    return replace(info, manifest=info.manifest and replace(info.manifest, tensors={}))
+def _slim(info: CheckpointInfo) -> CheckpointInfo:
+    """With as much of the manifest as a verdict needs."""
+    manifest = info.manifest
+    if manifest is None or not manifest.files:
+        return info
+    return replace(info, manifest=replace(manifest, tensors={}, files=(), scalars={}, versions={}, store={}))
 
 
 def _patience_s(key: str, attempt: int, config: RetentionConfig) -> float:
@@ -188,21 +241,25 @@ def claim_fields(config: RetentionConfig, undo_steps: int = 0) -> dict[str, Any]
     return {_CLAIM_FIELD: asdict(config), _UNDO_FIELD: undo_steps}
 
 
-def claimed_config(store: Store) -> RetentionConfig:
-    """The configuration of the newest attempt of a run."""
-    return decode(RetentionConfig, _newest_claim(store).get(_CLAIM_FIELD, {}))
+@dataclass(frozen=True, kw_only=True)
+class Claimed:
+    """What the newest attempt of a run keeps to."""
 
+    attempt: int = 0
+    """Its number; 0: there is none yet."""
+    config: RetentionConfig = field(default_factory=RetentionConfig)
+    undo_steps: int = 0
+    """How many steps it may undo; 0 if it does not say."""
 
-def claimed_undo_steps(store: Store) -> int:
-    """How many steps the newest attempt of a run may undo; 0 if it does not say."""
-    return int(_newest_claim(store).get(_UNDO_FIELD, 0))
-
-
-def _newest_claim(store: Store) -> Mapping[str, Any]:
-    try:
-        return records.load(store, keys.attempt_key(newest_attempt(store)))
-    except MissingObjectError:  # no attempt yet
-        return {}
+    @classmethod
+    def of(cls, store: Store) -> Claimed:
+        """Raises UnbrokenError: the claim is damaged, or the store could not be read."""
+        attempt = newest_attempt(store)
+        if not attempt:
+            return cls()
+        said = records.load(store, keys.attempt_key(attempt))
+        config = decode(RetentionConfig, said.get(_CLAIM_FIELD, {}))
+        return cls(attempt=attempt, config=config, undo_steps=int(said.get(_UNDO_FIELD, 0)))
 
 
 def pin(store: Store, ref: CheckpointRef, reason: str) -> bool:

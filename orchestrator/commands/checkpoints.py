@@ -42,14 +42,13 @@ def list_(run: str, as_json: bool) -> None:
 
     KEPT says by which rule of checkpoint.keep, or that and why the next `prune` removes it.
     """
-    from orchestrator.checkpoint.attempts import newest_attempt
     from orchestrator.checkpoint.catalog import list_checkpoints
     from orchestrator.checkpoint.policy import judge
-    from orchestrator.checkpoint.retention import claimed_config, claimed_undo_steps
+    from orchestrator.checkpoint.retention import Claimed
 
     store = _open_run(run)
-    config, undo_steps = claimed_config(store), claimed_undo_steps(store)
-    verdicts = judge(list_checkpoints(store), config, newest_attempt(store), undo_steps)
+    claimed = Claimed.of(store)
+    verdicts = judge(list_checkpoints(store), claimed.config, claimed.attempt, claimed.undo_steps)
     rows = [_summary(verdict) for verdict in verdicts]
     if as_json:
         print_json(rows)
@@ -164,15 +163,14 @@ def prune(run: str, dry_run: bool, last: int | None, grace_s: float, as_json: bo
     """
     from dataclasses import replace
 
-    from orchestrator.checkpoint.attempts import newest_attempt
     from orchestrator.checkpoint.catalog import list_checkpoints
     from orchestrator.checkpoint.policy import judge
-    from orchestrator.checkpoint.retention import Pruner, Removal, claimed_config, claimed_undo_steps
+    from orchestrator.checkpoint.retention import Claimed, Pruner, Removal
 
     store = _open_run(run)
-    attempt = newest_attempt(store)
-    config = replace(claimed_config(store), grace_s=grace_s)
-    undo_steps = claimed_undo_steps(store) if last is None else 0
+    claimed = Claimed.of(store)
+    attempt, config = claimed.attempt, replace(claimed.config, grace_s=grace_s)
+    undo_steps = claimed.undo_steps if last is None else 0
     config = config if last is None else replace(config, last=last)
     if dry_run:
         found = [v for v in judge(list_checkpoints(store), config, attempt, undo_steps) if not v.keep]

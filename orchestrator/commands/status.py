@@ -15,9 +15,6 @@ from orchestrator.commands.json_output import JSON, print_json
 if TYPE_CHECKING:
     from orchestrator.tracking.overview import Overview, RunView
 
-_ENOUGH_ROWS = 20_000
-"""Steps that the loss curve of `status` needs at most; a long run has more, and they need not be read."""
-
 
 @click.command()
 @click.argument("run")
@@ -33,7 +30,7 @@ def status(run: str, watch: bool, every: float, as_json: bool) -> int:
     """
     from orchestrator.tracking import live_page, overview
 
-    view = overview.RunView(run, _ENOUGH_ROWS, live_page.MOST_LINES)
+    view = overview.RunView(run, overview.ENOUGH_ROWS, live_page.MOST_LINES)
     terminal = live_page.Terminal()
     try:
         if as_json:

@@ -126,13 +126,14 @@ def _result(trial: Trial, config: RunConfig, metric: str, said: dict[str, str]) 
     from orchestrator.checkpoint.store import Store
     from orchestrator.config import run_url
     from orchestrator.search.trials import VALIDATION, Result, last_mean, last_validation
-    from orchestrator.tracking.record import read_events, read_metrics
+    from orchestrator.tracking.record import read_events
+    from orchestrator.tracking.streaming import items_by_step
 
     step, store = _step(config), Store.open(run_url(config))
     if metric.startswith(VALIDATION):
         value = last_validation(read_events(store), metric.removeprefix(VALIDATION))
     else:
-        value = last_mean(read_metrics(store), metric)
+        value = last_mean(found for *_, found in items_by_step(store, lambda row: (row.get(metric),))[1])
     return Result(
         name=trial.name,
         url=run_url(config),

@@ -54,13 +54,13 @@ class Interval:
     """How, for people."""
 
 
-def best_interval(measured: Measured, least: int, most: int) -> Interval:
+def best_interval(measured: Measured, most: int) -> Interval:
     """The interval of most availability: C + sqrt(2 (M + R) C + C^2), M the mean time between failures.
 
     No shorter than L: one save is in flight at a time. L costs work too, but the same at any interval.
 
     Args:
-        least, most: bounds, in steps.
+        most: steps, >= 1.
 
     Source: Young, "A first order approximation to the optimum checkpoint interval", CACM 17(9), 1974, is its first
     order; the form for availability is from arXiv 2410.18124.
@@ -69,12 +69,13 @@ def best_interval(measured: Measured, least: int, most: int) -> Interval:
     assumed = _KEPT if measured.failures else 1
     between_s = (measured.trained_s + assumed * _ASSUMED_S) / (measured.failures + assumed)
     seconds = save_s + math.sqrt(2 * (between_s + restart_s) * save_s + save_s**2)
-    steps = min(most, max(least, 1, round(max(seconds, measured.persist_s) / measured.step_s)))
+    wanted = max(1, round(max(seconds, measured.persist_s) / measured.step_s))
+    steps = min(most, wanted)
     bound = ""
     if measured.persist_s > seconds:
         bound = f", raised to L={_s(measured.persist_s)}, which a save takes to be stored"
-    if steps in (least, most) and steps != round(max(seconds, measured.persist_s) / measured.step_s):
-        bound += f", kept within {least} to {most} steps"
+    if steps < wanted:
+        bound += f", at most {most} steps"
     text = (
         f"C={_s(save_s)} a save, R={_s(restart_s)} a restart, M={_s(between_s)} between failures"
         f" ({measured.failures} in {_s(measured.trained_s)}, and {assumed} assumed in {_s(assumed * _ASSUMED_S)}):"
@@ -111,8 +112,6 @@ class Cadence:
         checkpoint = spec.checkpoint
         self._past = past
         self._event = event
-        # A rollback must find a checkpoint from before it.
-        self._least = -(-spec.rollback_steps // (checkpoint.keep.last or spec.rollback_steps or 1))
         self._most = checkpoint.max_lag_steps // 2 if checkpoint.max_lag_steps else 10**9
         self._steps_s, self._quiet_s = (deque[float](maxlen=_STEPS) for _ in range(2))
         """All steps, and those beside which nothing was stored."""
@@ -123,7 +122,7 @@ class Cadence:
         self._since = 0.0
         self._stepping = False
         self._paused_at: float | None = None
-        self.every_steps = min(self._most, max(self._least, FIRST_STEPS)) if checkpoint.automatic else None
+        self.every_steps = min(self._most, FIRST_STEPS) if checkpoint.automatic else None
         """Interval of saves; None: the config says it."""
 
     def begin_attempt(self, now: float) -> None:
@@ -168,7 +167,7 @@ class Cadence:
         self._saves_s.append(save.stall_s + max(0.0, sum(took_s - usual_s for took_s in save.beside_s)))
         if self.every_steps is None:
             return
-        found = best_interval(self._measured(usual_s), self._least, self._most)
+        found = best_interval(self._measured(usual_s), self._most)
         if max(found.steps, self.every_steps) >= _WORTH_IT * min(found.steps, self.every_steps):
             self.every_steps = found.steps
             self._event("cadence", every_steps=found.steps, arithmetic=found.arithmetic)

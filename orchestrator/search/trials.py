@@ -7,6 +7,8 @@ import itertools
 import json
 import math
 import re
+import struct
+import tempfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import numpy as np
 import yaml
 
 from orchestrator.messages.attempts import Event
-from orchestrator.tracking.record import Row, of_the_owner
+from orchestrator.tracking.record import of_the_owner
 from trainers.errors import ConfigError
 
 _DRAWN = re.compile(r"(choice|uniform|loguniform|randint)\((.*)\)", re.DOTALL)
@@ -25,6 +27,7 @@ _NOT_SEARCHED = ("run", "storage", "checkpoint", "tracking", "deploy")
 _MOST = {"uniform": 1e307, "loguniform": math.inf, "randint": 2**63}
 """Where bounds end: their difference must be a number, and NumPy's integers have 64 bits."""
 _LAST_SHARE = 0.1
+_FLOAT = struct.Struct("<d")
 _OF_STEPS = ("loss", "grad_norm")
 VALIDATION = "validation/"
 _VALIDATED = re.compile(rf"{VALIDATION}(loss(/ema/.+)?|(fid|kid|clip)/.+)")
@@ -158,11 +161,18 @@ def make_trials(name: str, parameters: Sequence[Parameter], num_samples: int, se
     return list(trials.values())
 
 
-def last_mean(rows: Sequence[Row], metric: str) -> float | None:
-    """The mean of `metric` over the last tenth of the steps that have it; None if none has."""
-    values = [row[metric] for row in rows if isinstance(row.get(metric), int | float)]
-    last = values[-max(1, round(len(values) * _LAST_SHARE)) :]
-    return sum(last) / len(last) if last else None
+def last_mean(found: Iterable[Any]) -> float | None:
+    """The mean of a metric over the last tenth of the steps that have it; None if none has.
+
+    Args:
+        found: of every step, by step; what is no number counts not.
+    """
+    with tempfile.TemporaryFile() as file:  # which tenth is the last is known at the end, and memory is dearer
+        count = sum(file.write(_FLOAT.pack(value)) for value in found if isinstance(value, int | float)) // _FLOAT.size
+        last = max(1, round(count * _LAST_SHARE))
+        file.seek(_FLOAT.size * max(0, count - last))
+        total = sum(_FLOAT.unpack(data)[0] for data in iter(lambda: file.read(_FLOAT.size), b""))
+    return total / last if count else None
 
 
 def last_validation(events: Iterable[Event], name: str) -> float | None:

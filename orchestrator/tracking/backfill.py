@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from heapq import merge
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from pathlib import Path
 
 from orchestrator.checkpoint.keys import METRICS
 from orchestrator.checkpoint.store import Store
 from orchestrator.messages.attempts import Event
 from orchestrator.tracking.journal import NAME, Journal, encode
-from orchestrator.tracking.record import Row, RowsReader, of_the_owner, read_events
+from orchestrator.tracking.record import Row, of_the_owner, read_events
+from orchestrator.tracking.streaming import OrderedRows
 
 _OF_A_ROW = ("step", "attempt", "time_s")
 
@@ -33,27 +35,32 @@ def fill_journal(folder: Path, introduction: Event, store: Store, session: str) 
     """
     if (folder / NAME).exists():
         return 0
-    past = [event for event in _past(store) if event.fields.get("session") != session]
-    if not past:
+    past = (event for event in _past(store) if event.fields.get("session") != session)
+    oldest = next(past, None)
+    if oldest is None:
         return 0
+    number = 0
     unfinished = folder / f"{NAME}.{session}"  # whoever dies in here leaves no half of a past
     journal = Journal(unfinished)
     try:
-        for number, event in enumerate([introduction, *past]):
+        for number, event in enumerate(chain((introduction, oldest), past)):
             journal.append(encode(event, f"before-{session}", number))
+    except BaseException:
+        unfinished.unlink()
+        raise
     finally:
         journal.close()
     unfinished.rename(folder / NAME)
-    return len(past)
+    return number
 
 
 def _past(store: Store) -> Iterator[Event]:
     """All that happened, in order of time; steps may be in it twice."""
     marks = ("step", "alive")  # of the steps without their numbers, which the other folder has
     events = (_as_told(event) for event in of_the_owner(read_events(store)) if event.kind not in marks)
-    rows = sorted(RowsReader(store, METRICS).rows(), key=itemgetter("attempt", "step"))  # two may have the same time
-    steps = map(_step, rows)
-    yield from sorted(chain(events, steps), key=attrgetter("time_s"))
+    # Two may have the same time: then an attempt's own order counts.
+    rows = OrderedRows(store, METRICS, lambda row: (row["time_s"], (row["attempt"], row["step"]), row))
+    yield from merge(events, (_step(row) for *_, row in rows), key=attrgetter("time_s"))
 
 
 def _as_told(event: Event) -> Event:

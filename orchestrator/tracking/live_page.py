@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.tracking.overview import Overview, State, thin
+from orchestrator.tracking.overview import Overview, State
 from orchestrator.tracking.telling import told
 
 MOST_LINES = 8
@@ -112,14 +112,14 @@ def _rows(facts: Iterable[str], width: int) -> list[str]:
 
 
 def _losses(seen: Overview, width: int) -> Iterator[RenderableType]:
-    points = thin(seen.metrics, "loss", _bar(width))
+    points = seen.losses.points(_bar(width))
     if not points:
         return
     means = [mean for _, mean, _, _ in points]
     low, high = min(means), max(means)
     scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
     yield Text("".join(_BLOCKS[round((mean - low) * scale)] for mean in means), style="cyan")
-    first = seen.metrics[0]["step"]
+    first = seen.losses.first_step
     yield Text(f"loss {means[-1]:.4g}, from {high:.4g} to {low:.4g} since step {first:,}")
 
 

@@ -15,10 +15,14 @@ from orchestrator.checkpoint.run_record import RunRecord
 from orchestrator.checkpoint.store import Store
 from orchestrator.messages.attempts import Ending, Event
 from orchestrator.tracking.goodput import Goodput, account
+from orchestrator.tracking.losses import Losses
 from orchestrator.tracking.record import Row, RowsReader, in_order, of_the_owner, one_row_a_step
+from orchestrator.tracking.streaming import items_by_step
 
 SILENCE_S = 90.0
 """Seconds after which a run that goes on would have given three signs of life."""
+ENOUGH_ROWS = 20_000
+"""Steps whose rows are read to say how a run does now; a long run has more, and they need not be read."""
 _RATE_OVER_S = 60.0
 
 
@@ -69,7 +73,9 @@ class Overview:
     steps_per_s: float | None
     """Over the last minute of training."""
     metrics: Sequence[Row]
-    """One row a step: all of them, or the newest."""
+    """The newest ones, one row a step."""
+    losses: Losses
+    """Of all steps, or of those in `metrics`."""
     events: Sequence[Event]
     goodput: Goodput
     checkpoints: Sequence[CheckpointInfo]
@@ -97,7 +103,7 @@ class RunView:
 
     def __init__(self, url: str, enough: int | None, most_checkpoints: int) -> None:
         """Args:
-        enough: rows of metrics to read at least, the newest; None: all.
+        enough: steps whose losses are wanted at least, the newest; None: all.
         most_checkpoints: to look into, the newest.
 
         Raises:
@@ -113,7 +119,8 @@ class RunView:
     def look(self, now_s: float | None = None) -> Overview:
         now_s = time.time() if now_s is None else now_s
         events = in_order(self._events.rows())
-        metrics = one_row_a_step(self._metrics.rows(self._enough))
+        metrics = one_row_a_step(self._metrics.rows(ENOUGH_ROWS if self._enough is None else self._enough))
+        losses, damaged = self._losses(metrics)
         checkpoints, newest = self._checkpoints()
         refs = [ref for name in self.store.list(CHECKPOINTS) if (ref := CheckpointRef.parse(name))]
         present = Present(events, now_s)
@@ -130,13 +137,21 @@ class RunView:
             world_size=present.world_size,
             steps_per_s=_rate(metrics),
             metrics=metrics,
+            losses=losses,
             events=events,
             goodput=account(events, max(now_s, present.last_s or now_s) if present.state.live else None),
             checkpoints=checkpoints,
             num_checkpoints=len(refs),
             newest_stable=newest,
-            damaged=[*self._events.damaged, *self._metrics.damaged],
+            damaged=[*self._events.damaged, *damaged],
         )
+
+    def _losses(self, newest: Sequence[Row]) -> tuple[Losses, list[str]]:
+        """And what is damaged of the rows that they come from."""
+        if self._enough is not None:
+            return Losses((row["step"], row.get("loss")) for row in newest), self._metrics.damaged
+        rows, items = items_by_step(self.store, lambda row: (row.get("loss"),))
+        return Losses((step, loss) for step, _, loss in items), rows.damaged
 
     def _checkpoints(self) -> tuple[list[CheckpointInfo], CheckpointInfo | None]:
         """The newest ones, and the newest stable one, looking at no more of them than that takes."""
@@ -196,18 +211,6 @@ def _rate(metrics: Sequence[Row]) -> float | None:
         first = row
     seconds = last["time_s"] - first["time_s"]
     return (last["step"] - first["step"]) / seconds if seconds > 0 else None
-
-
-def thin(rows: Sequence[Row], name: str, columns: int) -> list[tuple[int, float, float, float]]:
-    """At most `columns` points of a metric: step of the last row in each, then mean, least and greatest value."""
-    numbers = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-    points = []
-    size = max(1, -(-len(numbers) // columns))
-    for begin in range(0, len(numbers), size):
-        part = numbers[begin : begin + size]
-        values = [value for _, value in part]
-        points.append((part[-1][0], sum(values) / len(values), min(values), max(values)))
-    return points
 
 
 def as_json(view: Overview) -> Mapping[str, Any]:

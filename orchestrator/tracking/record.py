@@ -82,7 +82,11 @@ def encode(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 def decode(data: bytes, folder: str) -> tuple[list[Row], int]:
     """The rows of an object of `folder`, and how many of its lines are none: cut short, or overwritten."""
-    lines = data.splitlines()
+    return decode_lines(data.splitlines(), folder)
+
+
+def decode_lines(lines: Sequence[bytes], folder: str) -> tuple[list[Row], int]:
+    """As `decode`."""
     try:
         found = json.loads(b"[%s]" % b",".join(lines))  # far quicker than line by line
     except ValueError:
@@ -119,8 +123,7 @@ class RowsReader:
     @property
     def damaged(self) -> list[str]:
         """One line for each object that is not wholly readable."""
-        where = f"{self._store.url}/{self._folder}"
-        return [f"{where}/{ref}: {bad} lines are damaged" for ref, (_, bad) in sorted(self._read.items()) if bad]
+        return say_damaged(self._store, self._folder, {ref: bad for ref, (_, bad) in self._read.items()})
 
     def rows(self, enough: int | None = None, since: int | None = None) -> list[Row]:
         """All rows, or at least the `enough` newest of them, in no particular order and some maybe twice.
@@ -145,7 +148,8 @@ class RowsReader:
         used: set[RowsRef] = set()
         with ThreadPoolExecutor(_PARALLEL_READS) as pool:
             while refs:
-                some = refs[:_PARALLEL_READS]
+                # Of few that are wanted, not many more are read: twice as many objects each time.
+                some = refs[: _PARALLEL_READS if enough is None else min(_PARALLEL_READS, max(1, len(used)))]
                 if enough is not None and len(found) >= enough:
                     some = [ref for ref in some if since is not None and ref.attempt >= since]
                 if not some:
@@ -164,6 +168,11 @@ class RowsReader:
     def _decode(self, ref: RowsRef) -> tuple[list[Row], int]:
         rows, bad = decode(self._store.read(f"{self._folder}/{ref}"), self._folder)
         return self._keep(rows), bad
+
+
+def say_damaged(store: Store, folder: str, counts: Mapping[RowsRef, int]) -> list[str]:
+    """One line for each object of `folder` that has damaged lines. Args: counts: of these."""
+    return [f"{store.url}/{folder}/{ref}: {bad} lines are damaged" for ref, bad in sorted(counts.items()) if bad]
 
 
 def one_row_a_step(rows: Iterable[Row]) -> list[Row]:
@@ -245,14 +254,3 @@ def read_events(store: Store) -> Sequence[Event]:
         StorageError: the store could not be read.
     """
     return in_order(RowsReader(store, EVENTS).rows())
-
-
-def read_metrics(store: Store) -> Sequence[Row]:
-    """One row a step, each exactly once, with the `attempt` that it is from: the newest that did this step.
-
-    After a restart, steps that have not been redone yet are those of the attempt before.
-
-    Raises:
-        StorageError: the store could not be read.
-    """
-    return one_row_a_step(RowsReader(store, METRICS).rows())

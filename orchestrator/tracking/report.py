@@ -15,7 +15,7 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.errors import MissingObjectError
 from orchestrator.tracking.charts import line_chart, shares, timeline
 from orchestrator.tracking.goodput import Bucket, Span
-from orchestrator.tracking.overview import Overview, State, thin
+from orchestrator.tracking.overview import Overview, State
 from orchestrator.tracking.page import cards, folded, frame, paragraph, section, table
 from orchestrator.tracking.record import of_the_owner
 from orchestrator.tracking.telling import told
@@ -34,7 +34,7 @@ def page(seen: Overview, store: Store) -> str:
     """The HTML of a report.
 
     Args:
-        seen: with all rows of metrics.
+        seen: with the losses of all steps.
         store: the run's, for config and samples.
 
     Raises:
@@ -83,9 +83,9 @@ def _heading(seen: Overview, name: str) -> Iterator[str]:
 
 
 def _loss(seen: Overview) -> str:
-    points = thin(seen.metrics, "loss", _CURVE_POINTS)
-    if not points:
-        none = "No step has a finite loss." if seen.metrics else "No step is recorded yet."
+    losses = seen.losses
+    if losses.newest is None:
+        none = "No step has a finite loss." if losses.num_steps else "No step is recorded yet."
         return section("Loss", paragraph(none))
     redone = [
         (
@@ -96,14 +96,15 @@ def _loss(seen: Overview) -> str:
         )
         for recovery in seen.goodput.recoveries
     ]
-    newest = next(row for row in reversed(seen.metrics) if isinstance(row.get("loss"), int | float))
-    last = f"{newest['loss']:.4g} at step {newest['step']:,}"  # a point of the curve is the mean of several steps
-    missing = seen.metrics[-1]["step"] - seen.metrics[0]["step"] + 1 - len(seen.metrics)
+    step, loss = losses.newest
+    last = f"{loss:.4g} at step {step:,}"  # a point of the curve is the mean of several steps
+    missing = losses.last_step - losses.first_step + 1 - losses.num_steps
     gaps = f"; {missing:,} steps are not in the record" if missing else ""
-    without = sum(row.get("loss") is None for row in seen.metrics)
-    gaps += f"; {without:,} steps have no finite loss" if without else ""
+    gaps += f"; {losses.num_without:,} steps have no finite loss" if losses.num_without else ""
     restarts = "; dashed: a failure; shaded: steps that were done again" if redone else ""
-    return section("Loss", line_chart(points, redone), paragraph(f"{last}{restarts}{gaps}", "note"))
+    return section(
+        "Loss", line_chart(losses.points(_CURVE_POINTS), redone), paragraph(f"{last}{restarts}{gaps}", "note")
+    )
 
 
 def _validation(seen: Overview) -> str:

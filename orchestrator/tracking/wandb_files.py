@@ -27,34 +27,35 @@ def logs(folder: Path, run_id: str) -> list[Path]:
 
 def records(path: Path) -> Iterator[bytes]:
     """Every intact record; a log that was cut off ends with the last whole one."""
-    return _records(path.read_bytes(), 7)
+    return _records(path, 7)
 
 
 def last_records(path: Path) -> Iterator[bytes]:
     """The records in about the last MiB."""
-    data = path.read_bytes()
-    begin = max(0, len(data) - _TAIL_BYTES) // _BLOCK_BYTES * _BLOCK_BYTES
-    return _records(data, begin or 7)
+    begin = max(0, path.stat().st_size - _TAIL_BYTES) // _BLOCK_BYTES * _BLOCK_BYTES
+    return _records(path, begin or 7)
 
 
-def _records(data: bytes, position: int) -> Iterator[bytes]:
+def _records(path: Path, begin: int) -> Iterator[bytes]:
+    """Args: begin: of a block, or of the first chunk of the log."""
     parts: list[bytes] | None = None
-    while position + _HEADER.size <= len(data):
-        left = _BLOCK_BYTES - position % _BLOCK_BYTES
-        if left < _HEADER.size:
-            position += left
-            continue
-        checksum, length, kind = _HEADER.unpack_from(data, position)
-        begin = position + _HEADER.size
-        chunk = data[begin : begin + length]
-        if kind not in (_WHOLE, _FIRST, _MIDDLE, _LAST) or zlib.crc32(chunk, zlib.crc32(bytes([kind]))) != checksum:
-            return
-        position = begin + length
-        if kind in (_WHOLE, _FIRST):
-            parts = []
-        if parts is None:
-            continue  # the rest of a record that began before
-        parts.append(chunk)
-        if kind in (_WHOLE, _LAST):
-            yield b"".join(parts)
-            parts = None
+    with path.open("rb") as file:
+        file.seek(begin)
+        while block := file.read(_BLOCK_BYTES - file.tell() % _BLOCK_BYTES):
+            position = 0
+            while position + _HEADER.size <= len(block):
+                checksum, length, kind = _HEADER.unpack_from(block, position)
+                position += _HEADER.size
+                chunk = block[position : position + length]
+                known = kind in (_WHOLE, _FIRST, _MIDDLE, _LAST)
+                if not known or zlib.crc32(chunk, zlib.crc32(bytes([kind]))) != checksum:
+                    return
+                position += length
+                if kind in (_WHOLE, _FIRST):
+                    parts = []
+                if parts is None:
+                    continue  # the rest of a record that began before
+                parts.append(chunk)
+                if kind in (_WHOLE, _LAST):
+                    yield b"".join(parts)
+                    parts = None

@@ -55,9 +55,10 @@ def newest_logged_step(folder: Path, run_id: str) -> int:
     """The last step in the local logs of a run, 0 if there is none."""
     for path in wandb_files.logs(folder / "wandb", run_id):
         for read in (wandb_files.last_records, wandb_files.records):
-            steps = [record.history.step.num for record in map(_parse, read(path)) if record.HasField("history")]
-            if steps:
-                return max(steps)
+            parsed = map(_parse, read(path))
+            newest = max((record.history.step.num for record in parsed if record.HasField("history")), default=None)
+            if newest is not None:
+                return newest
     return 0
 
 

@@ -11,6 +11,7 @@ _STORE = "orchestrator/checkpoint/store.py"
 _LOCAL = "orchestrator/checkpoint/local_folder.py"
 _PEERS = "orchestrator/checkpoint/peer_objects.py"
 _PRUNING = f"{_TESTS}/test_retention.py"
+_LONG = f"{_TESTS}/test_retention_of_long_runs.py"
 _CREATING = f"{_TESTS}/test_store.py::TestOutcomeOfACreate"
 
 STORAGE = (
@@ -24,9 +25,30 @@ STORAGE = (
     Mutant(
         "what is kept for a rollback would be undone by it",
         _POLICY,
-        "if step <= steps[max(steps)] - undo_steps]",
-        "if step < steps[max(steps)]]",
+        "if info.step <= newest.step - undo_steps)",
+        "if info.step < newest.step)",
         f"{_TESTS}/test_policy.py::test_what_is_kept",
+    ),
+    Mutant(
+        "what a rollback could go back to stays the same for ever",
+        _POLICY,
+        "return {refuge, min((info.ref for info in stable if info.ref > refuge and not info.expired), default=refuge)}",
+        "return {refuge}",
+        f"{_TESTS}/test_policy.py::test_where_a_rollback_goes_back_to_moves_on_with_the_run",
+    ),
+    Mutant(
+        "what others go for is taken for what it was",
+        _RETENTION,
+        "doubted = decisive(found.values(), self._config, self._undo_steps)",
+        "doubted = set[CheckpointRef]()",
+        f"{_LONG}::test_nothing_goes_that_a_look_at_all_of_them_would_keep",
+    ),
+    Mutant(
+        "what is to go is taken for what it was",
+        _RETENTION,
+        "doubted |= {verdict.info.ref for verdict in verdicts if not verdict.keep}",
+        "doubted |= set()",
+        f"{_LONG}::test_nothing_goes_that_a_look_at_all_of_them_would_keep",
     ),
     Mutant(
         "nobody says how many steps a rollback may undo",

@@ -20,7 +20,8 @@ import yaml
 from orchestrator.checkpoint.store import Store
 from orchestrator.processes import birth, command, descendants, parent
 from orchestrator.tracking.goodput import account
-from orchestrator.tracking.record import read_events, read_metrics
+from orchestrator.tracking.record import read_events
+from orchestrator.tracking.streaming import read_metrics
 from tests.orchestrator.independent import assert_same_state
 from tests.trainers.tiny import tiny_config
 
@@ -138,7 +139,7 @@ def test_trainers_agents_and_driver_killed(straight: Path, ray_folder: Path, tmp
 
 def assert_same_record(run: Path, straight: Path) -> None:
     """Every step once, with bitwise the numbers of the run that nothing happened to; and every second accounted for."""
-    rows, expected = (read_metrics(Store.open(str(folder))) for folder in (run, straight))
+    rows, expected = (list(read_metrics(Store.open(str(folder)))) for folder in (run, straight))
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row, other in zip(rows, expected, strict=True):
         assert [(row[name], row["step"]) for name in ("loss", "grad_norm")] == [

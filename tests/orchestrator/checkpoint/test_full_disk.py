@@ -16,8 +16,9 @@ from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError
 from orchestrator.messages.attempts import Event
-from orchestrator.tracking.record import read_events, read_metrics
+from orchestrator.tracking.record import read_events
 from orchestrator.tracking.recorder import Recorder, RecorderConfig
+from orchestrator.tracking.streaming import read_metrics
 from tests.orchestrator.checkpoint.states import make_state, save
 from tests.orchestrator.tracking.story import CONFIG
 

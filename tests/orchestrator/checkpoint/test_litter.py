@@ -31,7 +31,7 @@ def test_the_litter_of_killed_writers_goes_after_a_day(tmp_path):
     assert fresh.exists() and not old.exists() and len(run.store.list("checkpoints")) == 3
     for path in (barely.folder, dead.manifest):
         os.utime(tmp_path / path, (0, 0))
-    run.prune()
+    run.prune(600)  # a folder is searched every ten minutes
     assert run.store.list("checkpoints") == [str(run.refs[0])] and run.steps == [1]
 
 
@@ -46,6 +46,21 @@ def test_uploads_of_attempts_that_are_over_are_swept_after_the_grace_period(tmp_
     assert 55 < run.prune() <= 60, "when the younger one may go"
     assert not old.exists() and not forgotten.exists()
     assert young.exists() and foreign.exists() and all(path.exists() for path in living)
+
+
+def test_a_folder_is_not_searched_after_each_save_but_when_something_may_go(tmp_path, monkeypatch):
+    run, searched, unfinished = Run(Store.open(str(tmp_path)), 1), [], Store.unfinished_uploads
+    monkeypatch.setattr(Store, "unfinished_uploads", lambda self: (searched.append(run.now_s), unfinished(self))[1])
+    assert [run.prune(after_s) for after_s in (0, 1, 598)] == [None] * 3 and searched == [0]
+    run.prune(1)
+    assert searched == [0, 600]
+    left = leave_upload(run.store, f"checkpoints/0000000000007-{run.attempt:04d}", 40)
+    run.attempt = claim_attempt(run.store, {})
+    wait = run.prune(1)
+    assert 55 < wait <= 60 and searched[2:] == [601], "what the attempt before has left"
+    assert run.prune(30) == pytest.approx(wait - 30) and searched[3:] == [] and left.exists()
+    os.utime(left, (0, 0))
+    assert run.prune(30) is None and not left.exists()
 
 
 def test_a_superseded_attempt_sweeps_nothing(tmp_path):

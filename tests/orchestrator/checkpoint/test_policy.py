@@ -90,13 +90,13 @@ def kept(letters: str, undo_steps: int = 0, **config) -> str:
         ("qds", {"last": None}, "qds"),
         ("qqqq", {"last": 1, "every_steps": 1}, "qqqq"),
         ("qs", {"last": 1, "every_steps": 1}, ".s"),
-        # one stays that a rollback can go back to: so old that nothing in it is undone, or the oldest
-        ("sssss", {"last": 1, "undo_steps": 2}, "..s.s"),
+        # one stays that a rollback can go back to: so old that nothing in it is undone, or the oldest; and the next
+        ("sssss", {"last": 1, "undo_steps": 2}, "..sss"),
         ("sssss", {"last": 3, "undo_steps": 2}, "..sss"),
-        ("sssss", {"last": 1, "undo_steps": 9}, "s...s"),
+        ("sssss", {"last": 1, "undo_steps": 9}, "ss..s"),
         ("ssqus", {"last": 1, "undo_steps": 2}, ".s..s"),
         ("ssssss", {"last": 1, "every_steps": 3, "undo_steps": 1}, "..s.ss"),
-        ("psss", {"last": 1, "undo_steps": 3}, "p..s"),
+        ("psss", {"last": 1, "undo_steps": 3}, "ps.s"),
         ("quw", {"last": 1, "undo_steps": 3}, "qu."),
         # pins
         ("psss", {"last": 1}, "p..s"),
@@ -139,6 +139,26 @@ def test_reasons_say_which_rule():
     infos = [info(letter, step) for step, letter in enumerate("spqss", 1)][::-1]
     reasons = [verdict.reason for verdict in judge(infos, RetentionConfig(last=2, every_steps=9), ATTEMPT)]
     assert reasons == ["newest stable", "newest 2", "older than the newest 2", "pinned: why", "older than the newest 2"]
+
+
+@pytest.mark.parametrize("last", [1, 2, 10])
+@pytest.mark.parametrize("every", [1, 7, 10, 30])
+def test_where_a_rollback_goes_back_to_moves_on_with_the_run(last: int, every: int):
+    undo_steps, present = 20, []
+    for step in range(every, 1000, every):
+        present.append(info("s", step))
+        verdicts = judge(present, RetentionConfig(last=last), ATTEMPT, undo_steps)
+        present = [verdict.info for verdict in verdicts if verdict.keep]
+        old_enough = [one.step for one in present if one.step <= step - undo_steps]
+        assert len(present) <= last + 2
+        assert step < 2 * undo_steps + every or step - max(old_enough) < 2 * undo_steps + every
+
+
+def test_of_a_thousand_checkpoints_each_is_compared_a_few_times(monkeypatch: pytest.MonkeyPatch):
+    infos, asked, greater = [info("s", step) for step in range(1, 1001)], [], CheckpointRef.__gt__
+    monkeypatch.setattr(CheckpointRef, "__gt__", lambda a, b: (asked.append(1), greater(a, b))[1])
+    judge(infos, RetentionConfig(last=1, every_steps=2), ATTEMPT, 20)
+    assert len(asked) < 20_000
 
 
 @pytest.mark.parametrize("bad", [{"last": 0}, {"every_steps": 0}, {"grace_s": -1.0}, {"grace_s": float("inf")}])

@@ -10,10 +10,9 @@ from orchestrator.checkpoint.catalog import list_checkpoints, newest_stable, qua
 from orchestrator.checkpoint.keys import CheckpointRef
 from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpoint.retention import (
+    Claimed,
     Pruner,
     claim_fields,
-    claimed_config,
-    claimed_undo_steps,
     expire,
     pin,
     unpin,
@@ -200,25 +199,25 @@ def test_keep_everything(store):
 
 
 def test_commands_keep_to_what_the_newest_attempt_was_given(store):
-    assert claimed_config(store) == RetentionConfig()
+    assert Claimed.of(store) == Claimed(attempt=0, config=RetentionConfig(), undo_steps=0)
     claim_attempt(store, claim_fields(RetentionConfig(last=3)))
     newest = RetentionConfig(last=4, every_steps=8, grace_s=1.0)
     claim_attempt(store, claim_fields(newest))
-    assert claimed_config(store) == newest
+    assert Claimed.of(store) == Claimed(attempt=2, config=newest)
     claim_attempt(store, claim_fields(newest, undo_steps=20))
-    assert claimed_config(store) == newest and claimed_undo_steps(store) == 20
+    assert Claimed.of(store) == Claimed(attempt=3, config=newest, undo_steps=20)
     claim_attempt(store, {"host": "of a version that said nothing"})
-    assert claimed_config(store) == RetentionConfig() and claimed_undo_steps(store) == 0
+    assert Claimed.of(store) == Claimed(attempt=4)
 
 
 def test_what_a_rollback_could_go_back_to_stays(store):
     run = Run(store, 6, last=1, grace_s=0.0)
     run.pruner = Pruner(store, RetentionConfig(last=1, grace_s=0.0), undo_steps=3)
     run.prune()
-    assert run.steps == [3, 6]
+    assert run.steps == [3, 4, 6]
     save(store, make_state(7), step=7, world_size=2)
     run.prune()
-    assert run.steps == [3, 7], "that of step 4 is gone already"
+    assert run.steps == [4, 6, 7], "the one that follows takes its place"
 
 
 def test_a_pin_set_during_a_pass_that_takes_long_is_respected(store, monkeypatch):

@@ -78,7 +78,7 @@ def removes_files_first(store, info, attempt):
 
 
 def sweeps_without_closing(store, ref, attempt):
-    info = catalog._look(store, ref)
+    info = catalog.look(store, ref)
     return info and replace(info, state=CheckpointState.ABANDONED)
 
 
@@ -113,7 +113,7 @@ def nothing(*_):
 
 
 def looks_only(store, ref, attempt):
-    return catalog._look(store, ref)
+    return catalog.look(store, ref)
 
 
 def asks_the_clock_late(self, verdict, attempt, began, report):

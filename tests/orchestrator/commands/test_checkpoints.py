@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 
 from orchestrator.checkpoint.attempts import claim_attempt
 from orchestrator.checkpoint.catalog import list_checkpoints, quarantine
-from orchestrator.checkpoint.keys import CheckpointRef
+from orchestrator.checkpoint.keys import CheckpointRef, attempt_key
 from orchestrator.checkpoint.policy import RetentionConfig
 from orchestrator.checkpoint.retention import claim_fields
 from orchestrator.checkpoint.run_record import open_or_create
@@ -185,6 +185,16 @@ def test_prune_and_list_keep_what_a_rollback_could_go_back_to(run: str):
     assert stable_steps(run) == [2, 1]
     unbroken("checkpoints", "prune", run, "--grace-s", "0", "--last", "1")
     assert stable_steps(run) == [2], "as it was asked for"
+
+
+@pytest.mark.parametrize("command", ["list", "prune"])
+def test_the_newest_claim_is_read_once(run: str, command: str, monkeypatch: pytest.MonkeyPatch):
+    attempt = claim_attempt(Store.open(run), claim_fields(RetentionConfig(last=1)))
+    asked, read, list_ = [], Store.read, Store.list
+    monkeypatch.setattr(Store, "read", lambda self, key, *span: (asked.append(key), read(self, key, *span))[1])
+    monkeypatch.setattr(Store, "list", lambda self, folder: (asked.append(folder), list_(self, folder))[1])
+    assert unbroken("checkpoints", command, run, *(["--dry-run"] if command == "prune" else [])).exit_code == 0
+    assert [key for key in asked if key.startswith("attempts")] == ["attempts", attempt_key(attempt)]
 
 
 def test_prune_waits_for_readers_also_by_a_clock_that_goes_on(run: str):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import pytest
 from omegaconf import OmegaConf
@@ -97,10 +98,20 @@ def test_what_has_no_effect_is_refused():
 
 
 def test_the_metric_is_the_mean_of_the_last_tenth():
-    rows = [{"step": step, "loss": float(step)} for step in range(1, 41)]
-    assert last_mean(rows, "loss") == 38.5
-    assert last_mean([*rows, {"step": 41, "loss": None}, {"step": 42}], "loss") == 38.5
-    assert last_mean(rows[:3], "loss") == 3.0 and last_mean(rows, "fid") is None
+    losses = [float(step) for step in range(1, 41)]
+    assert last_mean(losses) == 38.5
+    assert last_mean([*losses, None, "odd"]) == 38.5
+    assert last_mean(losses[:3]) == 3.0 and last_mean([None] * 40) is None and last_mean([]) is None
+
+
+def test_the_losses_of_a_long_run_are_not_held():
+    tracemalloc.start()
+    try:
+        found = last_mean(float(step) for step in range(100_000))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == 94_999.5 and peak < 256 << 10, peak
 
 
 def test_a_validation_is_the_newest_that_was_measured():

@@ -8,10 +8,13 @@ from dataclasses import replace
 
 import pytest
 
+from orchestrator.checkpoint.keys import METRICS, RowsRef
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError
 from orchestrator.tracking.backfill import fill_journal
-from orchestrator.tracking.journal import NAME, follow
+from orchestrator.tracking.journal import NAME, Journal, follow
+from orchestrator.tracking.merging import SEALED
+from orchestrator.tracking.record import encode
 from orchestrator.tracking.recorder import Recorder
 from tests.orchestrator.tracking.made_up import attempt, event, opened
 
@@ -80,3 +83,37 @@ def test_a_validation_that_was_not_finite_is_a_number_again(store, tmp_path) -> 
     fill_journal(tmp_path, opened(tmp_path, mode="offline"), store, "second")
     (found,) = [one.fields["metrics"] for one in journal(tmp_path) if one.kind == "validation"]
     assert math.isnan(found["loss"]) and found["kid/x"] == 1.5
+
+
+def seal(store: Store, attempt: int, first: int, num: int) -> None:
+    rows = [{"step": step, "attempt": attempt, "time_s": 1e9 + step, "loss": 1.0} for step in range(first, first + num)]
+    store.write(f"{METRICS}/{RowsRef(attempt, first, 'c' * 8, SEALED)}", [encode(rows)])
+
+
+def test_the_record_of_a_long_run_is_written_while_it_is_read(store, tmp_path, monkeypatch) -> None:
+    for first in range(1, 1001, 50):
+        seal(store, 1, first, 50)
+    log, read, append = [], Store.read, Journal.append
+    monkeypatch.setattr(Store, "read", lambda self, key, *rest: (log.append("read"), read(self, key, *rest))[1])
+    monkeypatch.setattr(Journal, "append", lambda self, line: (log.append("wrote"), append(self, line))[1])
+    assert fill_journal(tmp_path, opened(tmp_path, mode="offline"), store, "second") == 1000
+    assert [one.fields["step"] for one in journal(tmp_path)[1:]] == list(range(1, 1001))
+    reads_after = [log[index:].count("read") for index in (log.index("wrote"), len(log) // 2)]
+    assert reads_after[0] >= 10 and reads_after[1] >= 2, "it is not held as a whole"
+
+
+def test_a_record_that_is_away_in_the_middle_leaves_no_half_of_a_past(store, tmp_path, monkeypatch) -> None:
+    for first in range(1, 1001, 50):
+        seal(store, 1, first, 50)
+    reads, read = [], Store.read
+
+    def away_later(self, key, *rest):
+        reads.append(key)
+        if len(reads) > 32:  # all twenty have been looked at, and some of them are written already
+            raise StorageError("unreachable")
+        return read(self, key, *rest)
+
+    monkeypatch.setattr(Store, "read", away_later)
+    with pytest.raises(StorageError):
+        fill_journal(tmp_path, opened(tmp_path, mode="offline"), store, "second")
+    assert list(tmp_path.iterdir()) == []

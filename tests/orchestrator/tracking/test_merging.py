@@ -12,7 +12,8 @@ from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError
 from orchestrator.tracking import merging
 from orchestrator.tracking.merging import FAN_IN, SEALED, Merger
-from orchestrator.tracking.record import encode, event_row, read_events, read_metrics, step_row
+from orchestrator.tracking.record import encode, event_row, read_events, step_row
+from orchestrator.tracking.streaming import read_metrics
 from tests.orchestrator.checkpoint.dict_store import DictStore
 from tests.orchestrator.tracking.story import event, step
 

@@ -23,9 +23,9 @@ from orchestrator.tracking.record import (
     in_order,
     of_the_owner,
     read_events,
-    read_metrics,
     step_row,
 )
+from orchestrator.tracking.streaming import read_metrics
 from orchestrator.tracking.telling import told
 from tests.orchestrator.tracking.story import (
     T0,
@@ -44,7 +44,7 @@ from tests.orchestrator.tracking.story import (
 def test_a_step_that_was_replayed_counts_once_and_says_which_attempt_it_is_from():
     store = new_store()
     record(store, one_kill())
-    rows = read_metrics(store)
+    rows = list(read_metrics(store))
     assert [row["step"] for row in rows] == list(range(1, 31))
     assert [row["attempt"] for row in rows] == [1] * 10 + [2] * 20
     assert rows[20] == {"step": 21, "attempt": 2, "time_s": T0 + 41, "loss": 1.0 / 21, "grad_norm": 0.5}

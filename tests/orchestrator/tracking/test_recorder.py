@@ -14,8 +14,9 @@ from orchestrator.checkpoint.keys import EVENTS, METRICS
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import StorageError
 from orchestrator.messages.attempts import Event
-from orchestrator.tracking.record import read_events, read_metrics
+from orchestrator.tracking.record import read_events
 from orchestrator.tracking.recorder import Recorder, RecorderConfig
+from orchestrator.tracking.streaming import read_metrics
 from tests.orchestrator.tracking.story import attempt, event, finished, one_kill, step, steps
 
 
@@ -71,7 +72,7 @@ def test_what_may_be_the_end_is_stored_at_once_and_steps_with_the_next_flush():
     assert flaky.store.list(METRICS) == []
     recorder.take(event(2, "down", rank=1))
     until(lambda: [one.kind for one in read_events(flaky.store)] == ["step", "down"])
-    assert len(read_metrics(flaky.store)) == 1
+    assert len(list(read_metrics(flaky.store))) == 1
     recorder.close()
 
 

@@ -18,6 +18,7 @@ from orchestrator.checkpoint import keys
 from orchestrator.checkpoint.run_record import open_or_create
 from orchestrator.checkpoint.store import Store
 from orchestrator.messages.attempts import Event
+from orchestrator.tracking.losses import Losses
 from orchestrator.tracking.overview import Overview, RunView, State, as_json
 from orchestrator.tracking.report import MOST_CHECKPOINTS, page
 from orchestrator.tracking.telling import told
@@ -162,10 +163,10 @@ def test_one_step_and_equal_losses():
 
 def test_steps_without_a_finite_loss_are_said_and_not_drawn():
     seen = look(new_store())
-    rows = [{"step": step, "loss": None if step == 2 else 1.0} for step in (1, 2, 3)]
-    text = page(replace(seen, metrics=rows), new_store())
+    losses = [(1, 1.0), (2, None), (3, 1.0)]
+    text = page(replace(seen, losses=Losses(losses)), new_store())
     assert "; 1 steps have no finite loss" in text and "<span>1</span><span>2</span><span>3</span></div>" in text
-    assert "No step has a finite loss." in page(replace(seen, metrics=rows[1:2]), new_store())
+    assert "No step has a finite loss." in page(replace(seen, losses=Losses(losses[1:2])), new_store())
 
 
 def test_a_run_of_100_000_steps_is_quick_and_small():
@@ -194,7 +195,7 @@ def test_a_run_of_100_000_steps_is_quick_and_small():
     assert f">{seen.metrics[-1]['loss']:.4g} at step 100,000; dashed" in text, (
         "the step's own, not a point of the curve"
     )
-    assert len(seen.metrics) == 100_000 and len(seen.goodput.recoveries) == 4
+    assert seen.losses.num_steps == 100_000 and len(seen.goodput.recoveries) == 4
     assert sum(seen.goodput.seconds.values()) == pytest.approx(seen.goodput.wall_s, rel=0.01)
     check(text)
 
@@ -202,7 +203,7 @@ def test_a_run_of_100_000_steps_is_quick_and_small():
 def test_a_damaged_record_is_said_on_the_page(run: Store):
     run.write("metrics/0001-00000009-cccccccc-0.jsonl", [b'{"step": 31, "atte'])
     seen = look(run)
-    assert len(seen.metrics) == 30
+    assert seen.losses.num_steps == 30
     assert "cccccccc-0.jsonl: 1 lines are damaged" in page(seen, run) and len(as_json(seen)["damaged"]) == 1
 
 
