@@ -129,7 +129,8 @@ class Screen:
         self._write(f"step {step} is bad and makes no update: {numbers}")
 
     def _broken_samples(self, at: float, *, attempt: int, step: int, samples: list[str]) -> None:
-        self._write(f"step {step}: {len(samples)} more broken samples are replaced, such as: {samples[0]}")
+        first = samples[0].removesuffix(", or set data.on_broken=skip")  # which is why we are here
+        self._write(f"step {step}: broken samples are replaced, {len(samples)} more, such as: {first}")
 
     def _diverged(self, at: float, *, attempt: int, reason: str, skip: list[int], rollback: int) -> None:
         self._write(f"training diverged: {reason}; rollback {rollback}: steps {skip[0]} to {skip[1]} are left out")
@@ -185,7 +186,7 @@ class Screen:
         self._write(f"drained nodes, and room for more workers, are not seen now; looking again: {error}")
 
     def _started(self, at: float, **facts: Any) -> None:
-        pass  # for the record
+        self._write("starting: first Ray and the workers")  # which may take a minute on a busy machine
 
     def _snapshot(self, at: float, *, attempt: int, step: int, stall_s: float) -> None:
         pass  # for the account of goodput

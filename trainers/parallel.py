@@ -42,12 +42,14 @@ class ParallelConfig:
     log2(microbatches of the worker) whole gradients in float32; sharded: exchanged one by one, memory of shards only.
     Both give the same bits."""
     cpu_threads: int = 1
-    """torch threads a worker on CPU, >= 1. CPU kernels split sums by thread, so this decides numbers."""
+    """torch threads a worker on CPU, 1 to 1024. CPU kernels split sums by thread, so this decides numbers."""
 
     def __post_init__(self) -> None:
         for key in ("shard_size", "cpu_threads"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)} must be at least 1")
+        if self.cpu_threads > 1024:
+            raise ConfigError(f"cpu_threads={self.cpu_threads} is more than any machine runs; give 1024 or less")
 
     @property
     def cuts_tensors(self) -> bool:

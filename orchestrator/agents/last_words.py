@@ -47,7 +47,7 @@ def last_words(error: BaseException, place: Place | None, quarantine: bool) -> T
     ranks, alike_step = (error.ranks, error.alike_step) if isinstance(error, CorruptionError) else ((), 0)
     return TrainerExit(
         kind=kind,
-        message=repr(error) if kind in (ExitKind.ERROR, ExitKind.PEER_LOST) else str(error),
+        message=_said(error) if kind in (ExitKind.ERROR, ExitKind.PEER_LOST) else str(error),
         details="".join(traceback.format_exception(error)),
         frame=blamed_frame(error),
         place=place,
@@ -56,6 +56,13 @@ def last_words(error: BaseException, place: Place | None, quarantine: bool) -> T
         ranks=ranks,
         alike_step=alike_step,
     )
+
+
+def _said(error: BaseException) -> str:
+    """`repr`; with the file, which that of an OSError leaves out."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{type(error).__name__}({error})"
+    return repr(error)
 
 
 def blamed_frame(error: BaseException) -> str:

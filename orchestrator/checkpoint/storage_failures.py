@@ -7,6 +7,7 @@ run on a local folder imports none of them.
 from __future__ import annotations
 
 import errno
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,7 @@ _TOO_LARGE = f"larger than a file may be here; raise the limit (ulimit -f), {_CH
 _TOO_MANY = "too many open files; raise the limit (ulimit -n)"
 _CHECK = "check AWS_ENDPOINT_URL_S3 and the network"
 _UNREACHABLE = f"the endpoint is unreachable; {_CHECK}"
+_NO_ENDPOINT = "the endpoint is no URL; write it as AWS_ENDPOINT_URL_S3=https://HOST"
 _TLS = "no secure connection; check AWS_ENDPOINT_URL_S3 (http or https) and AWS_CA_BUNDLE"
 
 _BY_CODE = {
@@ -131,6 +133,8 @@ def diagnose(error: BaseException) -> Failure:
     text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
     for name in classes & _BY_CLASS.keys():
         return Failure(line=f"{_BY_CLASS[name]} ({text})", renew=_BY_CLASS[name] in _RENEWED)
+    if re.search(r"Invalid endpoint: |`.*` was not a valid URI", text):  # a ValueError without a scheme
+        return Failure(line=f"{_NO_ENDPOINT} ({text})")
     if classes & _NEVER_SENT:
         return Failure(line=f"{_UNREACHABLE} ({text})", retry=True)
     if isinstance(error, TimeoutError):

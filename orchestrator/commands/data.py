@@ -61,7 +61,11 @@ def emoji(out: Path, size: int, words: tuple[str, ...], as_json: bool) -> None:
     """
     from orchestrator.data.emoji import make
 
-    num_samples = make(out, size, words)
+    try:
+        num_samples = make(out, size, words)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        at = error.filename or out
+        raise click.UsageError(f"cannot write to {at}: {error.strerror}; choose another folder") from None
     if as_json:
         return print_json({"out": str(out), "num_samples": num_samples, "size": size})
     click.echo(f"{out}: {num_samples} captioned images of {size} pixels")

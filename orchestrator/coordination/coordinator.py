@@ -278,7 +278,7 @@ class Coordinator:
         order, saved = self._guard.halt.order, self._save.ended
         assert order is not None
         self._guard.end_attempt()
-        kept = f"step {saved.progress.step} is saved" if saved and not saved.error else "nothing new to save"
+        kept = saved.summary if saved else "nothing new to save"
         if order.purpose is Purpose.END:
             self._end(Ending.STOPPED, f"{order.reason}: {kept}")
             return

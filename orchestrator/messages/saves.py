@@ -91,6 +91,10 @@ class SaveEnded:
     every_steps: int | None = None
     """Steps from the next save to the one after it; None: the config says it."""
 
+    @property
+    def summary(self) -> str:
+        return f"step {self.progress.step} {'is' if self.error is None else 'could not be'} saved"
+
 
 # agent -> coordinator
 

@@ -144,6 +144,8 @@ class Book:
 
     def enter(self, event: Event) -> None:
         """Events come in order of time. Of steps, the first and the last between two other events are enough."""
+        if event.kind == "already_finished":  # somebody looked; there was nothing that a driver could have done
+            return
         if self.begin_s is None:
             self.begin_s = self.at_s = event.time_s
         if (handler := _HANDLERS.get(event.kind)) is not None:
@@ -204,8 +206,7 @@ class Book:
     def _started(self, event: Event) -> None:
         if self.bucket is not Bucket.DOWN:
             self._stopped("driver lost")  # without a word: nobody was there since the last event
-        if self.spans:
-            self.bucket = Bucket.DOWN
+        self.bucket = Bucket.DOWN if self.spans else self.bucket
         self._until(event.time_s)
         self.bucket = Bucket.START
 
@@ -233,7 +234,7 @@ class Book:
 
     def _step(self, event: Event) -> None:
         self._until(event.time_s)
-        if self.bucket is not Bucket.PRODUCTIVE:
+        if self.bucket is not Bucket.PRODUCTIVE or "step" not in event.fields:  # a sign of life may come before one
             return
         step = event.fields["step"]
         self.highest, self.step, self.marks[step] = max(self.highest, step), (event.time_s, step), event.time_s
@@ -252,10 +253,6 @@ class Book:
             )
             self.recoveries.append(recovery)
             self.interruption = None
-
-    def _alive(self, event: Event) -> None:
-        if "step" in event.fields:
-            self._step(event)
 
     def _pause(self, event: Event) -> None:
         name, bucket = _PAUSES[event.kind]
@@ -287,7 +284,7 @@ _HANDLERS = {
     "attempt": Book._attempt,
     "training": Book._training,
     "step": Book._step,
-    "alive": Book._alive,
+    "alive": Book._step,
     "down": Book._down,
     "agent_lost": Book._down,
     "hang": Book._down,

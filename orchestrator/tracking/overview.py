@@ -182,7 +182,9 @@ class Present:
             self.state = State.SILENT
 
     def _advance(self, event: Event) -> None:
-        self.last_s = event.time_s
+        # A run is finished since it was, not since somebody looked.
+        if event.kind != "already_finished" or self.state is not State.FINISHED:
+            self.last_s = event.time_s
         if event.kind in _NEXT:
             self.state, self.why = _NEXT[event.kind], ""
         elif event.kind == "attempt":

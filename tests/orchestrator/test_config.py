@@ -81,6 +81,7 @@ REFUSED = [
     (["workers={min: 1, max: 9}"], "workers.max=9 is more than the 4 microbatches"),
     (["parallel.strategy=hsdp", "workers=3"], "parallel.shard_size=2 does not divide workers=3"),
     (["parallel.strategy=hsdp", "workers={min: 2, max: 4}"], "does not divide workers={min: 2, max: 4}"),
+    (["parallel.cpu_threads=100000000000"], "parallel.cpu_threads=100000000000 is more than any machine runs; give"),
     (["parallel.strategy=zero"], 'parallel.strategy="zero" is not one of ddp, fsdp, hsdp'),
     (["run.name=a/b"], 'run.name="a/b" is no safe folder name'),
     (["run.name=.."], 'run.name=".." is no safe folder name'),

@@ -44,6 +44,12 @@ def test_a_trace_is_shown_once_and_the_three_lines_not_at_all() -> None:
             {"step": 6, "numbers": "loss nan, gradient norm inf"},
             "step 6 is bad and makes no update: loss nan, gradient norm inf",
         ),
+        ("started", {"host": "h", "workers": 2}, "starting: first Ray and the workers"),
+        (
+            "broken_samples",
+            {"step": 2, "samples": ["data.path: a.png can not be read; remove it, or set data.on_broken=skip"]},
+            "step 2: broken samples are replaced, 1 more, such as: data.path: a.png can not be read; remove it",
+        ),
         (
             "diverged",
             {"reason": "why", "skip": [5, 9], "rollback": 2},

@@ -94,9 +94,8 @@ def test_a_config_that_does_not_work_is_one_line(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert (
-        capsys.readouterr().err == "error: data.path=/nowhere is not there; give the folder, file or URL of the data\n"
-    )
+    line = "error: data.path=/nowhere is not there as a folder; give the folder, file or URL of the data\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_folder_that_is_taken_is_refused_before_anything_is_trained(

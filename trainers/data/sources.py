@@ -42,7 +42,7 @@ def open_source(config: DataConfig, files_at: FilesAt = local_files) -> Source:
     folder, only = split_file(config.path, suffixes)
     files = files_at(folder)
     if not files.exists(only):
-        kinds = f" as a folder or a file of {', '.join(suffixes)}" if suffixes and not only else ""
+        kinds = "" if only else " as a folder" + f" or a file of {', '.join(suffixes)}" * bool(suffixes)
         raise ConfigError(f"data.path={config.path} is not there{kinds}; give the folder, file or URL of the data")
     names = [only] if only else files.names(suffixes or image_suffixes())
     if not names:

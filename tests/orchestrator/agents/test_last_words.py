@@ -69,3 +69,9 @@ def test_a_divergence_says_what_to_leave_out(error: DivergedError) -> None:
 def test_corruption_says_whose_state_and_since_when() -> None:
     words = last_words(CorruptionError("why", ranks=(2,), alike_step=40), None, quarantine=False)
     assert (words.kind, words.message, words.ranks, words.alike_step) == (ExitKind.CORRUPTED, "why", (2,), 40)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    error = raised((tmp_path / "a.png").read_bytes)
+    assert str(tmp_path / "a.png") in last_words(error, None, quarantine=False).message
+    assert last_words(KeyError("x"), None, quarantine=False).message == "KeyError('x')"

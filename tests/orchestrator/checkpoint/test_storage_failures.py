@@ -47,6 +47,8 @@ CASES = [
     (named("NoCredentialsError"), "no valid credentials found; set AWS_ACCESS_KEY_ID", True, False),
     (named("EndpointConnectionError", ConnectionError), "unreachable; check AWS_ENDPOINT_URL_S3", True, True),
     (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), "unreachable; check AWS_ENDPOINT_URL_S3", True, True),
+    (ValueError("Invalid endpoint: host:9000"), "is no URL; write it as AWS_ENDPOINT_URL_S3=https://HOST", True, False),
+    (RuntimeError("Custom endpoint `ftp://h` was not a valid URI"), "the endpoint is no URL; write", True, False),
     (named("SSLError"), "no secure connection; check AWS_ENDPOINT_URL_S3", True, False),
     (ConnectionResetError(errno.ECONNRESET, "reset by peer"), "reset by peer", False, True),
     (named("ReadTimeoutError", named("HTTPClientError").__class__), "ReadTimeoutError: said so", False, True),

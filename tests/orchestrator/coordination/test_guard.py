@@ -23,6 +23,7 @@ from orchestrator.messages.attempts import (
     Stepped,
 )
 from orchestrator.messages.liveness import AtGate, Beat, Dump, Gate, Stack, StopAt, Told
+from orchestrator.messages.saves import SaveFailed
 from tests.orchestrator.coordination.test_blame import IN_USER_CODE, WAITING
 from tests.orchestrator.group import Group
 from trainers.progress import Progress
@@ -159,6 +160,13 @@ def test_a_death_on_the_way_to_a_stop_ends_as_ordered(group: Group) -> None:
     group.down(1, ExitKind.KILLED)
     group.down(0, ExitKind.PEER_LOST)
     assert group.last(Outcome).ending is Ending.STOPPED and group.count(Launch) == 2
+
+
+def test_a_stop_whose_save_failed_does_not_say_that_nothing_was_to_be_saved(group: Group) -> None:
+    halt(group, Purpose.END, save=False)
+    group.coordinator.handle(0, SaveFailed(attempt=1, progress=Progress(7, 70), error="disk full"))
+    group.both(FromTrainer(attempt=1, message=Finished(progress=Progress(7, 70))))
+    assert group.last(Outcome) == Outcome(ending=Ending.STOPPED, message="SIGTERM: step 7 could not be saved")
 
 
 def test_an_order_before_there_is_anything_to_save_is_obeyed_at_once(clock: Clock) -> None:

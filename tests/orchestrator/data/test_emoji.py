@@ -82,3 +82,9 @@ def test_other_words_leave_no_image_without_a_caption(tmp_path: Path) -> None:
     assert emoji.make(tmp_path, 8, ["circle"]) == 1
     folder = str(tmp_path / emoji.IMAGES)
     assert len(open_source(DataConfig(source="folder", path=folder, image_size=8, captions=True))) == 1
+
+
+def test_a_place_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(main, ["data", "emoji", str(tmp_path / "file" / "out")])
+    assert result.exit_code == 2 and "cannot write to" in result.output and "choose another folder" in result.output

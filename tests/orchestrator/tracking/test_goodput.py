@@ -112,6 +112,11 @@ def test_going_on_after_the_end_is_no_restart():
     assert len(account(events).recoveries) == 1 and seconds(events)["down"] == 1000 - 52
 
 
+@pytest.mark.parametrize("events", [one_kill(), one_kill()[:-1]], ids=["finished", "killed before it could say so"])
+def test_a_command_that_finds_nothing_to_do_adds_no_time(events: list[Event]):
+    assert seconds([*events, event(90000, "already_finished", session="b", step=30, checkpoint="c")]) == seconds(events)
+
+
 def test_all_agents_lost_at_once_is_seen_when_the_next_attempt_begins():
     events = [
         started(0),

@@ -236,6 +236,12 @@ def test_state(events: list[Event], now: float, state: State):
     assert seen.why == ("gave up: why" if state is State.ENDED else "")
 
 
+def test_a_run_is_finished_since_it_finished_whoever_looked_later():
+    store = new_store()
+    record(store, [*one_kill(), event(999, "already_finished", session="b", step=30, checkpoint="c")])
+    assert look(store, 9999).since_s == T0 + 52
+
+
 def test_progress_is_of_the_attempt_that_owns_the_run():
     store = new_store()
     record(store, [*one_kill()[:-1]])

@@ -112,6 +112,10 @@ def test_refusals(tmp_path):
         DataConfig(image_size=0)
     with pytest.raises(ConfigError, match="is not there"):
         open_source(DataConfig(source="folder", path=str(tmp_path / "none")))
+    (tmp_path / "file.yaml").touch()
+    with pytest.raises(ConfigError, match="is not there as a folder; give"):
+        open_source(DataConfig(source="folder", path=str(tmp_path / "file.yaml")))
+    (tmp_path / "file.yaml").unlink()
     with pytest.raises(ConfigError, match="holds no images"):
         open_source(DataConfig(source="folder", path=str(tmp_path)))
     with pytest.raises(ConfigError, match=f"labels such as 0 and {2**64} are no classes"):
