@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -14,6 +16,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
+from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
@@ -27,6 +30,8 @@ _AT_ONCE, _LONGEST_PAUSE_S = 3, 60.0
 """Groups that never began an attempt are replaced without a pause so often, then with longer and longer ones."""
 _LOOK_S = 0.2
 """Between two looks for nodes, as long as there are too few."""
+_DRAIN_LOOK_S = 1.0
+"""Between two looks for nodes that are being drained, as long as a group is being placed."""
 
 
 def live_nodes(ask: bool = False) -> dict[str, dict[str, float]]:
@@ -138,9 +143,13 @@ class Replacing(ControllerCallback, WorkerGroupCallback):
     def __init__(self, mailbox: Any) -> None:
         """Args: mailbox: the actor handle that takes `Event`s."""
         self._outbox = Outbox(mailbox)
+        self._placed: threading.Event | None = None
+        """Of the group that was placed last: it is, or will never be."""
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         self._tell("group_lost")
+        if self._placed is not None:
+            self._placed.set()
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         # Each is asked to end next, and has 5 s to answer. Those on a lost node never do, and Ray takes them for alive
@@ -150,15 +159,35 @@ class Replacing(ControllerCallback, WorkerGroupCallback):
 
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
         self._tell("placing", num_workers=num_workers)
+        self._placed = threading.Event()
+        threading.Thread(target=_leave_drained, args=(self._placed,), daemon=True).start()
         # A lost node looks free as long as Ray takes it for alive. What is placed there waits until it does not.
         silent = silent_nodes([node for node in ray.nodes() if node["Alive"]])
         return {RAY_NODE_ID_KEY: f"!in({','.join(sorted(silent))})"} if silent else None
 
     def after_worker_group_start(self, worker_group: Any) -> None:
+        assert self._placed is not None
+        self._placed.set()
         self._tell("placed")
 
     def _tell(self, kind: str, /, **fields: Any) -> None:
         self._outbox.put(Event(kind=kind, fields=fields, time_s=time.time()))
+
+
+def _leave_drained(placed: threading.Event) -> None:
+    """Until `placed`: have a group placed anew of which a worker is to start on a node that is being drained.
+
+    Its room there is from before the notice. Ray keeps it, and starts nothing in it until the node is gone; Ray Train
+    waits for its workers without end. One that will never start is an error to it, as any that dies.
+    """
+    worker = ray._private.worker.global_worker
+    while not placed.wait(_DRAIN_LOOK_S):
+        with suppress(RayError):  # the head is away
+            draining = cluster.get_draining_nodes().keys()
+            if any(draining & set(room["bundles_to_node_id"].values()) for _, room in _rooms("CREATED")):
+                for actor, known in cluster.actor_table(None, worker.current_job_id, "PENDING_CREATION").items():
+                    if known["ActorClassName"] == RayTrainWorker.__name__:
+                        worker.core_worker.kill_actor(ray.ActorID(bytes.fromhex(actor)), True)
 
 
 def _free_what_is_left() -> None:
@@ -167,10 +196,16 @@ def _free_what_is_left() -> None:
     Ray does so itself only when the whole job ends. Ray Train has an actor that does it before, but that one can die
     with the controller: Ray's memory monitor ends many processes at once.
     """
+    for group, _ in _rooms("PENDING", "CREATED", "RESCHEDULING"):
+        remove_placement_group(group)
+
+
+def _rooms(*states: str) -> Iterator[tuple[PlacementGroup, Mapping[str, Any]]]:
+    """What is reserved for groups of agents of this driver, and what Ray says of it."""
     job = ray.get_runtime_context().get_job_id()
-    for name, group in placement_group_table().items():
-        if name.endswith(job) and group["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+    for name, room in placement_group_table().items():
+        if name.endswith(job) and room["state"] in states:
+            yield PlacementGroup(PlacementGroupID(bytes.fromhex(name))), room
 
 
 class _ByValue:
