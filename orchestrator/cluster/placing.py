@@ -180,7 +180,7 @@ def _leave_drained(placed: threading.Event) -> None:
     Its room there is from before the notice. Ray keeps it, and starts nothing in it until the node is gone; Ray Train
     waits for its workers without end. One that will never start is an error to it, as any that dies.
     """
-    worker = ray._private.worker.global_worker
+    worker = ray.get_runtime_context().worker
     while not placed.wait(_DRAIN_LOOK_S):
         with suppress(RayError):  # the head is away
             draining = cluster.get_draining_nodes().keys()
