@@ -80,7 +80,7 @@ def test_a_lost_node_costs_at_most_the_interval_of_the_memory_tier(tmp_path: Pat
 
 def test_a_worker_that_is_to_start_on_a_drained_node_is_not_waited_for(tmp_path: Path, cluster: Path) -> None:
     program = [sys.executable, "-W", "ignore", "-m", "tests.orchestrator.cluster.drained_room", str(tmp_path)]
-    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=140)
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=80)
     assert done.returncode == 0, done.stdout + done.stderr
     drained, *used = (tmp_path / "nodes").read_text().split()
     assert len(used) == 2 and drained not in used
