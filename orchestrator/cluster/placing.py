@@ -184,7 +184,10 @@ def _leave_drained(placed: threading.Event) -> None:
     while not placed.wait(_DRAIN_LOOK_S):
         with suppress(RayError):  # the head is away
             draining = cluster.get_draining_nodes().keys()
-            if any(draining & set(room["bundles_to_node_id"].values()) for _, room in _rooms("CREATED")):
+            if draining and any(
+                room["state"] == "CREATED" and draining & set(room["bundles_to_node_id"].values())
+                for _, room in _rooms()
+            ):
                 for actor, known in cluster.actor_table(None, worker.current_job_id, "PENDING_CREATION").items():
                     if known["ActorClassName"] == RayTrainWorker.__name__:
                         worker.core_worker.kill_actor(ray.ActorID(bytes.fromhex(actor)), True)
@@ -196,15 +199,15 @@ def _free_what_is_left() -> None:
     Ray does so itself only when the whole job ends. Ray Train has an actor that does it before, but that one can die
     with the controller: Ray's memory monitor ends many processes at once.
     """
-    for group, _ in _rooms("PENDING", "CREATED", "RESCHEDULING"):
+    for group, _ in _rooms():
         remove_placement_group(group)
 
 
-def _rooms(*states: str) -> Iterator[tuple[PlacementGroup, Mapping[str, Any]]]:
+def _rooms() -> Iterator[tuple[PlacementGroup, Mapping[str, Any]]]:
     """What is reserved for groups of agents of this driver, and what Ray says of it."""
     job = ray.get_runtime_context().get_job_id()
     for name, room in placement_group_table().items():
-        if name.endswith(job) and room["state"] in states:
+        if name.endswith(job) and room["state"] != "REMOVED":
             yield PlacementGroup(PlacementGroupID(bytes.fromhex(name))), room
 
 

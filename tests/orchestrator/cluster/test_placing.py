@@ -62,3 +62,21 @@ def test_groups_of_agents_that_begin_nothing_are_not_replaced_for_ever(monkeypat
     why = placing.why_given_up(lost, 20)
     assert why is not None and why.endswith("(failures.agents=20); last, rank 1: OSError: no space left")
     assert placing.why_given_up(RuntimeError("the controller died"), 3) is None
+
+
+def test_what_an_earlier_controller_of_this_driver_held_is_freed_whatever_its_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    states = ("PENDING", "PREPARED", "CREATED", "RESCHEDULING", "REMOVED")
+    table = {
+        f"{number:02}{'0' * 26}{job}": {"state": state}
+        for number, state in enumerate(states)
+        for job in "01000000 02000000".split()
+    }
+    freed: list[str] = []
+    context = SimpleNamespace(get_job_id=lambda: "01000000")
+    monkeypatch.setattr(placing, "ray", SimpleNamespace(get_runtime_context=lambda: context))
+    monkeypatch.setattr(placing, "placement_group_table", lambda: table)
+    monkeypatch.setattr(placing, "remove_placement_group", lambda group: freed.append(table[group.id.hex()]["state"]))
+    placing._free_what_is_left()
+    assert freed == list(states[:-1])
