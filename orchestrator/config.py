@@ -148,6 +148,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return decode(RunConfig, plain)  # pyright: ignore[reportArgumentType]
 
 
+def override(key: str, value: Any) -> str:
+    """`key=value` for `load_config` and the command line, whatever is in the value."""
+    # Not in ASCII: JSON writes what is beyond 16 bits, such as an emoji, in two halves, which YAML does not take.
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+
+
 def run_url(config: RunConfig) -> str:
     """Where the run lives: `<storage>/<run.name>`. A local path is made absolute: workers start in other folders."""
     storage = config.storage_url

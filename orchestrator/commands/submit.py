@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -130,7 +129,7 @@ def resume(run: str, overrides: tuple[str, ...], here: bool, working_dir: str | 
         if text.startswith(("storage=", "run.name=")):
             raise click.UsageError(f"{text} contradicts RUN, which says where the run is; leave it out")
     from orchestrator.checkpoint.store import Store
-    from orchestrator.config import load_config, to_yaml
+    from orchestrator.config import load_config, override, to_yaml
     from orchestrator.preflight import check_trainable
     from orchestrator.run_identity import config_of
 
@@ -140,9 +139,7 @@ def resume(run: str, overrides: tuple[str, ...], here: bool, working_dir: str | 
     with tempfile.TemporaryDirectory(prefix="unbroken-") as folder:
         path = Path(folder, "config.yaml")
         path.write_text(to_yaml(_found_at(found, storage)), encoding="utf-8")
-        # Not in ASCII: JSON writes what is beyond 16 bits in two halves, which YAML does not take.
-        where = (f"storage={json.dumps(storage, ensure_ascii=False)}", f"run.name={json.dumps(name)}")
-        overrides = (*overrides, *where)
+        overrides = (*overrides, override("storage", storage), override("run.name", name))
         loaded = load_config(path, overrides)
         check_trainable(loaded)
         if here:

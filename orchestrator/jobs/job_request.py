@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.config import RunConfig, run_url, to_dict
+from orchestrator.config import RunConfig, override, run_url, to_dict
 from orchestrator.credentials import refuse_secrets
 from orchestrator.jobs.inside_job import GRACE_VARIABLE, granted
 from orchestrator.jobs.job_server import MAX_PACKAGE_BYTES, JobRequest, ignore_rules
@@ -61,7 +61,7 @@ def prepare(source: Source, num_nodes: int, scratch: Path) -> tuple[JobRequest, 
     request = JobRequest(
         run_url=run_url(source.config),
         config_digest=digest[:16],
-        entrypoint=f"{source.command} train {shlex.join([config, *overrides, f'storage={json.dumps(storage)}'])}",
+        entrypoint=f"{source.command} train {shlex.join([config, *overrides, override('storage', storage)])}",
         package=package,
         environment={**source.environment, GRACE_VARIABLE: str(grace_s)},
         grace_s=grace_s,

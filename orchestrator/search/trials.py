@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from orchestrator.config import override
 from orchestrator.messages.attempts import Event
 from orchestrator.tracking.record import of_the_owner
 from trainers.errors import ConfigError
@@ -66,9 +67,7 @@ class Trial:
     @property
     def overrides(self) -> list[str]:
         """As on the command line of `unbroken train`."""
-        # Not in ASCII: JSON writes what is beyond 16 bits, such as an emoji, in two halves, which YAML does not take.
-        values = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in self.values.items()]
-        return [f"run.name={self.name}", *values]
+        return [f"run.name={self.name}", *(override(key, value) for key, value in self.values.items())]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ def write_config(folder: Path, tier: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("tier", ["s3://bucket/runs", "ABSOLUTE"])
+@pytest.mark.parametrize("tier", ["s3://bucket/runs", "s3://bucket/\U0001f600 \u00e9", "ABSOLUTE"])
 def test_a_job_finds_the_tier_from_its_own_folder(tmp_path, monkeypatch, tier):
     tier = str(tmp_path / "kept") if tier == "ABSOLUTE" else tier
     config, elsewhere = write_config(tmp_path, tier), tmp_path / "elsewhere"
