@@ -206,7 +206,8 @@ class Book:
     def _started(self, event: Event) -> None:
         if self.bucket is not Bucket.DOWN:
             self._stopped("driver lost")  # without a word: nobody was there since the last event
-        self.bucket = Bucket.DOWN if self.spans else self.bucket
+        if self.spans:
+            self.bucket = Bucket.DOWN
         self._until(event.time_s)
         self.bucket = Bucket.START
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 _MOST_BUCKETS = 32_768
@@ -59,20 +59,19 @@ class Losses:
         self.num_without += loss is None
         if not isinstance(loss, int | float):
             return
-        self.newest = step, loss
+        self.newest, new = (step, loss), _Bucket(step, 1, loss, loss, loss)
         if self._buckets and self._buckets[-1].count < self._each:
-            self._buckets[-1].add(_Bucket(step, 1, loss, loss, loss))
+            self._buckets[-1].add(new)
             return
         if len(self._buckets) == _MOST_BUCKETS:
             pairs = range(0, _MOST_BUCKETS, 2)
             self._buckets = [_merged(self._buckets[begin : begin + 2]) for begin in pairs]
             self._each *= 2
-        self._buckets.append(_Bucket(step, 1, loss, loss, loss))
+        self._buckets.append(new)
 
 
 def _merged(buckets: Sequence[_Bucket]) -> _Bucket:
-    first, *rest = buckets
-    found = _Bucket(first.step, first.count, first.total, first.least, first.most)
-    for bucket in rest:
+    found = replace(buckets[0])
+    for bucket in buckets[1:]:
         found.add(bucket)
     return found
